@@ -1,0 +1,26 @@
+"""metalr: meta-learn an initialization and the inner-loop learning rates; fine-tune later tasks without a search.
+
+    learned = metalr.load("runs/x/artifact")
+    fast = learned.adapt(support_x, support_y, steps=5)
+    logits = learned.apply(fast, query_x)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metalr.errors import MetalrError
+
+if TYPE_CHECKING:
+    from metalr.artifact import Learner, load, save
+
+__version__ = "0.1.0"
+__all__ = ["Learner", "MetalrError", "__version__", "load", "save"]
+
+# Loaded on first use: the command line's --help must not wait for jax.
+_FROM = {"Learner": "metalr.artifact", "load": "metalr.artifact", "save": "metalr.artifact"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM:
+        return getattr(importlib.import_module(_FROM[name]), name)
+    raise AttributeError(f"module 'metalr' has no attribute {name!r}")

@@ -1,0 +1,337 @@
+"""What meta-training leaves behind: a Learner, and its folder on disk that anyone can check, read and reuse.
+
+A folder holds learner.safetensors (init and actual rates), README.md (a short model card) and metalr.json (format
+version, model, rates, tasks, versions, sha256 of every file and of its own content). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_tensors
+from safetensors.numpy import save as tensor_bytes
+
+from metalr import data, devices, inner, models
+from metalr import rates as rates_lib
+from metalr.errors import ArtifactError, ConfigError, DataError, one_line
+from metalr.models import Model
+from metalr.rates import RatesSpec
+from metalr.types import Params, Rates
+
+FORMAT = 1
+TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
+MAX_BYTES = {TENSORS: 1 << 32, FACTS: 1 << 24, CARD: 1 << 24}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learner:
+    """A learned init and learned rates, ready to fine-tune on a new task.
+
+    Attributes:
+      model: the network.
+      spec: the static choices about the rates.
+      init: the learned initialization, the model's params pytree.
+      rates: the learned learning rates (actual, not logarithms), group name -> array.
+      facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
+    """
+
+    model: Model
+    spec: RatesSpec
+    init: Params
+    rates: Rates
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def adapt(self, support_x: Any, support_y: Any, steps: int | None = None) -> Params:
+        """Fine-tune on a task's support set; compiled once a shape.
+
+        Args:
+          support_x: [support, height, width] or [support, height, width, channels]; uint8 0..255 or float 0..1.
+            A further leading axis adapts many tasks at once.
+          support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
+            present in every task.
+          steps: inner steps; default: as many as were trained.
+
+        Returns:
+          Params as in `init` (with a leading axis [tasks] for many tasks).
+
+        Raises:
+          DataError: a wrong shape, dtype, label or pixel. ConfigError: steps that spec.extend forbids.
+        """
+        steps = self.spec.steps if steps is None else steps
+        rates_lib.check_steps(self.spec, steps)
+        batched = np.ndim(support_y) == 2
+        x = self._images(support_x, "support_x", batched)
+        y = self._labels(support_y, x.shape[: 1 + batched])
+        return self._adapt(self.init, self.rates, x, y, steps=int(steps))
+
+    def apply(self, params: Params, x: Any) -> jax.Array:
+        """Logits [n, way] float32 of images in any of the forms that `adapt` takes (differentiable in params).
+
+        Params with a leading axis [tasks], as from `adapt` on many tasks, take images with one too.
+        """
+        leaf, reference = jax.tree.leaves(params)[0], jax.tree.leaves(self.init)[0]
+        batched = jnp.ndim(leaf) == jnp.ndim(reference) + 1
+        return self._apply(params, self._images(x, "x", batched))
+
+    def as_optax(self) -> optax.GradientTransformation:
+        """Gradient descent with the learned rates, for any training loop over params named as `init`.
+
+        Beyond the trained steps it goes on by spec.extend ("error" cannot be raised in a compiled loop: it holds).
+        """
+        return rates_lib.optimizer(self.spec, self.rates)
+
+    @functools.cached_property
+    def _adapt(self) -> Callable[..., Params]:
+        def adapt(init: Params, rates: Rates, x: jax.Array, y: jax.Array, *, steps: int) -> Params:
+            x = _unit(x)
+
+            def tasks(apply: models.Apply, vmapped: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array) -> Params:
+                def one(task: tuple[jax.Array, jax.Array]) -> Params:
+                    return inner.adapt(apply, init, *task, rates_lib.optimizer(self.spec, rates), steps)[0]
+
+                return devices.map_tasks(one, (x, y), vmapped) if y.ndim == 2 else one((x, y))
+
+            return devices.by_platform(self.model, tasks, init, rates, x, y)
+
+        return jax.jit(adapt, static_argnames="steps")
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., jax.Array]:
+        def logits(params: Params, x: jax.Array) -> jax.Array:
+            def forward(apply: models.Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
+                return jax.vmap(apply)(params, x) if x.ndim == 5 else apply(params, x)
+
+            return devices.by_platform(self.model, forward, params, _unit(x))
+
+        return jax.jit(logits)
+
+    def _images(self, x: Any, what: str, batched: bool) -> Any:
+        height, width, channels = self.model.input_shape
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        lead = x.shape[: 1 + batched]
+        if x.shape[1 + batched :] not in ((height, width), (height, width, channels)) or (
+            x.ndim == 2 + len(lead) and channels != 1
+        ):
+            axes = "[tasks, n, " if batched else "[n, "
+            raise DataError(
+                f"{what}: expected shape {axes}{height}, {width}, {channels}] (channel axis optional if 1), "
+                f"got {list(x.shape)}"
+            )
+        if not all(lead):
+            raise DataError(f"{what}: expected at least one image, got shape {list(x.shape)}")
+        if isinstance(x, jax.core.Tracer):
+            if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
+                raise DataError(f"{what}: expected dtype uint8 (0..255) or float (0..1), got {x.dtype}")
+        else:
+            data.check_pixels(np.asarray(x), what)
+        return x.reshape(*lead, height, width, channels)
+
+    def _labels(self, y: Any, shape: tuple[int, ...]) -> Any:
+        y = y if isinstance(y, jax.Array) else np.asarray(y)
+        if y.shape != shape or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(f"support_y: expected integers of shape {list(shape)}, got {y.dtype} {list(y.shape)}")
+        if not isinstance(y, jax.core.Tracer):
+            values = np.asarray(y)
+            if values.min() < 0 or values.max() >= self.model.way:
+                raise DataError(
+                    f"support_y: expected labels 0..{self.model.way - 1} (trained {self.model.way}-way), "
+                    f"got {values.min()}..{values.max()}"
+                )
+            for task in np.atleast_2d(values):
+                missing = np.setdiff1d(np.arange(values.max() + 1), task)
+                if missing.size:
+                    raise DataError(f"support_y: expected at least one image of each class, got none of {missing[0]}")
+        return y.astype(np.int32)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
+
+def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
+    """Leaves of a pytree under their path names, as numpy arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {f"{prefix}/{rates_lib.path_name(path)}": np.asarray(leaf) for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ConfigError("params: expected path names that differ, got two of the same")
+    return named
+
+
+def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path:
+    """Write an artifact folder, whole or not at all; returns its path.
+
+    Raises:
+      ArtifactError: the folder exists (and not overwrite), cannot be written, or a value is not finite.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"{path}: exists already; pass another path, or overwrite=True")
+    tensors = named_arrays(learner.init, "init") | {
+        f"rates/{group}": np.asarray(value) for group, value in learner.rates.items()
+    }
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise ArtifactError(f"{name}: expected finite values, got {int((~np.isfinite(value)).sum())} others")
+    contents = {TENSORS: tensor_bytes({k: np.ascontiguousarray(v) for k, v in tensors.items()})}
+    facts = {
+        "format": FORMAT,
+        "model": {
+            "name": learner.model.name,
+            "way": learner.model.way,
+            "input_shape": list(learner.model.input_shape),
+            "head": learner.model.head,
+            "settings": learner.model.settings,
+            "transductive": learner.model.transductive,
+        },
+        "preprocessing": "uint8 / 255, or float 0..1 as it is; shape [n, height, width, channels]; no centring",
+        "rates": dataclasses.asdict(learner.spec),
+        "inner_steps": learner.spec.steps,
+        "facts": learner.facts,
+        "versions": {name: importlib.metadata.version(name) for name in ("metalr", "jax", "flax", "optax")},
+    }
+    contents[CARD] = _card(learner, facts).encode()
+    facts["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    facts["sha256"] = _facts_sha256(facts)
+    contents[FACTS] = json.dumps(facts, indent=1).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            for name, content in contents.items():
+                (part / name).write_bytes(content)
+            part.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written: {one_line(error)}") from error
+    return path
+
+
+def _facts_sha256(facts: dict[str, Any]) -> str:
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _card(learner: Learner, facts: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {g} | {v} |" for g, v in rates_lib.summary(learner.spec, learner.rates).items())
+    norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
+    return (
+        f"# A metalr learner\n\nA {facts['model']['name']} with {learner.model.way} outputs for "
+        f"{'x'.join(map(str, learner.model.input_shape))} images: a meta-learned initialization and inner-loop "
+        f"learning rates ({learner.spec.granularity}), trained for {learner.spec.steps} steps.\n{norm}\n"
+        '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
+        "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"
+        f"| group | learning rate (mean) |\n|---|---|\n{rows}\n\n"
+        f"Trained on:\n\n```json\n{json.dumps(learner.facts, indent=1)}\n```\n"
+    )
+
+
+def load(path: Path | str, model: Model | None = None) -> Learner:
+    """Read an artifact folder after checking its hashes, names, shapes, dtypes and values.
+
+    Args:
+      model: needed for a custom model only, built as it was for training.
+
+    Raises:
+      ArtifactError: missing, damaged, of a newer format, or not fitting the model.
+    """
+    path = Path(path)
+    facts = _read_facts(path)
+    try:
+        info = facts["model"]
+        if model is None:
+            if info["name"] not in models.MODELS:
+                raise ArtifactError(f"{path}: holds a custom model; pass it: metalr.load(path, model=...)")
+            model = models.build(info["name"], info["way"], tuple(info["input_shape"]), **info["settings"])
+        spec = RatesSpec(**facts["rates"])
+        expected = jax.eval_shape(model.init, jax.random.key(0))
+        raw = jax.eval_shape(functools.partial(rates_lib.initial_raw, spec), expected)
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise ArtifactError(f"{path / FACTS}: does not describe a learner: {one_line(error)}") from error
+    try:
+        tensors = parse_tensors(_read_checked(path, TENSORS, facts))
+    except SafetensorError as error:
+        raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    wanted = {f"init/{rates_lib.path_name(p)}": leaf for p, leaf in leaves} | {f"rates/{g}": v for g, v in raw.items()}
+    if set(wanted) != set(tensors):
+        missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+        raise ArtifactError(f"{path / TENSORS}: expected the model's tensors; missing {missing}, unexpected {extra}")
+    for name, want in wanted.items():
+        got = tensors[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise ArtifactError(
+                f"{path / TENSORS}: {name}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
+            )
+        if not np.isfinite(got).all():
+            raise ArtifactError(f"{path / TENSORS}: {name}: expected finite values only")
+    arrays = [jnp.asarray(tensors[f"init/{rates_lib.path_name(p)}"]) for p, _ in leaves]
+    init = jax.tree.unflatten(jax.tree.structure(expected), arrays)
+    rates = {group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw}
+    _read_checked(path, CARD, facts)
+    return Learner(model, spec, init, rates, facts.get("facts", {}))
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if not (path / FACTS).is_file():
+        raise ArtifactError(f"{path}: expected an artifact folder with {FACTS}, found none")
+    try:
+        if (path / FACTS).stat().st_size > MAX_BYTES[FACTS]:
+            raise ArtifactError(f"{path / FACTS}: expected at most {MAX_BYTES[FACTS]} bytes")
+        facts = json.loads((path / FACTS).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path / FACTS}: damaged: {one_line(error)}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise ArtifactError(f"{path / FACTS}: damaged: expected an object with a format number")
+    if facts["format"] > FORMAT:
+        raise ArtifactError(f"{path}: has format {facts['format']}, this metalr reads up to {FORMAT}; upgrade metalr")
+    if facts.get("sha256") != _facts_sha256(facts):
+        raise ArtifactError(f"{path / FACTS}: damaged: its content does not match its sha256")
+    return facts
+
+
+def _read_checked(path: Path, name: str, facts: dict[str, Any]) -> bytes:
+    file = path / name
+    if not file.is_file() or file.is_symlink():
+        raise ArtifactError(f"{file}: expected a regular file, found none")
+    if file.stat().st_size > MAX_BYTES[name]:
+        raise ArtifactError(f"{file}: expected at most {MAX_BYTES[name]} bytes, got {file.stat().st_size}")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {one_line(error)}") from error
+    if hashlib.sha256(content).hexdigest() != facts.get("files", {}).get(name):
+        raise ArtifactError(f"{file}: damaged: sha256 differs from the one in {FACTS}")
+    return content
+
+
+
+
+def write_params(path: Path, params: Params) -> None:
+    """Write a params pytree as one .safetensors file of tensors under their path names.
+
+    Raises ArtifactError if it cannot be written.
+    """
+    tensors = {name.partition("/")[2]: value for name, value in named_arrays(params, "params").items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tensor_bytes(tensors))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written: {one_line(error)}") from error

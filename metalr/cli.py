@@ -1,0 +1,226 @@
+"""The command line: `metalr quickstart | train | evaluate | adapt | data`. Imports jax only to run a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metalr.config import QUICKSTART, TrainConfig, from_json
+from metalr.errors import ConfigError, MetalrError
+
+EXIT_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a MetalrError becomes one line on stderr and exit code 2."""
+    _quiet()
+    commands: dict[str, Callable[..., None]] = {
+        "quickstart": quickstart,
+        "train": train,
+        "evaluate": evaluate,
+        "adapt": adapt,
+        "data list": data_list,
+        "data prepare": data_prepare,
+        "data import": data_import,
+    }
+    about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
+    _guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="metalr", description=about, args=argv, sort_subcommands=False))
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _guard(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except MetalrError as error:
+        print(f"metalr: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        print("metalr: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _start_jax() -> None:
+    from metalr import data, devices
+
+    devices.use_all_cores()
+    devices.use_compilation_cache(data.cache_dir() / "compiled")
+
+
+def quickstart(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = QUICKSTART, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Train on the bundled MNIST subset, evaluate on held-out tasks, compare with a small grid search.
+
+    Args:
+      json_: print the results as JSON instead of a table.
+    """
+    _train(config, "quickstart", json_)
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Meta-train and evaluate on held-out tasks; leave a run folder.
+
+    Args:
+      json_: print the results as JSON instead of a table.
+    """
+    _train(config, "train", json_)
+
+
+def _train(config: TrainConfig, name: str, as_json: bool) -> None:
+    _start_jax()
+    from metalr import report, runs
+
+    results = runs.run(config, name=name)
+    print(json.dumps(results, indent=1) if as_json else report.text(results))
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Evaluate a run's artifact again on held-out tasks.
+
+    Args:
+      run: a run folder.
+      episodes: number of meta-test tasks; default: as in the run.
+      steps: length of the adaptation curve; default: as in the run.
+      seed: seed of the tasks; default: as in the run.
+      json_: print JSON instead of a table.
+    """
+    _start_jax()
+    from metalr import artifact, report, runs
+
+    file = run / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{run}: expected a run folder with config.json, found none")
+    try:
+        config = from_json(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: not the config of a run: {error}") from error
+    given = {"episodes": episodes, "steps": steps, "seed": seed}
+    changed = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changed))
+    setup = runs.set_up(config)
+    learner = artifact.load(run / "artifact")
+    if learner.facts["split_sha256"] != setup.splits.sha256:
+        raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
+    asked = config.evaluation
+    curve, seconds = runs.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
+    results = {
+        "run": str(run),
+        "episodes": asked.episodes,
+        "split_sha256": setup.splits.sha256,
+        "transductive": learner.model.transductive,
+        "curve": runs.curve_rows(curve),
+        "seconds": round(seconds, 3),
+        "provenance": runs.provenance(),
+    }
+    print(json.dumps(results, indent=1) if json_ else report.curve_text(results))
+
+
+def adapt(
+    artifact: tyro.conf.Positional[Path],
+    data: tyro.conf.Positional[Path],
+    steps: int | None = None,
+    out: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Fine-tune a saved learner on one task and predict.
+
+    Args:
+      artifact: an artifact folder, or a run folder with one.
+      data: an .npz with support_x, support_y, query_x and, to get an accuracy, query_y.
+      steps: inner steps; default: as many as were trained.
+      out: also write the fine-tuned params to this .safetensors file.
+      json_: print JSON.
+    """
+    _start_jax()
+    import numpy as np
+
+    from metalr import artifact as artifacts
+    from metalr import data as arrays
+
+    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
+    learner = artifacts.load(folder)
+    task = arrays.read_npz(data)
+    missing = [name for name in ("support_x", "support_y", "query_x") if name not in task]
+    if missing:
+        raise ConfigError(f"{data}: expected arrays support_x, support_y, query_x, missing {missing}")
+    fast = learner.adapt(task["support_x"], task["support_y"], steps=steps)
+    predicted = np.asarray(learner.apply(fast, task["query_x"])).argmax(-1)
+    result: dict[str, Any] = {"steps": learner.spec.steps if steps is None else steps, "predictions": predicted.tolist()}
+    if "query_y" in task:
+        labels = arrays.check_labels(task["query_y"], len(predicted), "query_y")
+        result["accuracy"] = float((predicted == labels).mean())
+    if out is not None:
+        artifacts.write_params(out, fast)
+        result["params"] = str(out)
+    if json_:
+        print(json.dumps(result))
+        return
+    print("predictions", *result["predictions"])
+    if "accuracy" in result:
+        print(f"accuracy    {result['accuracy']:.4f} after {result['steps']} steps")
+    if out is not None:
+        print(f"params      {out}")
+
+
+def data_list(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """List the datasets that are ready to use.
+
+    Args:
+      json_: print JSON.
+    """
+    from metalr import data
+
+    rows = [data.load(name) for name in data.names()]
+    if json_:
+        print(json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows]))
+        return
+    for dataset in rows:
+        print(dataset)
+
+
+def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
+    """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
+
+    Args:
+      name: mnist, or the name of a TFDS dataset that is prepared in the TFDS folder.
+      idx: folder with MNIST's four IDX files (gzipped or not); checked by sha256.
+      data_dir: TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    """
+    from metalr import sources
+
+    print(sources.prepare(name, idx=idx, data_dir=data_dir))
+
+
+def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> None:
+    """Check an .npz of your own images and labels, and keep it under a name.
+
+    Args:
+      file: .npz with images and labels (and optionally test_images, test_labels, class_split); or images of shape
+        [classes, n, height, width] without labels.
+      name: what --data calls it; default: the file's name.
+    """
+    from metalr import data
+
+    dataset = data.from_npz(file, name)
+    if dataset.name == data.BUNDLED:
+        raise ConfigError(f"--name: expected another name than the bundled dataset's, got {dataset.name!r}")
+    data.write_cache(dataset)
+    print(dataset)
+
+
+if __name__ == "__main__":
+    main()

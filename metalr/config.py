@@ -1,0 +1,185 @@
+"""Settings of a run as frozen dataclasses. Imports no jax, so that `metalr --help` is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What one task is."""
+
+    family: Literal["digits", "rotated", "permuted", "relabeled", "classes"] = "digits"
+    """Task family: which digits, which transform; see docs/tasks.md."""
+    way: int = 5
+    """Classes a task (families rotated, permuted and relabeled use all classes of the data)."""
+    shot: int = 1
+    """Support images a class."""
+    query: int = 15
+    """Query images a class."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. Settings of the other networks are ignored."""
+
+    name: Literal["mlp", "conv4", "rnn"] = "mlp"
+    """mlp, conv4 or rnn."""
+    widths: tuple[int, ...] = (128,)
+    """mlp: hidden layers."""
+    dropout: float = 0.0
+    """mlp: dropout rate, active in every inner step (the reference MLP of the full-data benchmark has 0.2)."""
+    channels: int = 64
+    """conv4: channels of each layer."""
+    layers: int = 4
+    """conv4: number of convolutions."""
+    norm: Literal["batch", "instance", "none"] = "batch"
+    """conv4: normalise by the statistics of the whole batch (transductive), of each image, or not at all."""
+    cell: Literal["gru", "lstm"] = "gru"
+    """rnn: kind of cell."""
+    width: int = 128
+    """rnn: state size."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that this model takes."""
+        names = {"mlp": ("widths", "dropout"), "conv4": ("channels", "layers", "norm"), "rnn": ("cell", "width")}
+        return {name: getattr(self, name) for name in names.get(self.name, ())}
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerConfig:
+    """The inner loop. `algorithm` is a row of choices; the settings that are None come from it."""
+
+    algorithm: Literal["maml", "fomaml", "reptile", "anil", "boil", "meta_sgd", "meta_sgd_layer", "lslr"] = (
+        "meta_sgd_layer"
+    )
+    """Row of the algorithm table."""
+    steps: int = 5
+    """Inner steps that are trained."""
+    rate: float = 0.1
+    """Learning rate that meta-training starts from."""
+    granularity: Literal["shared", "layer", "tensor", "parameter"] | None = None
+    """What shares one learning rate."""
+    per_step: bool | None = None
+    """A rate of its own for every step."""
+    learned: bool | None = None
+    """Learn the rates."""
+    first_order: bool | None = None
+    """Leave second derivatives out of the meta-gradient."""
+    adapts: Literal["all", "head", "body"] | None = None
+    """Which layers adapt."""
+    signed: bool = False
+    """Let rates turn negative, as Meta-SGD's paper does; otherwise their logarithm is learned."""
+    extend: Literal["hold", "mean", "error"] = "hold"
+    """Per-step rates beyond the trained steps."""
+    remat: bool = False
+    """Recompute inner steps in the backward pass: less memory, more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterConfig:
+    """The outer loop."""
+
+    steps: int = 2000
+    """Outer steps."""
+    meta_batch: int = 16
+    """Tasks an outer step."""
+    init_rate: float = 1e-3
+    """Outer learning rate of the init."""
+    rates_rate: float = 1e-2
+    """Outer learning rate of the inner rates (of their logarithms, unless signed)."""
+    optimizer: str = "adam"
+    """Any optimizer of optax that is made from a learning rate alone."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How both outer learning rates go over the steps."""
+    clip: float | None = 10.0
+    """Largest global norm of the meta-gradient; None does not clip."""
+    validate_every: int = 250
+    """Outer steps between two validations on meta-validation tasks; the best init and rates are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The held-out protocol."""
+
+    episodes: int = 600
+    """Fixed meta-test tasks, the same for every method."""
+    validation_episodes: int = 200
+    """Fixed meta-validation tasks, for choosing among checkpoints."""
+    steps: int = 10
+    """Length of the adaptation curve, beyond the trained steps too."""
+    seed: int = 0
+    """Seed of those tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig:
+    """The small grid that the result is compared with, on the same held-out tasks."""
+
+    run: bool = False
+    """Run it."""
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    """Learning rates."""
+    steps: tuple[int, ...] = (1, 5, 20)
+    """Inner steps; snapshots of one trajectory."""
+    batch_sizes: tuple[int, ...] = (10, 1000)
+    """Minibatch sizes; those above the support set's size mean all of it."""
+    optimizers: tuple[str, ...] = ("adam", "sgd")
+    """Inner optimizers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One meta-training run: data, tasks, model, inner loop, outer loop, evaluation."""
+
+    data: str = "mnist12k"
+    """mnist12k (bundled), mnist, another prepared name (`metalr data list`), or a path to an .npz."""
+    tasks: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    inner: InnerConfig = InnerConfig()
+    outer: OuterConfig = OuterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    grid: GridConfig = GridConfig()
+    seed: int = 0
+    """Seed of meta-training."""
+    out: Path | None = None
+    """Run folder; default runs/NAME, numbered if taken."""
+    overwrite: bool = False
+    """Replace a run folder that exists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def from_json(facts: dict[str, Any]) -> TrainConfig:
+    """The config that `to_json` gave. Raises ValueError for unknown fields or values of a wrong kind."""
+
+    def build(kind: Any, given: dict[str, Any]) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        unknown = set(given) - set(fields)
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}; expected some of {sorted(fields)}")
+        values = {}
+        for name, value in given.items():
+            default = getattr(kind(), name)
+            if dataclasses.is_dataclass(default):
+                value = build(type(default), value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            elif name == "out" and value is not None:
+                value = Path(value)
+            values[name] = value
+        return kind(**values)
+
+    return build(TrainConfig, facts)
+
+
+QUICKSTART = TrainConfig(
+    tasks=TaskConfig(family="relabeled", way=10, shot=5),
+    outer=OuterConfig(steps=1000, meta_batch=16),
+    grid=GridConfig(run=True),
+)

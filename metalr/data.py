@@ -1,0 +1,319 @@
+"""Image-classification data in memory: checked arrays, the bundled MNIST subset, the decoded cache.
+
+Reading other formats (IDX files, TFDS folders, downloads) is `metalr.sources`; this module never touches the
+network and never picks another dataset than the one it was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from metalr.errors import DataError, one_line
+
+BUNDLED = "mnist12k"
+PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+SPLIT_NAMES = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels, split into a train and a test part as their publisher split them.
+
+    Attributes:
+      name: what `load` calls it.
+      train_images, test_images: uint8 [n, height, width, channels], 0..255. Test may be empty (n = 0).
+      train_labels, test_labels: int32 [n], 0..classes-1.
+      class_split: for many-class data, "train" | "val" | "test" for each class, or None.
+      source: where the data came from, in words.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_split: tuple[str, ...] | None
+    source: str
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are: one more than the highest label."""
+        return 1 + int(max(self.train_labels.max(initial=-1), self.test_labels.max(initial=-1)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
+        height, width, channels = self.train_images.shape[1:]
+        return height, width, channels
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all the content that training can see (not of the name or source)."""
+        return _content_sha256(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self.train_images):,} train + {len(self.test_images):,} test images, "
+            f"{'x'.join(map(str, self.shape))}, {self.classes} classes ({self.source})"
+        )
+
+
+@lru_cache(maxsize=16)
+def _content_sha256(dataset: Dataset) -> str:
+    digest = hashlib.sha256(json.dumps(dataset.class_split).encode())
+    for part in PARTS:
+        array = np.ascontiguousarray(getattr(dataset, part))
+        digest.update(f"{part}{array.shape}{array.dtype}".encode())
+        digest.update(memoryview(array).cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def check_images(images: np.ndarray, what: str = "images") -> np.ndarray:
+    """uint8 [n, height, width, channels] from uint8 0..255 or float 0..1, channel axis optional.
+
+    Raises:
+      DataError: any other dtype, rank, or a non-finite or out-of-range pixel.
+    """
+    images = np.asarray(images)
+    if images.ndim not in (3, 4):
+        raise DataError(
+            f"{what}: expected shape [n, height, width] or [n, height, width, channels], got {images.shape}"
+        )
+    if images.dtype != np.uint8:
+        check_pixels(images, what)
+        images = np.round(np.asarray(images, np.float32) * 255).astype(np.uint8)
+    return images if images.ndim == 4 else images[..., None]
+
+
+def check_pixels(images: np.ndarray, what: str) -> None:
+    """Raises DataError unless `images` is uint8, or float, finite and within 0..1."""
+    if images.dtype == np.uint8:
+        return
+    if not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"{what}: expected dtype uint8 (0..255) or float (0..1), got {images.dtype}")
+    if images.size and not np.isfinite(images).all():
+        raise DataError(f"{what}: expected finite pixels, got {int((~np.isfinite(images)).sum())} non-finite")
+    if images.size and (images.min() < 0 or images.max() > 1):
+        raise DataError(
+            f"{what}: expected float pixels within 0..1, got {images.min():.4g}..{images.max():.4g}; "
+            "divide by 255, or pass uint8"
+        )
+
+
+def check_labels(labels: np.ndarray, count: int, what: str = "labels") -> np.ndarray:
+    """int32 [count] from any integer array of that length.
+
+    Raises:
+      DataError: another shape, a non-integer dtype or a negative label.
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (count,):
+        raise DataError(f"{what}: expected shape [{count}], one label an image, got {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{what}: expected an integer dtype, got {labels.dtype}")
+    if count and (labels.min() < 0 or labels.max() >= 1 << 20):
+        raise DataError(f"{what}: expected labels from 0 up to 2^20, got {labels.min()}..{labels.max()}")
+    return labels.astype(np.int32)
+
+
+def from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    test_images: np.ndarray | None = None,
+    test_labels: np.ndarray | None = None,
+    class_split: np.ndarray | None = None,
+    name: str = "arrays",
+    source: str = "arrays given by the user",
+) -> Dataset:
+    """A Dataset from a user's own arrays.
+
+    Args:
+      images: uint8 0..255 or float 0..1, [n, height, width] or [n, height, width, channels]; or, with no labels,
+        one row a class: [classes, n, height, width].
+      labels: integer [n], every class 0..classes-1 present.
+      test_images, test_labels: the test part. Without one, the last sixth of every class becomes it, unless
+        `class_split` is given (whole classes are held out then, and the test part is empty).
+      class_split: "train" | "val" | "test" for each class.
+
+    Raises:
+      DataError: arrays of a wrong shape, dtype or range; a class without images.
+    """
+    images = np.asarray(images)
+    if labels is None:
+        if images.ndim != 4:
+            raise DataError(
+                f"images: without labels, expected [classes, n, height, width], got shape {images.shape}"
+            )
+        labels = np.repeat(np.arange(images.shape[0]), images.shape[1])
+        images = images.reshape(-1, *images.shape[2:])
+    images = check_images(images)
+    labels = check_labels(labels, len(images))
+    if not len(images):
+        raise DataError("images: expected at least one image, got none")
+    missing = np.setdiff1d(np.arange(labels.max() + 1), labels)
+    if missing.size:
+        raise DataError(f"labels: expected every class 0..{labels.max()} to have images, got none for {missing[0]}")
+    if test_images is not None or test_labels is not None:
+        if test_images is None or test_labels is None:
+            raise DataError("test_images and test_labels: expected both or neither, got one")
+        test_images = check_images(test_images, "test_images")
+        test_labels = check_labels(test_labels, len(test_images), "test_labels")
+        if test_images.shape[1:] != images.shape[1:]:
+            raise DataError(f"test_images: expected images of {images.shape[1:]}, got {test_images.shape[1:]}")
+        if len(test_labels) and test_labels.max() > labels.max():
+            raise DataError(f"test_labels: expected labels 0..{labels.max()}, got {test_labels.max()}")
+    elif class_split is not None:
+        test_images, test_labels = images[:0], labels[:0]
+    else:
+        rank = np.empty(len(labels), np.int64)  # position of each image within its class
+        order = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels)
+        rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+        held_out = rank >= counts[labels] - counts[labels] // 6
+        test_images, test_labels = images[held_out], labels[held_out]
+        images, labels = images[~held_out], labels[~held_out]
+    if class_split is not None:
+        class_split = np.asarray(class_split)
+        if class_split.shape != (labels.max() + 1,) or not set(class_split.tolist()) <= set(SPLIT_NAMES):
+            raise DataError(
+                f"class_split: expected one of {SPLIT_NAMES} for each of {labels.max() + 1} classes, "
+                f"got shape {class_split.shape} with {sorted(set(class_split.ravel().tolist()))[:5]}"
+            )
+    split = tuple(map(str, class_split)) if class_split is not None else None
+    return Dataset(name, images, labels, test_images, test_labels, split, source)
+
+
+def from_npz(path: Path | str, name: str | None = None) -> Dataset:
+    """A Dataset from an .npz with `images` and `labels` (and, optionally, the other arguments of from_arrays).
+
+    Arrays named train_images/train_labels are taken too, and `split` for class_split.
+
+    Raises:
+      DataError: the file is missing, is no .npz, holds pickled objects or lacks an array.
+    """
+    path = Path(path)
+    arrays = read_npz(path)
+    if "images" not in arrays and "train_images" not in arrays:
+        raise DataError(f"{path}: expected an array `images` (and `labels`), got {sorted(arrays)}")
+    return from_arrays(
+        arrays["images"] if "images" in arrays else arrays["train_images"],
+        arrays.get("labels", arrays.get("train_labels")),
+        test_images=arrays.get("test_images"),
+        test_labels=arrays.get("test_labels"),
+        class_split=arrays.get("class_split", arrays.get("split")),
+        name=name or path.stem,
+        source=str(path),
+    )
+
+
+def read_npz(path: Path) -> Mapping[str, np.ndarray]:
+    """All arrays of an .npz; never unpickles. Raises DataError with the path when that cannot be done."""
+    if not path.is_file():
+        raise DataError(f"{path}: expected an .npz file, found none")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez")
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: expected an .npz of plain arrays, got: {one_line(error)}") from error
+
+
+def bundled() -> Dataset:
+    """The real MNIST subset inside the package: 1,000 train and 200 test images of every digit."""
+    dataset = from_npz(Path(__file__).parent / "bundled" / f"{BUNDLED}.npz")
+    return dataclasses.replace(dataset, source="bundled subset of MNIST, CC BY-SA 3.0")
+
+
+def cache_dir() -> Path:
+    """METALR_CACHE_DIR, or the user's own cache folder."""
+    if given := os.environ.get("METALR_CACHE_DIR"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metalr"
+
+
+def cached_path(name: str) -> Path:
+    """Where the decoded arrays of a prepared dataset stand. Raises DataError for a name that is a path."""
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise DataError(f"data.name: expected letters, digits, '-', '_' and '.', got {name!r}")
+    return cache_dir() / "datasets" / name
+
+
+def write_cache(dataset: Dataset) -> Path:
+    """Save decoded arrays to the cache, whole or not at all; replaces an older copy. Returns the folder."""
+    target = cached_path(dataset.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{dataset.name}-", dir=target.parent))
+    except OSError as error:
+        raise DataError(f"{target.parent}: cannot write the data cache: {one_line(error)}") from error
+    try:
+        for key in PARTS:
+            np.save(part / f"{key}.npy", getattr(dataset, key))
+        facts = {"source": dataset.source, "class_split": dataset.class_split, "sha256": dataset.sha256}
+        (part / "dataset.json").write_text(json.dumps(facts, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot write the data cache: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def read_cache(name: str) -> Dataset:
+    """Memory-mapped arrays of a prepared dataset, checked against their hash.
+
+    Raises:
+      DataError: not prepared, or the cached copy is damaged; says which command mends it.
+    """
+    path = cached_path(name)
+    mend = f"run `metalr data prepare {name}` (or `metalr data import FILE.npz --name {name}`)"
+    if not path.is_dir():
+        have = ", ".join(names()) or "none"
+        raise DataError(f"data {name!r}: expected a prepared dataset, have {have}; {mend}")
+    try:
+        facts = json.loads((path / "dataset.json").read_text())
+        arrays = {key: np.load(path / f"{key}.npy", mmap_mode="r", allow_pickle=False) for key in PARTS}
+        split = tuple(facts["class_split"]) if facts["class_split"] else None
+        dataset = Dataset(name=name, class_split=split, source=facts["source"], **arrays)
+        intact = dataset.sha256 == facts["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: the cached copy is damaged ({one_line(error)}); {mend}") from error
+    if not intact:
+        raise DataError(f"{path}: the cached copy is damaged (sha256 differs); {mend}")
+    return dataset
+
+
+def names() -> list[str]:
+    """What `load` can give without further preparation."""
+    folder = cache_dir() / "datasets"
+    prepared = [p.name for p in folder.iterdir() if (p / "dataset.json").is_file()] if folder.is_dir() else []
+    return [BUNDLED, *sorted(name for name in prepared if not name.startswith("."))]
+
+
+def load(name: str) -> Dataset:
+    """The dataset of that name: "mnist12k" (bundled), one that was prepared or imported, or a path to an .npz.
+
+    Raises:
+      DataError: there is none; the message names the command that prepares it.
+    """
+    if name == BUNDLED:
+        return bundled()
+    if name.endswith(".npz"):
+        return from_npz(Path(name).expanduser())
+    return read_cache(name)

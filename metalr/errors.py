@@ -1,0 +1,22 @@
+"""The errors that metalr raises on purpose. Each message names the thing, what was expected, what came."""
+
+
+class MetalrError(Exception):
+    """Base of every error that metalr raises; its text is one line fit to show to a person."""
+
+
+class ConfigError(MetalrError, ValueError):
+    """A setting, argument or combination of them is not one that can work."""
+
+
+class DataError(MetalrError, ValueError):
+    """Data is missing, damaged, or of the wrong shape, dtype or range."""
+
+
+class ArtifactError(MetalrError):
+    """A saved learner is missing, damaged, or of a kind that this version cannot read."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's own text as one line, for messages that pass on somebody else's error."""
+    return " ".join(str(error).split()) or type(error).__name__

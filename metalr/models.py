@@ -1,0 +1,328 @@
+"""Models as pure functions: `init(key) -> params` and `apply(params, x) -> logits`, made with Flax.
+
+The rest of metalr sees only a `Model`, so a user's own Linen or NNX module goes in through `from_linen` or
+`from_nnx`. A model may bring a second, equal formulation that is faster on CPUs (`cpu_apply`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metalr.errors import ConfigError
+from metalr.types import Params
+
+Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
+NORMS = ("batch", "instance", "none")
+CELLS = ("gru", "lstm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as two pure functions.
+
+    Attributes:
+      name: a key of MODELS, or "custom".
+      init: key -> params, a pytree of float32 arrays.
+      apply: (params, x, key=None) -> logits. x: [n, height, width, channels] float32, 0..1; logits: [n, way]
+        float32. With a key, dropout is active; without one, apply is deterministic.
+      input_shape: (height, width, channels).
+      way: number of outputs.
+      head: name of the output layer, the first keys of its path in params joined by "/" (ANIL and BOIL need it).
+      settings: what rebuilds the model from MODELS[name]; empty for custom models.
+      cpu_apply: the same function in the form that is fastest on CPUs, or None.
+      relu_stack: True if the model is exactly Dense-ReLU-…-Dense on flattened images, with params
+        {"dense_0": {"kernel", "bias"}, …, "head": {…}}; the factored inner loop may be used then.
+      transductive: True if predictions for one image depend on the other images given with it.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    apply: Apply
+    input_shape: tuple[int, int, int]
+    way: int
+    head: str = "head"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cpu_apply: Apply | None = None
+    relu_stack: bool = False
+    transductive: bool = False
+
+
+class _Mlp(nn.Module):
+    way: int
+    widths: tuple[int, ...]
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.widths):
+            x = nn.relu(nn.Dense(width, name=f"dense_{i}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.way, name="head")(x)
+
+
+class _Conv4(nn.Module):
+    way: int
+    channels: int
+    layers: int
+    norm: str
+    patches: bool  # convolution as patches times a matrix
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for i in range(self.layers):
+            x = nn.Conv(
+                self.channels,
+                (3, 3),
+                strides=2,
+                name=f"conv_{i}",
+                conv_general_dilated=conv_as_patches if self.patches else jax.lax.conv_general_dilated,
+            )(x)
+            if self.norm != "none":
+                x = _Norm(per_image=self.norm == "instance", name=f"norm_{i}")(x)
+            x = nn.relu(x)
+        return nn.Dense(self.way, name="head")(x.reshape(x.shape[0], -1))
+
+
+class _Norm(nn.Module):
+    """Normalise each channel by the statistics of this very input; keeps no running averages."""
+
+    per_image: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        axes = (1, 2) if self.per_image else (0, 1, 2)
+        mean = x.mean(axes, keepdims=True)
+        variance = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
+        slope = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
+        return x * slope + (bias - mean * slope)
+
+
+class _Rnn(nn.Module):
+    way: int
+    cell: str
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        rows = x.reshape(*x.shape[:2], -1)  # one row of the image a time step
+        cell = nn.GRUCell(self.width) if self.cell == "gru" else nn.OptimizedLSTMCell(self.width)
+        return nn.Dense(self.way, name="head")(nn.RNN(cell, name="rnn")(rows)[:, -1])
+
+
+def conv_as_patches(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    *,
+    precision: Any = None,
+    **_: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated` for NHWC and HWIO without dilation or groups, as patches times a matrix.
+
+    On CPUs a convolution with one kernel a task lowers to a slow grouped convolution, and even a single one is
+    slower than this. Shapes: x [n, h, w, c], kernel [kh, kw, c, o] -> [n, h', w', o].
+    """
+    kh, kw, channels, out = kernel.shape
+    sh, sw = window_strides
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (kh, kw), (sh, sw), padding) if isinstance(padding, str) else padding
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows, columns = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
+    patches = [
+        x[:, i : i + sh * (rows - 1) + 1 : sh, j : j + sw * (columns - 1) + 1 : sw]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    flat = jnp.concatenate(patches, -1).reshape(-1, kh * kw * channels)
+    y = jnp.dot(flat, kernel.reshape(-1, out), precision=precision)
+    return y.reshape(x.shape[0], rows, columns, out)
+
+
+def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax.Array], Params]:
+    def init(key: jax.Array) -> Params:
+        variables = module.init(key, jnp.zeros((1, *shape), jnp.float32))
+        other = sorted(set(variables) - {"params"})
+        if other:
+            raise ConfigError(
+                f"{type(module).__name__}: expected params only, got the collections {other}; the inner loop keeps "
+                "no running state, so use LayerNorm, GroupNorm, or statistics of the current batch "
+                "(use_running_average=False with track_running_stats off) instead of running averages"
+            )
+        return variables["params"]
+
+    return init
+
+
+def _linen_apply(module: nn.Module) -> Apply:
+    def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        if key is None:
+            return module.apply({"params": params}, x)  # type: ignore[return-value]
+        return module.apply({"params": params}, x, train=True, rngs={"dropout": key})  # type: ignore[return-value]
+
+    return apply
+
+
+def mlp(
+    way: int,
+    input_shape: tuple[int, int, int] = (28, 28, 1),
+    *,
+    widths: Sequence[int] = (128,),
+    dropout: float = 0.2,
+) -> Model:
+    """Dense-ReLU(-dropout) layers and a dense head; the defaults are the reference MLP 784-128-way."""
+    widths = tuple(widths)
+    if any(width < 1 for width in widths):
+        raise ConfigError(f"model.widths: expected positive layer widths, got {widths}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}")
+    module = _Mlp(way, widths, dropout)
+    return Model(
+        name="mlp",
+        init=_linen_init(module, input_shape),
+        apply=_linen_apply(module),
+        input_shape=input_shape,
+        way=way,
+        settings={"widths": list(widths), "dropout": dropout},
+        relu_stack=True,
+    )
+
+
+def conv4(
+    way: int,
+    input_shape: tuple[int, int, int] = (28, 28, 1),
+    *,
+    channels: int = 64,
+    layers: int = 4,
+    norm: str = "batch",
+) -> Model:
+    """The few-shot standard: `layers` blocks of 3x3 stride-2 convolution, norm, ReLU; then a dense head.
+
+    norm "batch" uses the statistics of all images given together, which is transductive on a query set (as in
+    MAML's published code); "instance" uses each image's own; "none" leaves it out. Source: Vinyals et al. 2016
+    (section 4.1.1) and Finn et al. 2017 (section 5.2), with strides in place of pooling.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"model.norm: expected one of {NORMS}, got {norm!r}")
+    if channels < 1 or layers < 1:
+        raise ConfigError(f"model.channels, model.layers: expected positive numbers, got {channels}, {layers}")
+    plain, patched = (_Conv4(way, channels, layers, norm, patches) for patches in (False, True))
+    return Model(
+        name="conv4",
+        init=_linen_init(plain, input_shape),
+        apply=_linen_apply(plain),
+        input_shape=input_shape,
+        way=way,
+        settings={"channels": channels, "layers": layers, "norm": norm},
+        cpu_apply=_linen_apply(patched),
+        transductive=norm == "batch",
+    )
+
+
+def rnn(
+    way: int,
+    input_shape: tuple[int, int, int] = (28, 28, 1),
+    *,
+    cell: str = "gru",
+    width: int = 128,
+) -> Model:
+    """A GRU or LSTM that reads the image row by row; the last state feeds a dense head."""
+    if cell not in CELLS:
+        raise ConfigError(f"model.cell: expected one of {CELLS}, got {cell!r}")
+    if width < 1:
+        raise ConfigError(f"model.width: expected a positive number, got {width}")
+    module = _Rnn(way, cell, width)
+    return Model(
+        name="rnn",
+        init=_linen_init(module, input_shape),
+        apply=_linen_apply(module),
+        input_shape=input_shape,
+        way=way,
+        settings={"cell": cell, "width": width},
+    )
+
+
+MODELS: dict[str, Callable[..., Model]] = {"mlp": mlp, "conv4": conv4, "rnn": rnn}
+
+
+def build(name: str, way: int, input_shape: tuple[int, int, int], **settings: Any) -> Model:
+    """The model of that name. Raises ConfigError for an unknown name or setting."""
+    if name not in MODELS:
+        raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
+    if way < 2:
+        raise ConfigError(f"way: expected at least 2 classes, got {way}")
+    try:
+        return MODELS[name](way, input_shape, **settings)
+    except TypeError as error:
+        raise ConfigError(f"model {name}: {error}") from error
+
+
+def from_linen(
+    module: nn.Module, input_shape: tuple[int, int, int], way: int, *, head: str = "head", transductive: bool = False
+) -> Model:
+    """A user's own Linen module, called as module(x) -> logits (and module(x, train=True) if it has dropout).
+
+    Raises:
+      ConfigError: the module keeps state beside params (running batch statistics), or gives other than [n, way]
+        logits. Checked here, by abstract evaluation.
+    """
+    model = Model("custom", _linen_init(module, input_shape), _linen_apply(module), input_shape, way, head)
+    return _checked(dataclasses.replace(model, transductive=transductive))
+
+
+def from_nnx(
+    module: Any, input_shape: tuple[int, int, int], way: int, *, head: str = "head", transductive: bool = False
+) -> Model:
+    """A user's own NNX module, called as module(x) -> logits.
+
+    `init(key)` draws every kernel (rank 2 or more) anew with LeCun-normal values and keeps all other arrays as the
+    module had them, because an NNX module carries its parameters already. Dropout must be in eval mode.
+
+    Raises:
+      ConfigError: the module keeps state beside nnx.Param, or gives other than [n, way] logits.
+    """
+    from flax import nnx
+
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
+        raise ConfigError(
+            f"{type(module).__name__}: expected nnx.Param only, got other state ({', '.join(kinds)}); use LayerNorm "
+            "or GroupNorm instead of running batch statistics, and call eval() on dropout without an rng stream"
+        )
+    values = nnx.to_pure_dict(params)
+
+    def init(key: jax.Array) -> Params:
+        leaves, tree = jax.tree.flatten(values)
+        draw = nn.initializers.lecun_normal()
+        fresh = [
+            draw(jax.random.fold_in(key, i), v.shape, v.dtype) if v.ndim > 1 else v for i, v in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(tree, fresh)
+
+    def apply(given: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        state = jax.tree.map(lambda v: v, params)
+        nnx.replace_by_pure_dict(state, given)
+        return nnx.merge(graph, state)(x)
+
+    return _checked(Model("custom", init, apply, input_shape, way, head, transductive=transductive))
+
+
+def _checked(model: Model) -> Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        params = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((3, *model.input_shape), jnp.float32)
+    logits = jax.eval_shape(model.apply, params, x)
+    if logits.shape != (3, model.way):
+        raise ConfigError(f"model: expected logits of shape [3, {model.way}] for 3 images, got {logits.shape}")
+    return model

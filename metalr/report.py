@@ -1,0 +1,70 @@
+"""Results as text for people. Reads results only; never trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def text(results: dict[str, Any]) -> str:
+    """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
+    tasks, training = results["config"]["tasks"], results["training"]
+    episodes = results["config"]["evaluation"]["episodes"]
+    lines = [
+        "",
+        f"{tasks['family']} {tasks['way']}-way {tasks['shot']}-shot, {episodes} held-out tasks, data {results['data']['name']}"
+        + (", transductive norm" if results["transductive"] else ""),
+        "",
+    ]
+    if "comparison" in results:
+        lines += table(results["comparison"])
+        lines += ["", "A grid's best cell is chosen on these very test tasks, which flatters it.", _cost_note(results)]
+    else:
+        lines += curve_lines(results["curve"])
+    lines += [
+        "",
+        f"meta-training {training['seconds']:.0f} s ({training['tasks_per_second']:.0f} tasks/s), "
+        f"in all {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"run folder {results['folder']}",
+    ]
+    return "\n".join(lines)
+
+
+def _cost_note(results: dict[str, Any]) -> str:
+    return "Cost: example-gradients that one new task needs (a grid's: the sum over its cells)."
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The comparison as aligned lines."""
+    head = ("method", "steps", "accuracy", "95 % CI", "cost a task", "cell")
+    body = [
+        (
+            row["method"],
+            str(row["steps"]),
+            f"{100 * row['accuracy']:.2f} %",
+            f"± {100 * row['ci95']:.2f}",
+            f"{row['example_gradients']:,.0f}",
+            " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row["cell"].values()),
+        )
+        for row in rows
+    ]
+    return _aligned([head, *body], left=(0, 5))
+
+
+def curve_text(results: dict[str, Any]) -> str:
+    """The adaptation curve of an evaluation."""
+    head = f"{results['run']}: {results['episodes']} held-out tasks, split {results['split_sha256'][:12]}"
+    return "\n".join([head, *curve_lines(results["curve"])])
+
+
+def curve_lines(curve: list[dict[str, Any]]) -> list[str]:
+    """A curve as aligned lines."""
+    rows = [(str(r["steps"]), f"{100 * r['accuracy']:.2f} %", f"± {100 * r['ci95']:.2f}") for r in curve]
+    return _aligned([("steps", "accuracy", "95 % CI"), *rows], left=())
+
+
+def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]

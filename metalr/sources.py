@@ -1,0 +1,245 @@
+"""Where data comes from: IDX files, TFDS folders, TFDS's download manager. Everything without TensorFlow.
+
+The full MNIST always ends in two places: a genuine TFDS directory `mnist/3.0.1` (so that other programs can read
+it too) and metalr's decoded, memory-mapped cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import urllib.parse
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metalr import data
+from metalr.errors import DataError, one_line
+
+# sha256 of the uncompressed content, magic number and dimensions of the four files of MNIST.
+IDX_FILES = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"  # TFDS's own source, with TFDS's checksums
+MEND = "get the four MNIST files again, then run `metalr data prepare mnist --idx DIR`"
+
+
+def read_idx(folder: Path) -> data.Dataset:
+    """The full MNIST from its four IDX files, gzipped or not.
+
+    Raises:
+      DataError: a file is missing, is no gzip (an HTML page, say), is cut short, or has another sha256.
+    """
+    content = {name: _read_checked(Path(folder), name, sha256) for name, sha256 in IDX_FILES.items()}
+
+    def images(part: str) -> np.ndarray:
+        return np.frombuffer(content[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
+
+    def labels(part: str) -> np.ndarray:
+        return np.frombuffer(content[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8)
+
+    return data.from_arrays(
+        images("train"),
+        labels("train"),
+        test_images=images("t10k"),
+        test_labels=labels("t10k"),
+        name="mnist",
+        source=f"MNIST, IDX files in {folder}",
+    )
+
+
+def _read_checked(folder: Path, name: str, sha256: str) -> bytes:
+    candidates = [folder / f"{name}.gz", folder / name, folder / name.replace("-idx", ".idx")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise DataError(f"{candidates[0]}: expected the gzipped IDX file, found none; {MEND}")
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except EOFError as error:
+        raise DataError(f"{path}: expected a whole gzip file, got one cut short; {MEND}") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        kind = "an HTML page" if raw.lstrip()[:1] == b"<" else f"a file that starts with {raw[:8]!r}"
+        raise DataError(f"{path}: expected a gzip file, got {kind}; {MEND}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+    got = hashlib.sha256(content).hexdigest()
+    if got != sha256:
+        raise DataError(f"{path}: expected sha256 {sha256[:16]}… of its content, got {got[:16]}…; {MEND}")
+    return content
+
+
+def tfds_dir(given: Path | None = None) -> Path:
+    """The TFDS data folder: the one given, TFDS_DATA_DIR, or TFDS's default."""
+    return Path(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None) -> data.Dataset:
+    """Bring a dataset into the decoded cache and return it.
+
+    Args:
+      name: "mnist", or any TFDS image-classification set that is prepared in the TFDS folder.
+      idx: a folder with MNIST's four IDX files.
+      data_dir: the TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
+
+    Raises:
+      DataError: nothing to read from, or what is there is damaged. Nothing partial is left behind.
+    """
+    if name == data.BUNDLED:
+        return data.bundled()
+    folder = tfds_dir(data_dir)
+    if idx is not None:
+        if name != "mnist":
+            raise DataError(f"--idx: expected the name mnist with it, got {name!r}")
+        write_tfds(read_idx(idx), folder)
+    elif name == "mnist" and not (folder / name).is_dir():
+        with tempfile.TemporaryDirectory() as downloads:
+            write_tfds(read_idx(download_mnist(Path(downloads))), folder)
+    elif not (folder / name).is_dir():
+        raise DataError(
+            f"data {name!r}: expected a prepared TFDS dataset at {folder / name}, found none; prepare it with TFDS "
+            "(file_format='array_record'), or bring arrays with `metalr data import FILE.npz`"
+        )
+    data.write_cache(read_tfds(name, folder))  # always from TFDS: it shuffles, so every source gives the same order
+    return data.read_cache(name)
+
+
+def download_mnist(folder: Path, url: str = MNIST_URL) -> Path:
+    """MNIST's four files by TFDS's download manager, with its checksums. Returns the folder.
+
+    Raises:
+      DataError: the host cannot be reached, or what came has another checksum.
+    """
+    parts = urllib.parse.urlsplit(url)
+    offline = "give the four files with `metalr data prepare mnist --idx DIR`, or use the bundled mnist12k"
+    try:  # the download manager itself retries a dead network for minutes
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+    except OSError as error:
+        raise DataError(f"{url}: cannot be reached ({one_line(error)}); {offline}") from error
+    import tensorflow_datasets as tfds
+
+    known = tfds.core.download.checksums.get_all_url_infos()
+    infos = {f"{url}{name}.gz": known[f"{MNIST_URL}{name}.gz"] for name in IDX_FILES}
+    manager = tfds.download.DownloadManager(
+        download_dir=folder / "downloads", url_infos=infos, force_checksums_validation=True
+    )
+    try:
+        paths = manager.download({name: f"{url}{name}.gz" for name in IDX_FILES})
+    except Exception as error:  # TFDS, requests and urllib3 each have their own
+        raise DataError(f"{url}: the download failed ({one_line(error)}); {offline}") from error
+    for name in IDX_FILES:
+        Path(paths[name]).rename(folder / f"{name}.gz")
+    return folder
+
+
+def write_tfds(dataset: data.Dataset, folder: Path) -> Path:
+    """Write the full MNIST as the TFDS directory `mnist/3.0.1` (array_record), as TFDS's own builder lays it out.
+
+    TFDS's builder needs TensorFlow to encode PNGs, so this one hands over encoded bytes. Returns the directory.
+    """
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    target = folder / "mnist" / "3.0.1"
+    if target.is_dir():
+        return target
+
+    class Mnist(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+        name = "mnist"
+        VERSION = tfds.core.Version("3.0.1")
+        pkg_dir_path = None
+
+        def _info(self) -> Any:
+            features = {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="The MNIST database of handwritten digits.",
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+                homepage="http://yann.lecun.com/exdb/mnist/",
+                license="CC BY-SA 3.0",
+            )
+
+        def _split_generators(self, _: Any) -> Any:
+            return {part: self._generate_examples(part) for part in ("train", "test")}
+
+        def _generate_examples(self, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+                png = io.BytesIO()
+                Image.fromarray(image[..., 0]).save(png, "PNG")
+                yield index, {"image": png.getvalue(), "label": int(label)}
+
+    try:
+        # Built beside its final place and moved there whole: a kill leaves no half-made dataset.
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".metalr-", dir=folder))
+        try:
+            tfds.disable_progress_bar()
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            with contextlib.redirect_stdout(io.StringIO()):  # it would name the temporary folder
+                Mnist(data_dir=part, file_format="array_record").download_and_prepare()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (part / "mnist" / "3.0.1").rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{target}: cannot write the TFDS directory: {one_line(error)}") from error
+    return target
+
+
+def read_tfds(name: str, folder: Path) -> data.Dataset:
+    """Decode a prepared TFDS image-classification set (one image feature, one class label).
+
+    Raises:
+      DataError: it is not prepared, is stored as tfrecord, has other features, or its images vary in size.
+    """
+    import tensorflow_datasets as tfds
+
+    versions = sorted((folder / name).glob("**/dataset_info.json"))
+    if not versions:
+        raise DataError(f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it")
+    try:
+        builder = tfds.builder_from_directory(versions[-1].parent)
+        splits = list(builder.info.splits)
+        image_key, label_key = builder.info.supervised_keys or ("image", "label")
+        features = builder.info.features
+        if not isinstance(features[image_key], tfds.features.Image):
+            raise DataError(f"{name}: expected an image feature {image_key!r}, got {features[image_key]}")
+        if "train" not in splits:
+            raise DataError(f"{name}: expected a split `train`, got {splits}")
+        parts = {}
+        for split in ("train", "test") if "test" in splits else ("train",):
+            records = builder.as_data_source(split=split)
+            images = [records[i] for i in range(len(records))]
+            parts[split] = (
+                np.stack([r[image_key] for r in images]),
+                np.array([r[label_key] for r in images], np.int64),
+            )
+    except DataError:
+        raise
+    except Exception as error:  # TFDS raises many kinds for damaged or unsupported (tfrecord) folders
+        raise DataError(
+            f"{versions[-1].parent}: cannot be read as an array_record TFDS dataset: {one_line(error)[:300]}"
+        ) from error
+    test = parts.get("test", (None, None))
+    return data.from_arrays(
+        *parts["train"], test_images=test[0], test_labels=test[1], name=name, source=f"TFDS {versions[-1].parent}"
+    )

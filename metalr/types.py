@@ -1,0 +1,34 @@
+"""The small values that pass between the modules."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any  # a pytree of float arrays, as flax makes them
+Rates = dict[str, jax.Array]  # group name -> learning rate(s); see metalr.rates
+
+
+class Episode(NamedTuple):
+    """One task's data. Leading axes (a meta-batch) may stand before every shape given here."""
+
+    support_x: jax.Array  # [support, height, width, channels] float32, 0..1
+    support_y: jax.Array  # [support] int32, 0..way-1
+    query_x: jax.Array  # [query, height, width, channels] float32, 0..1
+    query_y: jax.Array  # [query] int32, 0..way-1
+
+
+class MetaParams(NamedTuple):
+    """What the outer loop learns. `rates` are raw: metalr.rates.actual turns them into learning rates."""
+
+    init: Params
+    rates: Rates
+
+
+class Curve(NamedTuple):
+    """Accuracy on held-out tasks after 0, 1, 2 … inner steps."""
+
+    mean: jax.Array  # [steps + 1] float, 0..1
+    ci95: jax.Array  # [steps + 1] float, half-width over tasks
+    tasks: jax.Array  # [tasks, steps + 1] float, each task's own query accuracy
