@@ -1,8 +1,8 @@
 """metalr: meta-learn an initialization and the inner-loop learning rates; fine-tune later tasks without a search.
 
-    learned = metalr.load("runs/x/artifact")
-    fast = learned.adapt(support_x, support_y, steps=5)
-    logits = learned.apply(fast, query_x)
+learned = metalr.load("runs/x/artifact")
+fast = learned.adapt(support_x, support_y, steps=5)
+logits = learned.apply(fast, query_x)
 """
 
 import importlib

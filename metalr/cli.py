@@ -20,22 +20,29 @@ EXIT_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a MetalrError becomes one line on stderr and exit code 2."""
-    _quiet()
-    commands: dict[str, Callable[..., None]] = {
-        "quickstart": quickstart,
-        "train": train,
-        "evaluate": evaluate,
-        "adapt": adapt,
-        "data list": data_list,
-        "data prepare": data_prepare,
-        "data import": data_import,
-    }
-    about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
-    _guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="metalr", description=about, args=argv, sort_subcommands=False))
-
-
-def _quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["data"]:
+        commands: dict[str, Callable[..., None]] = {
+            "list": data_list,
+            "prepare": data_prepare,
+            "import": data_import,
+        }
+        _guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
+        return
+    commands = {"quickstart": quickstart, "train": train, "evaluate": evaluate, "adapt": adapt, "data": data}
+    about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
+    _guard(lambda: _dispatch(commands, "metalr", about, given))
+
+
+def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, argv: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog=prog, description=about, args=argv, sort_subcommands=False
+    )
+
+
+def data() -> None:
+    """List the datasets, prepare or import one: see `metalr data --help`."""
 
 
 def _guard(run: Callable[[], Any]) -> Any:
@@ -56,7 +63,11 @@ def _start_jax() -> None:
     devices.use_compilation_cache(data.cache_dir() / "compiled")
 
 
-def quickstart(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = QUICKSTART, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+def quickstart(config: Config = QUICKSTART, json_: Json = False) -> None:
     """Train on the bundled MNIST subset, evaluate on held-out tasks, compare with a small grid search.
 
     Args:
@@ -65,7 +76,7 @@ def quickstart(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = QUICKSTA
     _train(config, "quickstart", json_)
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def train(config: Config = TrainConfig(), json_: Json = False) -> None:  # noqa: B008
     """Meta-train and evaluate on held-out tasks; leave a run folder.
 
     Args:
@@ -87,7 +98,7 @@ def evaluate(
     episodes: int | None = None,
     steps: int | None = None,
     seed: int | None = None,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_: Json = False,
 ) -> None:
     """Evaluate a run's artifact again on held-out tasks.
 
@@ -131,16 +142,16 @@ def evaluate(
 
 def adapt(
     artifact: tyro.conf.Positional[Path],
-    data: tyro.conf.Positional[Path],
+    task: tyro.conf.Positional[Path],
     steps: int | None = None,
     out: Path | None = None,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_: Json = False,
 ) -> None:
     """Fine-tune a saved learner on one task and predict.
 
     Args:
       artifact: an artifact folder, or a run folder with one.
-      data: an .npz with support_x, support_y, query_x and, to get an accuracy, query_y.
+      task: an .npz with support_x, support_y, query_x and, to get an accuracy, query_y.
       steps: inner steps; default: as many as were trained.
       out: also write the fine-tuned params to this .safetensors file.
       json_: print JSON.
@@ -153,15 +164,18 @@ def adapt(
 
     folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
     learner = artifacts.load(folder)
-    task = arrays.read_npz(data)
-    missing = [name for name in ("support_x", "support_y", "query_x") if name not in task]
+    given = arrays.read_npz(task)
+    missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
     if missing:
-        raise ConfigError(f"{data}: expected arrays support_x, support_y, query_x, missing {missing}")
-    fast = learner.adapt(task["support_x"], task["support_y"], steps=steps)
-    predicted = np.asarray(learner.apply(fast, task["query_x"])).argmax(-1)
-    result: dict[str, Any] = {"steps": learner.spec.steps if steps is None else steps, "predictions": predicted.tolist()}
-    if "query_y" in task:
-        labels = arrays.check_labels(task["query_y"], len(predicted), "query_y")
+        raise ConfigError(f"{task}: expected arrays support_x, support_y, query_x, missing {missing}")
+    fast = learner.adapt(given["support_x"], given["support_y"], steps=steps)
+    predicted = np.asarray(learner.apply(fast, given["query_x"])).argmax(-1)
+    result: dict[str, Any] = {
+        "steps": learner.spec.steps if steps is None else steps,
+        "predictions": predicted.tolist(),
+    }
+    if "query_y" in given:
+        labels = arrays.check_labels(given["query_y"], len(predicted), "query_y")
         result["accuracy"] = float((predicted == labels).mean())
     if out is not None:
         artifacts.write_params(out, fast)
@@ -176,7 +190,7 @@ def adapt(
         print(f"params      {out}")
 
 
-def data_list(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def data_list(json_: Json = False) -> None:
     """List the datasets that are ready to use.
 
     Args:
@@ -186,13 +200,19 @@ def data_list(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> Non
 
     rows = [data.load(name) for name in data.names()]
     if json_:
-        print(json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows]))
+        print(
+            json.dumps(
+                [{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows]
+            )
+        )
         return
     for dataset in rows:
         print(dataset)
 
 
-def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
+def data_prepare(
+    name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None
+) -> None:
     """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
 
     Args:
@@ -220,6 +240,32 @@ def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> No
         raise ConfigError(f"--name: expected another name than the bundled dataset's, got {dataset.name!r}")
     data.write_cache(dataset)
     print(dataset)
+
+
+def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Run an experiment document: its config with overrides from the command line, once a seed.
+
+    Results go to experiments/results/NAME.json, the artifact of the first seed to experiments/artifacts/NAME, both
+    beside the calling script. Options: those of `metalr train`, `--seeds`, and `--folder`.
+    """
+
+    def main(
+        config: Config = config, seeds: tuple[int, ...] = seeds, folder: Path = Path(sys.argv[0]).parent
+    ) -> None:
+        """Run the experiment.
+
+        Args:
+          seeds: seeds of meta-training, each reported.
+          folder: where results/ and artifacts/ are.
+        """
+        _start_jax()
+        from metalr import report, runs
+
+        results = runs.run_seeds(config, name, seeds, folder)
+        print(report.seeds_text(results))
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _guard(lambda: tyro.cli(main, description=sys.modules["__main__"].__doc__))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ class ModelConfig:
 
     def settings(self) -> dict[str, Any]:
         """The settings that this model takes."""
-        names = {"mlp": ("widths", "dropout"), "conv4": ("channels", "layers", "norm"), "rnn": ("cell", "width")}
+        names = {
+            "mlp": ("widths", "dropout"),
+            "conv4": ("channels", "layers", "norm"),
+            "rnn": ("cell", "width"),
+        }
         return {name: getattr(self, name) for name in names.get(self.name, ())}
 
 

@@ -50,7 +50,9 @@ def task_mesh(tasks: int) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, mean: bool) -> Callable[..., Any]:
+def split_tasks(
+    function: Callable[..., Any], mesh: Mesh, replicated: int, *, mean: bool
+) -> Callable[..., Any]:
     """`function` with its arguments after the first `replicated` split over the mesh along their leading axis.
 
     mean: average the results over devices (gradients); otherwise they are put together along their leading axis.

@@ -27,7 +27,9 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
     Raises ConfigError for fewer than 2 episodes.
     """
     if episodes < 2:
-        raise ConfigError(f"evaluation.episodes: expected at least 2 for a confidence interval, got {episodes}")
+        raise ConfigError(
+            f"evaluation.episodes: expected at least 2 for a confidence interval, got {episodes}"
+        )
     root = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
@@ -74,7 +76,9 @@ def make_baseline(
     """
     dropout = bool(model.settings.get("dropout"))
 
-    def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
+    def plain(
+        apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array
+    ) -> jax.Array:
         init_key, step_key = jax.random.split(key)
         start = model.init(init_key) if random_init else init
         return inner.adaptation_curve(

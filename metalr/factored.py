@@ -89,9 +89,7 @@ def query_logits(
         for name, layer, activation in reversed(list(zip(layers, stack, [None, *inputs], strict=True))):
             groups = [_group(spec, name, tensor) for tensor in ("kernel", "bias")]
             kernel_rate, bias_rate = (None if group is None else now[group] for group in groups)
-            a, delta = (
-                jax.lax.stop_gradient((activation, error)) if first_order else (activation, error)
-            )
+            a, delta = jax.lax.stop_gradient((activation, error)) if first_order else (activation, error)
             updated.append(layer.updated(a, delta, kernel_rate, bias_rate))
             if activation is not None:
                 error = layer.backward(error) * (activation > 0)

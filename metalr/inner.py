@@ -18,7 +18,9 @@ from metalr.errors import ConfigError
 from metalr.models import Apply
 from metalr.types import Episode, Params
 
-UNROLLED_STEPS = 8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
+UNROLLED_STEPS = (
+    8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
+)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -128,7 +130,12 @@ def adapt(
 
 
 def adaptation_curve(
-    apply: Apply, params: Params, episode: Episode, optimizer: optax.GradientTransformation, steps: int, **options: Any
+    apply: Apply,
+    params: Params,
+    episode: Episode,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    **options: Any,
 ) -> jax.Array:
     """Query accuracy of one episode after 0, 1, …, steps inner steps (or those in observe_at): [steps + 1] float32."""
 

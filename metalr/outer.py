@@ -46,7 +46,9 @@ ALGORITHMS = {
     "anil": Algorithm("shared", False, False, False, "head", "query", "Raghu et al. 2020, section 4"),
     "boil": Algorithm("shared", False, False, False, "body", "query", "Oh et al. 2021, section 3"),
     "meta_sgd": Algorithm("parameter", False, True, False, "all", "query", "Li et al. 2017, algorithm 1"),
-    "meta_sgd_layer": Algorithm("layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"),
+    "meta_sgd_layer": Algorithm(
+        "layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"
+    ),
     "lslr": Algorithm("tensor", True, True, False, "all", "query", "Antoniou et al. 2019, section 4"),
 }
 
@@ -119,12 +121,18 @@ def meta_gradient(
       (gradients shaped like `meta`, {"loss", "accuracy"}: means over tasks of the query set after adaptation).
     """
     dropout = bool(model.settings.get("dropout"))
-    if meta_gradient == "query" and not plain and factored.pays(model, spec, episodes.support_y.shape[1], spec.steps):
+    if (
+        meta_gradient == "query"
+        and not plain
+        and factored.pays(model, spec, episodes.support_y.shape[1], spec.steps)
+    ):
 
         def batch_loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
             rates = rates_lib.actual(spec, meta.rates)
             run = functools.partial(factored.query_logits, steps=spec.steps, first_order=first_order)
-            logits = jax.vmap(lambda e: run(meta.init, rates, spec, e.support_x, e.support_y, e.query_x))(episodes)
+            logits = jax.vmap(lambda e: run(meta.init, rates, spec, e.support_x, e.support_y, e.query_x))(
+                episodes
+            )
             return inner.cross_entropy(logits, episodes.query_y), inner.accuracy(logits, episodes.query_y)
 
         (loss, accuracy), grads = jax.value_and_grad(batch_loss, has_aux=True)(meta)
@@ -159,12 +167,17 @@ def reptile(
     """
     optimizer = rates_lib.optimizer(spec, rates_lib.actual(spec, meta.rates))
     fast, _ = inner.adapt(
-        apply, meta.init, episode.support_x, episode.support_y, optimizer, spec.steps, dropout=dropout, key=key
+        apply,
+        meta.init,
+        episode.support_x,
+        episode.support_y,
+        optimizer,
+        spec.steps,
+        dropout=dropout,
+        key=key,
     )
     logits = apply(fast, episode.query_x)
-    grads = MetaParams(
-        jax.tree.map(jnp.subtract, meta.init, fast), jax.tree.map(jnp.zeros_like, meta.rates)
-    )
+    grads = MetaParams(jax.tree.map(jnp.subtract, meta.init, fast), jax.tree.map(jnp.zeros_like, meta.rates))
     metrics = {
         "loss": inner.cross_entropy(logits, episode.query_y),
         "accuracy": inner.accuracy(logits, episode.query_y),

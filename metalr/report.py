@@ -17,7 +17,11 @@ def text(results: dict[str, Any]) -> str:
     ]
     if "comparison" in results:
         lines += table(results["comparison"])
-        lines += ["", "A grid's best cell is chosen on these very test tasks, which flatters it.", _cost_note(results)]
+        lines += [
+            "",
+            "A grid's best cell is chosen on these very test tasks, which flatters it.",
+            "Cost: example-gradients that one new task needs (a grid's: the sum over its cells).",
+        ]
     else:
         lines += curve_lines(results["curve"])
     lines += [
@@ -29,13 +33,17 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cost_note(results: dict[str, Any]) -> str:
-    return "Cost: example-gradients that one new task needs (a grid's: the sum over its cells)."
+def seeds_text(results: dict[str, Any]) -> str:
+    """The table of an experiment over several seeds."""
+    head = f"\n{results['name']}: means over seeds {results['seeds']}, split {results['split_sha256'][:12]}\n"
+    return "\n".join([head, *(table(results["comparison"]) or curve_lines(results["curve"]))])
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The comparison as aligned lines."""
     head = ("method", "steps", "accuracy", "95 % CI", "cost a task", "cell")
+    if not rows:
+        return []
     body = [
         (
             row["method"],
@@ -65,6 +73,9 @@ def curve_lines(curve: list[dict[str, Any]]) -> list[str]:
 def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

@@ -34,7 +34,9 @@ from metalr.rates import RatesSpec
 from metalr.tasks import Pool, Sampler, Splits
 from metalr.types import Curve, Params, Rates
 
-CHUNK = 50  # outer steps a dispatch: progress moves, and the time outside the compiled program stays below 1 %
+CHUNK = (
+    50  # outer steps a dispatch: progress moves, and the time outside the compiled program stays below 1 %
+)
 
 
 class Setup(NamedTuple):
@@ -101,7 +103,9 @@ def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
         assert maker is not None
         maker(1e-3).init  # noqa: B018
     except Exception as error:
-        raise ConfigError(f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}") from error
+        raise ConfigError(
+            f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}"
+        ) from error
     return maker
 
 
@@ -129,7 +133,12 @@ class ConsoleReporter:
     @contextmanager
     def bar(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console) as progress:
                 bar = progress.add_task(text, total=total, note="")
                 yield lambda count, note: progress.update(bar, advance=count, note=note)
@@ -164,7 +173,9 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     init, rates, training = meta_train(config, setup, folder, reporter)
     learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
     artifact.save(folder / "artifact", learner, overwrite=True)
-    curve, seconds = held_out(learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed)
+    curve, seconds = held_out(
+        learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed
+    )
     results = {
         "name": name,
         "command": command(),
@@ -188,6 +199,58 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     return results
 
 
+def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Path) -> dict[str, Any]:
+    """The same run for several seeds of meta-training, on the same held-out tasks.
+
+    Writes folder/results/NAME.json (rows averaged over seeds, every seed's own results) and
+    folder/artifacts/NAME (the first seed's).
+
+    Raises:
+      MetalrError: as `run`; no seeds, or the same one twice.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds: expected at least one, all different, got {seeds}")
+    per_seed = []
+    for seed in seeds:
+        out = (config.out or Path("runs") / name) / f"seed{seed}"
+        results = run(dataclasses.replace(config, seed=seed, out=out), name=name)
+        per_seed.append(results)
+    summary = {
+        "name": name,
+        "command": per_seed[0]["command"],
+        "seeds": list(seeds),
+        "provenance": per_seed[0]["provenance"],
+        "split_sha256": per_seed[0]["split_sha256"],
+        "transductive": per_seed[0]["transductive"],
+        "curve": over_seeds([r["curve"] for r in per_seed]),
+        "comparison": over_seeds([r["comparison"] for r in per_seed]) if config.grid.run else [],
+        "runs": [
+            {k: v for k, v in r.items() if k not in ("folder", "splits", "provenance")} for r in per_seed
+        ],
+    }
+    for results in summary["runs"]:
+        results.get("grid", {}).pop("cells", None)  # hundreds of rows a seed; they stay in the run folder
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results" / f"{name}.json", summary)
+    learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
+    artifact.save(folder / "artifacts" / name, learner, overwrite=True)
+    return summary
+
+
+def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows averaged over seeds: accuracy, the mean of the CIs over tasks, and the spread (lowest, highest) of seeds."""
+    merged = []
+    for same in zip(*rows, strict=True):
+        accuracies = [row["accuracy"] for row in same]
+        means = {
+            k: round(float(np.mean([row[k] for row in same])), 6)
+            for k in same[0]
+            if isinstance(same[0][k], float)
+        }
+        merged.append(same[0] | means | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
+    return merged
+
+
 def meta_train(
     config: TrainConfig, setup: Setup, folder: Path, reporter: Reporter
 ) -> tuple[Params, Rates, dict[str, Any]]:
@@ -200,7 +263,13 @@ def meta_train(
     val_pool, val_sample = setup.samplers["val"]
     state = train.start(setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0))
     chunk = train.make_chunk(
-        setup.model, setup.spec, setup.algorithm, setup.optimizer, sample, config.outer.meta_batch, remat=config.inner.remat
+        setup.model,
+        setup.spec,
+        setup.algorithm,
+        setup.optimizer,
+        sample,
+        config.outer.meta_batch,
+        remat=config.inner.remat,
     )
     validate = evaluate.make_evaluator(setup.model, setup.spec, val_sample, setup.spec.steps)
     val_keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
@@ -223,13 +292,18 @@ def meta_train(
                 init, rates = train.learned(setup.spec, part.state.meta)
                 score = float(validate(val_pool, init, rates, val_keys).mean[-1])
                 facts = {"step": done, "validation_accuracy": round(score, 6)}
-                facts["rates"] = rates_lib.summary(setup.spec, rates) if setup.spec.granularity != "parameter" else {}
+                facts["rates"] = (
+                    rates_lib.summary(setup.spec, rates) if setup.spec.granularity != "parameter" else {}
+                )
                 log.write(json.dumps(facts) + "\n")
                 log.flush()
                 if best is None or score > best[0]:
                     best = (score, init, rates, done)
                 note = f"validation {score:.3f}"
-            advance(count, f"loss {part.metrics['loss'].mean():.3f}  accuracy {part.metrics['accuracy'].mean():.3f}  {note}")
+            advance(
+                count,
+                f"loss {part.metrics['loss'].mean():.3f}  accuracy {part.metrics['accuracy'].mean():.3f}  {note}",
+            )
     assert best is not None
     score, init, rates, step = best
     total = time.perf_counter() - began
@@ -295,11 +369,15 @@ def compare(
     cells, costs = {}, {}
     for origin, init in (("random", None), ("learned", learner.init)):
         reporter.line(f"grid search from the {origin} init, {len(keys)} tasks")
-        cells[origin], costs[origin] = search.run_grid(grid, setup.model, pool, sample, support, keys, init=init)
+        cells[origin], costs[origin] = search.run_grid(
+            grid, setup.model, pool, sample, support, keys, init=init
+        )
     reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
     rows: list[dict[str, Any]] = []
 
-    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None) -> None:
+    def add(
+        method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None
+    ) -> None:
         mean, ci95 = evaluate.paired(task_accuracy, np.zeros_like(task_accuracy))
         difference, difference_ci95 = evaluate.paired(reference, task_accuracy)
         chosen = cell.row() if cell else {}
@@ -323,7 +401,12 @@ def compare(
     random_rates = evaluate.make_baseline(
         setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True
     )
-    add("random init + learned rates", steps, random_rates(pool, learner.init, 0.0, keys).tasks[:, 0], steps * support)
+    add(
+        "random init + learned rates",
+        steps,
+        random_rates(pool, learner.init, 0.0, keys).tasks[:, 0],
+        steps * support,
+    )
     for origin in ("random", "learned"):
         same = search.best(cells[origin], steps)
         cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
@@ -331,14 +414,16 @@ def compare(
         best = search.best(cells[origin])
         naive = costs[origin]["naive_example_gradients"]
         add(f"{origin} init + grid, best cell of all", best.steps, best.tasks, naive, best)
-    unsearched = [
-        cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)
-    ]
+    unsearched = [cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)]
     if unsearched:
         cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
         add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
     all_cells = [cell.row() for origin in cells for cell in cells[origin]]
-    return rows, {"cells": all_cells, "cost_per_task": costs, "chosen": "best cell on the meta-test tasks themselves"}
+    return rows, {
+        "cells": all_cells,
+        "cost_per_task": costs,
+        "chosen": "best cell on the meta-test tasks themselves",
+    }
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
@@ -360,20 +445,20 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
     began = time.perf_counter()
-    for _ in range(3):
-        product(x).block_until_ready()
-    rate = 3 * 2 * 1024**3 / (time.perf_counter() - began)
+    product(x).block_until_ready()
+    rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
     params = jax.eval_shape(setup.model.init, jax.random.key(0))
-    uses = 40 if config.model.name == "conv4" else 28 if config.model.name == "rnn" else 1  # of each weight an image
+    uses = {"mlp": 1, "conv4": 40, "rnn": 28}[config.model.name]  # of each weight, an image
     per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
     examples = config.outer.steps * config.outer.meta_batch * task_cost(config)
     if config.grid.run:
-        grid = _grid(config)
-        cells = 2 * len(grid.learning_rates) * len(grid.optimizers) * max(grid.steps) * sum(
-            min(b, config.tasks.way * config.tasks.shot) for b in grid.batch_sizes
-        )
-        examples += cells * config.evaluation.episodes
-    return 20 + examples * per_example / (0.15 * rate)  # 20 s to compile; small products reach a fraction of the rate
+        grid, support = _grid(config), config.tasks.way * config.tasks.shot
+        batches = sum(min(size, support) for size in grid.batch_sizes)
+        runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
+        examples += runs * max(grid.steps) * batches
+    return 20 + examples * per_example / (
+        0.4 * rate
+    )  # 20 s to compile; the share of the rate that is reached
 
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
@@ -431,14 +516,21 @@ def provenance() -> dict[str, Any]:
     """Commit (of the source checkout, if this is one), versions and machine."""
 
     def git(*args: str) -> str:
-        call = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        call = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
         return call.stdout.strip() if call.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "metalr", "..") else "")
+        commit = git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", "metalr", "..") else ""
+        )
     except OSError:
         commit = ""
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.machine(),
+    )
     devices = jax.local_devices()
     return {
         "commit": commit or "not a checkout",

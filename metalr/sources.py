@@ -113,7 +113,9 @@ def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None)
             f"data {name!r}: expected a prepared TFDS dataset at {folder / name}, found none; prepare it with TFDS "
             "(file_format='array_record'), or bring arrays with `metalr data import FILE.npz`"
         )
-    data.write_cache(read_tfds(name, folder))  # always from TFDS: it shuffles, so every source gives the same order
+    data.write_cache(
+        read_tfds(name, folder)
+    )  # always from TFDS: it shuffles, so every source gives the same order
     return data.read_cache(name)
 
 
@@ -215,7 +217,9 @@ def read_tfds(name: str, folder: Path) -> data.Dataset:
 
     versions = sorted((folder / name).glob("**/dataset_info.json"))
     if not versions:
-        raise DataError(f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it")
+        raise DataError(
+            f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it"
+        )
     try:
         builder = tfds.builder_from_directory(versions[-1].parent)
         splits = list(builder.info.splits)
@@ -241,5 +245,9 @@ def read_tfds(name: str, folder: Path) -> data.Dataset:
         ) from error
     test = parts.get("test", (None, None))
     return data.from_arrays(
-        *parts["train"], test_images=test[0], test_labels=test[1], name=name, source=f"TFDS {versions[-1].parent}"
+        *parts["train"],
+        test_images=test[0],
+        test_labels=test[1],
+        name=name,
+        source=f"TFDS {versions[-1].parent}",
     )

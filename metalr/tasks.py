@@ -22,7 +22,11 @@ from metalr.types import Episode
 
 ARC = 30  # degrees; the circle's 12 arcs are dealt to the splits in turn
 ARCS = {"train": (0, 2, 4, 6, 8, 10), "val": (1, 5, 9), "test": (3, 7, 11)}
-PERMUTATIONS = {"train": (0, 1 << 30), "val": (1 << 30, 1 << 29), "test": (1 << 31, 1 << 30)}  # (first id, how many)
+PERMUTATIONS = {
+    "train": (0, 1 << 30),
+    "val": (1 << 30, 1 << 29),
+    "test": (1 << 31, 1 << 30),
+}  # (first id, how many)
 
 
 class Family(NamedTuple):
@@ -123,7 +127,9 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
         raise ConfigError(f"tasks.family: expected one of {tuple(FAMILIES)}, got {family!r}")
     kind = FAMILIES[family]
     if kind.transform in ("rotation", "turns") and dataset.shape[0] != dataset.shape[1]:
-        raise DataError(f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}")
+        raise DataError(
+            f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}"
+        )
     if family == "classes":
         parts = _split_by_class(dataset, seed)
     else:
@@ -171,7 +177,9 @@ def _split_by_image(dataset: Dataset, kind: Family) -> dict:
     if "classes" in kind.held_out:
         held = round(0.4 * len(classes))
         if held < 2 or len(classes) - held < 2:
-            raise DataError(f"{dataset.name}: holding out 40 % of the classes needs 4 or more, got {len(classes)}")
+            raise DataError(
+                f"{dataset.name}: holding out 40 % of the classes needs 4 or more, got {len(classes)}"
+            )
         known, new = classes[:-held], classes[-held:]
 
     def part(images: np.ndarray, labels: np.ndarray, keep: np.ndarray, ids: np.ndarray) -> tuple:
@@ -194,7 +202,9 @@ def _split_by_class(dataset: Dataset, seed: int) -> dict:
             assigned = np.where((assigned == "val") & ~first_half, "test", assigned)
     else:
         if dataset.classes < 5:
-            raise DataError(f"{dataset.name}: family 'classes' needs 5 or more classes, got {dataset.classes}")
+            raise DataError(
+                f"{dataset.name}: family 'classes' needs 5 or more classes, got {dataset.classes}"
+            )
         shuffled = np.random.default_rng(seed).permutation(dataset.classes)
         cuts = np.ceil(np.array([0.64, 0.80]) * dataset.classes).astype(int)
         assigned = np.empty(dataset.classes, "<U5")
@@ -236,7 +246,9 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Poo
     if kind.classes == "all" and way != split.classes:
         raise ConfigError(f"tasks.way: family {split.family!r} uses all {split.classes} classes, got {way}")
     if way > split.classes:
-        raise ConfigError(f"tasks.way: expected at most {split.classes} (classes of meta-{split.part}), got {way}")
+        raise ConfigError(
+            f"tasks.way: expected at most {split.classes} (classes of meta-{split.part}), got {way}"
+        )
     need, have = shot + query, int(split.count.min())
     if need > have:
         raise ConfigError(
@@ -271,7 +283,9 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Poo
         return Episode(x[: way * shot], y[: way * shot], x[way * shot :], y[way * shot :])
 
     return Pool(
-        jnp.asarray(split.images.reshape(len(split.images), -1)), jnp.asarray(split.first), jnp.asarray(split.count)
+        jnp.asarray(split.images.reshape(len(split.images), -1)),
+        jnp.asarray(split.first),
+        jnp.asarray(split.count),
     ), sample
 
 
@@ -316,14 +330,25 @@ def _label_order(key: jax.Array, way: int, residues: tuple[int, ...], modulus: i
 
 
 def _transform(
-    kind: Family, split: TaskSplit, key: jax.Array, pixels: jax.Array, turns: jax.Array, shape: tuple[int, int, int]
+    kind: Family,
+    split: TaskSplit,
+    key: jax.Array,
+    pixels: jax.Array,
+    turns: jax.Array,
+    shape: tuple[int, int, int],
 ) -> jax.Array:
     """The episode's images, transformed: uint8 [n, pixels] -> float32 [n, pixels], 0..1."""
     height, width, channels = shape
     if kind.transform == "rotation":
         arc_key, angle_key = jax.random.split(key)
-        start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
-        pixels = rotate(pixels.reshape(-1, height * width, channels), start + degrees * jax.random.uniform(angle_key), shape)
+        start, degrees = jnp.array(split.angles, jnp.float32)[
+            jax.random.randint(arc_key, (), 0, len(split.angles))
+        ]
+        pixels = rotate(
+            pixels.reshape(-1, height * width, channels),
+            start + degrees * jax.random.uniform(angle_key),
+            shape,
+        )
     elif kind.transform == "permutation":
         first, count = split.permutations
         identity = jnp.uint32(first) + jax.random.randint(key, (), 0, count).astype(jnp.uint32)
@@ -332,7 +357,9 @@ def _transform(
     elif kind.transform == "turns":
         index = np.arange(height * width).reshape(height, width)
         orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
-        pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)
+        pixels = jax.vmap(lambda image, turn: image[orders[turn]])(
+            pixels.reshape(-1, height * width, channels), turns
+        )
     return pixels.reshape(-1, height * width * channels).astype(jnp.float32) / 255
 
 
