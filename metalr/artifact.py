@@ -100,12 +100,12 @@ class Learner:
             x = _unit(x)
 
             def tasks(
-                apply: models.Apply, vmapped: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array
+                apply: models.Apply, group: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array
             ) -> Params:
                 def one(task: tuple[jax.Array, jax.Array]) -> Params:
                     return inner.adapt(apply, init, *task, rates_lib.optimizer(self.spec, rates), steps)[0]
 
-                return devices.map_tasks(one, (x, y), vmapped) if y.ndim == 2 else one((x, y))
+                return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
             return devices.by_platform(self.model, tasks, init, rates, x, y)
 
@@ -145,9 +145,7 @@ class Learner:
     def _labels(self, y: Any, shape: tuple[int, ...]) -> Any:
         y = y if isinstance(y, jax.Array) else np.asarray(y)
         if y.shape != shape or not np.issubdtype(y.dtype, np.integer):
-            raise DataError(
-                f"support_y: expected integers of shape {list(shape)}, got {y.dtype} {list(y.shape)}"
-            )
+            raise DataError(f"support_y: expected integers of shape {list(shape)}, got {y.dtype} {list(y.shape)}")
         if not isinstance(y, jax.core.Tracer):
             values = np.asarray(y)
             if values.min() < 0 or values.max() >= self.model.way:
@@ -158,9 +156,7 @@ class Learner:
             for task in np.atleast_2d(values):
                 missing = np.setdiff1d(np.arange(values.max() + 1), task)
                 if missing.size:
-                    raise DataError(
-                        f"support_y: expected at least one image of each class, got none of {missing[0]}"
-                    )
+                    raise DataError(f"support_y: expected at least one image of each class, got none of {missing[0]}")
         return y.astype(np.int32)
 
 
@@ -171,7 +167,7 @@ def _unit(x: jax.Array) -> jax.Array:
 def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """Leaves of a pytree under their path names, as numpy arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {f"{prefix}/{rates_lib.path_name(path)}": np.asarray(leaf) for path, leaf in leaves}
+    named = {f"{prefix}/{rates_lib.path_name(path)}": np.asarray(leaf, order="C") for path, leaf in leaves}
     if len(named) < len(leaves):
         raise ConfigError("params: expected path names that differ, got two of the same")
     return named
@@ -187,14 +183,12 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path}: exists already; pass another path, or overwrite=True")
     tensors = named_arrays(learner.init, "init") | {
-        f"rates/{group}": np.asarray(value) for group, value in learner.rates.items()
+        f"rates/{group}": np.asarray(value, order="C") for group, value in learner.rates.items()
     }
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise ArtifactError(
-                f"{name}: expected finite values, got {int((~np.isfinite(value)).sum())} others"
-            )
-    contents = {TENSORS: tensor_bytes({k: np.ascontiguousarray(v) for k, v in tensors.items()})}
+            raise ArtifactError(f"{name}: expected finite values, got {int((~np.isfinite(value)).sum())} others")
+    contents = {TENSORS: tensor_bytes(tensors)}
     facts = {
         "format": FORMAT,
         "model": {
@@ -239,11 +233,7 @@ def _facts_sha256(facts: dict[str, Any]) -> str:
 
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
     rows = "\n".join(f"| {g} | {v} |" for g, v in rates_lib.summary(learner.spec, learner.rates).items())
-    norm = (
-        "Predictions depend on the other images of the batch (transductive).\n"
-        if learner.model.transductive
-        else ""
-    )
+    norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
     return (
         f"# A metalr learner\n\nA {facts['model']['name']} with {learner.model.way} outputs for "
         f"{'x'.join(map(str, learner.model.input_shape))} images: a meta-learned initialization and inner-loop "
@@ -282,14 +272,10 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
     except SafetensorError as error:
         raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(expected)
-    wanted = {f"init/{rates_lib.path_name(p)}": leaf for p, leaf in leaves} | {
-        f"rates/{g}": v for g, v in raw.items()
-    }
+    wanted = {f"init/{rates_lib.path_name(p)}": leaf for p, leaf in leaves} | {f"rates/{g}": v for g, v in raw.items()}
     if set(wanted) != set(tensors):
         missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-        raise ArtifactError(
-            f"{path / TENSORS}: expected the model's tensors; missing {missing}, unexpected {extra}"
-        )
+        raise ArtifactError(f"{path / TENSORS}: expected the model's tensors; missing {missing}, unexpected {extra}")
     for name, want in wanted.items():
         got = tensors[name]
         if got.shape != want.shape or got.dtype != want.dtype:
@@ -317,9 +303,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
         raise ArtifactError(f"{path / FACTS}: damaged: expected an object with a format number")
     if facts["format"] > FORMAT:
-        raise ArtifactError(
-            f"{path}: has format {facts['format']}, this metalr reads up to {FORMAT}; upgrade metalr"
-        )
+        raise ArtifactError(f"{path}: has format {facts['format']}, this metalr reads up to {FORMAT}; upgrade metalr")
     if facts.get("sha256") != _facts_sha256(facts):
         raise ArtifactError(f"{path / FACTS}: damaged: its content does not match its sha256")
     return facts

@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, argv: list[str]) -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        commands, prog=prog, description=about, args=argv, sort_subcommands=False
-    )
+    tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=about, args=argv, sort_subcommands=False)
 
 
 def data() -> None:
@@ -201,18 +199,14 @@ def data_list(json_: Json = False) -> None:
     rows = [data.load(name) for name in data.names()]
     if json_:
         print(
-            json.dumps(
-                [{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows]
-            )
+            json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows])
         )
         return
     for dataset in rows:
         print(dataset)
 
 
-def data_prepare(
-    name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None
-) -> None:
+def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
     """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
 
     Args:
@@ -249,9 +243,7 @@ def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2
     beside the calling script. Options: those of `metalr train`, `--seeds`, and `--folder`.
     """
 
-    def main(
-        config: Config = config, seeds: tuple[int, ...] = seeds, folder: Path = Path(sys.argv[0]).parent
-    ) -> None:
+    def main(config: Config = config, seeds: tuple[int, ...] = seeds, folder: Path = Path(sys.argv[0]).parent) -> None:
         """Run the experiment.
 
         Args:

@@ -153,9 +153,7 @@ def from_arrays(
     images = np.asarray(images)
     if labels is None:
         if images.ndim != 4:
-            raise DataError(
-                f"images: without labels, expected [classes, n, height, width], got shape {images.shape}"
-            )
+            raise DataError(f"images: without labels, expected [classes, n, height, width], got shape {images.shape}")
         labels = np.repeat(np.arange(images.shape[0]), images.shape[1])
         images = images.reshape(-1, *images.shape[2:])
     images = check_images(images)
@@ -164,18 +162,14 @@ def from_arrays(
         raise DataError("images: expected at least one image, got none")
     missing = np.setdiff1d(np.arange(labels.max() + 1), labels)
     if missing.size:
-        raise DataError(
-            f"labels: expected every class 0..{labels.max()} to have images, got none for {missing[0]}"
-        )
+        raise DataError(f"labels: expected every class 0..{labels.max()} to have images, got none for {missing[0]}")
     if test_images is not None or test_labels is not None:
         if test_images is None or test_labels is None:
             raise DataError("test_images and test_labels: expected both or neither, got one")
         test_images = check_images(test_images, "test_images")
         test_labels = check_labels(test_labels, len(test_images), "test_labels")
         if test_images.shape[1:] != images.shape[1:]:
-            raise DataError(
-                f"test_images: expected images of {images.shape[1:]}, got {test_images.shape[1:]}"
-            )
+            raise DataError(f"test_images: expected images of {images.shape[1:]}, got {test_images.shape[1:]}")
         if len(test_labels) and test_labels.max() > labels.max():
             raise DataError(f"test_labels: expected labels 0..{labels.max()}, got {test_labels.max()}")
     elif class_split is not None:
@@ -229,9 +223,7 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(
-                    f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez"
-                )
+                raise DataError(f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez")
             return {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):

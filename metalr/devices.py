@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalr.models import Apply, Model
 
 AXIS = "tasks"
-VMAPPED_TASKS = 64  # tasks evaluated together on accelerators
+ACCELERATOR_GROUP = 64  # tasks vmapped together on GPUs and TPUs
 
 
 def use_all_cores() -> None:
@@ -50,9 +51,7 @@ def task_mesh(tasks: int) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def split_tasks(
-    function: Callable[..., Any], mesh: Mesh, replicated: int, *, mean: bool
-) -> Callable[..., Any]:
+def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, mean: bool) -> Callable[..., Any]:
     """`function` with its arguments after the first `replicated` split over the mesh along their leading axis.
 
     mean: average the results over devices (gradients); otherwise they are put together along their leading axis.
@@ -73,37 +72,49 @@ def split_tasks(
     return split
 
 
-def by_platform(model: Model, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(apply, vmapped_tasks, *args)` in the form that suits the platform it is lowered for.
+def by_platform(model: Model, function: Callable[..., Any], *args: Any, cpu_group: int = 1) -> Any:
+    """`function(apply, group, *args)` in the form that suits the platform it is lowered for.
 
-    On CPUs: the model's CPU form, and tasks one by one (per-task products are fastest alone); elsewhere: the
-    standard form, many tasks at once.
+    On CPUs: the model's CPU form, and tasks in small groups (1 unless a form gains from more), because what fits the
+    cache is fastest; elsewhere: the standard form, many tasks at once.
     """
-    cpu: Apply = model.cpu_apply or model.apply
     return jax.lax.platform_dependent(
         *args,
-        cpu=functools.partial(function, cpu, 1),
-        default=functools.partial(function, model.apply, VMAPPED_TASKS),
+        cpu=functools.partial(function, model.cpu_apply or model.apply, cpu_group),
+        default=functools.partial(function, model.apply, ACCELERATOR_GROUP),
     )
 
 
-def map_tasks(function: Callable[..., Any], tasks: Any, vmapped: int) -> Any:
-    """`function` over the leading axis of `tasks`, `vmapped` of them at a time."""
-    return jax.lax.map(function, tasks, batch_size=None if vmapped == 1 else vmapped)
+def map_tasks(function: Callable[..., Any], tasks: Any, group: int) -> Any:
+    """`function` over the leading axis of `tasks`, `group` of them vmapped at a time."""
+    return jax.lax.map(function, tasks, batch_size=None if group == 1 else group)
 
 
-def mean_over_tasks(function: Callable[..., Any], tasks: Any, vmapped: int) -> Any:
-    """The mean of `function` over the leading axis of `tasks`; keeps one running sum, not every task's result."""
-    count = jax.tree.leaves(tasks)[0].shape[0]
-    if vmapped > 1:
-        return jax.tree.map(lambda v: v.mean(0), jax.vmap(function)(tasks))
+def vmap_group(function: Callable[[Any], Any], tasks: Any) -> Any:
+    """vmap over the leading axis of `tasks`, left out where it has size 1."""
+    if jax.tree.leaves(tasks)[0].shape[0] > 1:
+        return jax.vmap(function)(tasks)
+    return jax.tree.map(lambda v: v[None], function(jax.tree.map(lambda v: v[0], tasks)))
 
-    def body(total: Any, task: Any) -> tuple[Any, None]:
-        return jax.tree.map(jax.numpy.add, total, function(task)), None
 
-    zeros = jax.tree.map(
-        lambda v: jax.numpy.zeros(v.shape, v.dtype),
-        jax.eval_shape(function, jax.tree.map(lambda v: v[0], tasks)),
-    )
-    total, _ = jax.lax.scan(body, zeros, tasks)
-    return jax.tree.map(lambda v: v / count, total)
+def mean_over_tasks(model: Model, function: Callable[[Apply, Any], Any], tasks: Any, *, cpu_group: int = 1) -> Any:
+    """The mean of `function(apply, group of tasks)` over groups along the leading axis of `tasks`.
+
+    `function` gives the mean of its group; one running sum is kept, not every group's result.
+    """
+
+    def mean(apply: Apply, group: int, tasks: Any) -> Any:
+        count = jax.tree.leaves(tasks)[0].shape[0]
+        size = max(n for n in range(1, min(group, count) + 1) if count % n == 0)
+        groups = jax.tree.map(lambda v: v.reshape(count // size, size, *v.shape[1:]), tasks)
+        if count == size:
+            return function(apply, tasks)
+        shapes = jax.eval_shape(functools.partial(function, apply), jax.tree.map(lambda v: v[0], groups))
+
+        def body(total: Any, tasks: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, function(apply, tasks)), None
+
+        total, _ = jax.lax.scan(body, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes), groups)
+        return jax.tree.map(lambda v: v * (size / count), total)
+
+    return by_platform(model, mean, tasks, cpu_group=cpu_group)

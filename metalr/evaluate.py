@@ -27,9 +27,7 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
     Raises ConfigError for fewer than 2 episodes.
     """
     if episodes < 2:
-        raise ConfigError(
-            f"evaluation.episodes: expected at least 2 for a confidence interval, got {episodes}"
-        )
+        raise ConfigError(f"evaluation.episodes: expected at least 2 for a confidence interval, got {episodes}")
     root = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
@@ -76,9 +74,7 @@ def make_baseline(
     """
     dropout = bool(model.settings.get("dropout"))
 
-    def plain(
-        apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array
-    ) -> jax.Array:
+    def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
         init_key, step_key = jax.random.split(key)
         start = model.init(init_key) if random_init else init
         return inner.adaptation_curve(
@@ -112,11 +108,11 @@ def _compiled(
 
             return devices.map_tasks(fast, keys, min(32, len(keys)))
 
-        def by_tasks(apply: Apply, vmapped: int, keys: jax.Array) -> jax.Array:
+        def by_tasks(apply: Apply, group: int, keys: jax.Array) -> jax.Array:
             def one(key: jax.Array) -> jax.Array:
                 return plain(apply, sample(pool, key), jax.random.fold_in(key, 1), init, rates)
 
-            return devices.map_tasks(one, keys, vmapped)
+            return devices.map_tasks(one, keys, group)
 
         return devices.by_platform(model, by_tasks, keys)
 

@@ -10,6 +10,8 @@ layer, whose A is the support set itself in every step, multiplies by W0 once fo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,8 @@ from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
-PRODUCT = jax.lax.Precision.DEFAULT
+
+LOW_RANK_SHARE = 0.5  # of a kernel's size, below which activations and errors are cheaper to keep
 
 
 def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
@@ -60,89 +63,104 @@ def query_logits(
       [query, way], or [steps + 1, query, way] if every_step.
     """
     support = support_y.shape[0]
-    layers = [*sorted((k for k in params if k != "head"), key=lambda k: int(k.rpartition("_")[2])), "head"]
-    x = jnp.concatenate([support_x, query_x]).reshape(support + query_x.shape[0], -1)
-    first = jnp.dot(x, params[layers[0]]["kernel"])  # the only product with the first kernel
-    gram = jnp.dot(x, x[:support].T)
-    stack = [_Layer(params[name]["kernel"], params[name]["bias"]) for name in layers]
-    stack[0] = _First(first[:support], gram[:support], params[layers[0]]["bias"])
-    query_first = (first[support:], gram[support:])
-    targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=x.dtype)
+    names = [*sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2])), "head"]
+    support_x, query_x = support_x.reshape(support, -1), query_x.reshape(query_x.shape[0], -1)
+    # The only products with the first kernel; each set apart, because joining them would copy every image.
+    on_support, on_query = (
+        (jnp.dot(x, params[names[0]]["kernel"]), jnp.dot(x, support_x.T)) for x in (support_x, query_x)
+    )
+    first = _First(params[names[0]]["bias"], jnp.zeros_like(on_support[0]))
+    rest: list[_Formed | _LowRank] = [_later(params[name], support * steps) for name in names[1:]]
+    targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
 
-    def forward(first_layer: _First, rest: list[_Layer]) -> tuple[jax.Array, list[jax.Array]]:
-        inputs = []
-        z = first_layer.forward()
+    def forward(products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        z, inputs = first.forward(*products), []
         for layer in rest:
             inputs.append(jax.nn.relu(z))
             z = layer.forward(inputs[-1])
         return z, inputs
 
-    def query(current: list) -> jax.Array:
-        return forward(current[0].on(*query_first), current[1:])[0]
-
-    seen = [query(stack)] if every_step else []
+    seen = [forward(on_query)[0]] if every_step else []
     for step in range(steps):
         now = rates_lib.at_step(spec, rates, step)
-        logits, inputs = forward(stack[0], stack[1:])
+        logits, inputs = forward(on_support)
         error = (jax.nn.softmax(logits) - targets) / support
-        updated = []
-        for name, layer, activation in reversed(list(zip(layers, stack, [None, *inputs], strict=True))):
-            groups = [_group(spec, name, tensor) for tensor in ("kernel", "bias")]
-            kernel_rate, bias_rate = (None if group is None else now[group] for group in groups)
-            a, delta = jax.lax.stop_gradient((activation, error)) if first_order else (activation, error)
-            updated.append(layer.updated(a, delta, kernel_rate, bias_rate))
-            if activation is not None:
-                error = layer.backward(error) * (activation > 0)
-        stack = updated[::-1]
+        for i in reversed(range(len(rest))):
+            a, delta = jax.lax.stop_gradient((inputs[i], error)) if first_order else (inputs[i], error)
+            error = rest[i].backward(error) * (inputs[i] > 0)
+            rest[i] = rest[i].updated(a, delta, *_rates(spec, now, names[1 + i]))
+        delta = jax.lax.stop_gradient(error) if first_order else error
+        first = first.updated(delta, *_rates(spec, now, names[0]))
         if every_step:
-            seen.append(query(stack))
-    return jnp.stack(seen) if every_step else query(stack)
+            seen.append(forward(on_query)[0])
+    return jnp.stack(seen) if every_step else forward(on_query)[0]
 
 
-def _group(spec: RatesSpec, layer: str, tensor: str) -> str | None:
-    return rates_lib.group_of(spec, (jax.tree_util.DictKey(layer), jax.tree_util.DictKey(tensor)))
+def _rates(spec: RatesSpec, now: Rates, layer: str) -> tuple[jax.Array | float, jax.Array | float]:
+    """The rates of a layer's kernel and bias; 0 where it does not adapt."""
+    keys = ((jax.tree_util.DictKey(layer), jax.tree_util.DictKey(tensor)) for tensor in ("kernel", "bias"))
+    groups = [rates_lib.group_of(spec, path) for path in keys]
+    kernel, bias = (0.0 if group is None else now[group] for group in groups)
+    return kernel, bias
 
 
-class _First:
-    """The first layer: products with the kernel and the Gram matrix are given, errors add up."""
+class _First(NamedTuple):
+    """The first layer: the products with its kernel are given; its errors, times the rates, add up."""
 
-    def __init__(self, base, gram, bias, errors=None):  # type: ignore[no-untyped-def]
-        self.base, self.gram, self.bias, self.errors = base, gram, bias, errors
+    bias: jax.Array  # [out]
+    errors: jax.Array  # [support, out]
 
-    def on(self, base: jax.Array, gram: jax.Array) -> _First:
-        return _First(base, gram, self.bias, self.errors)
+    def forward(self, product: jax.Array, gram: jax.Array) -> jax.Array:
+        return product + self.bias - jnp.dot(gram, self.errors)
 
-    def forward(self) -> jax.Array:
-        z = self.base + self.bias
-        return z if self.errors is None else z - jnp.dot(self.gram, self.errors)
-
-    def updated(self, _, delta, kernel_rate, bias_rate) -> _First:  # type: ignore[no-untyped-def]
-        bias = self.bias if bias_rate is None else self.bias - bias_rate * delta.sum(0)
-        errors = self.errors
-        if kernel_rate is not None:
-            errors = kernel_rate * delta if errors is None else errors + kernel_rate * delta
-        return _First(self.base, self.gram, bias, errors)
+    def updated(self, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float) -> _First:
+        return _First(self.bias - bias_rate * delta.sum(0), self.errors + kernel_rate * delta)
 
 
-class _Layer:
-    """Any later layer: the shared kernel, and the activations and errors of the steps so far."""
+class _LowRank(NamedTuple):
+    """A later layer as its shared kernel and the activations and errors of the steps so far."""
 
-    def __init__(self, kernel, bias, a=None, b=None):  # type: ignore[no-untyped-def]
-        self.kernel, self.bias, self.a, self.b = kernel, bias, a, b
+    kernel: jax.Array  # [in, out], not adapted
+    bias: jax.Array  # [out]
+    a: jax.Array  # [rows so far, in]
+    b: jax.Array  # [rows so far, out]
 
     def forward(self, x: jax.Array) -> jax.Array:
         z = jnp.dot(x, self.kernel) + self.bias
-        return z if self.a is None else z - jnp.dot(jnp.dot(x, self.a.T), self.b)
+        return z - jnp.dot(jnp.dot(x, self.a.T), self.b) if len(self.a) else z
 
     def backward(self, error: jax.Array) -> jax.Array:
         back = jnp.dot(error, self.kernel.T)
-        return back if self.a is None else back - jnp.dot(jnp.dot(error, self.b.T), self.a)
+        return back - jnp.dot(jnp.dot(error, self.b.T), self.a) if len(self.a) else back
 
-    def updated(self, activation, delta, kernel_rate, bias_rate) -> _Layer:  # type: ignore[no-untyped-def]
-        bias = self.bias if bias_rate is None else self.bias - bias_rate * delta.sum(0)
-        if kernel_rate is None:
-            return _Layer(self.kernel, bias, self.a, self.b)
-        a, b = activation, kernel_rate * delta
-        if self.a is not None:
-            a, b = jnp.concatenate([self.a, a]), jnp.concatenate([self.b, b])
-        return _Layer(self.kernel, bias, a, b)
+    def updated(
+        self, activation: jax.Array, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float
+    ) -> _LowRank:
+        a, b = jnp.concatenate([self.a, activation]), jnp.concatenate([self.b, kernel_rate * delta])
+        return _LowRank(self.kernel, self.bias - bias_rate * delta.sum(0), a, b)
+
+
+class _Formed(NamedTuple):
+    """A later layer as its adapted kernel: cheaper where the kernel is small beside the support set."""
+
+    kernel: jax.Array  # [in, out], adapted
+    bias: jax.Array  # [out]
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        return jnp.dot(x, self.kernel) + self.bias
+
+    def backward(self, error: jax.Array) -> jax.Array:
+        return jnp.dot(error, self.kernel.T)
+
+    def updated(
+        self, activation: jax.Array, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float
+    ) -> _Formed:
+        kernel = self.kernel - kernel_rate * jnp.dot(activation.T, delta)
+        return _Formed(kernel, self.bias - bias_rate * delta.sum(0))
+
+
+def _later(layer: Params, rows: int) -> _Formed | _LowRank:
+    kernel, bias = layer["kernel"], layer["bias"]
+    if rows * sum(kernel.shape) < LOW_RANK_SHARE * kernel.size:
+        return _LowRank(kernel, bias, kernel[:0].T[:, :0].reshape(0, kernel.shape[0]), kernel[:0])
+    return _Formed(kernel, bias)

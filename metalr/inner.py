@@ -18,9 +18,7 @@ from metalr.errors import ConfigError
 from metalr.models import Apply
 from metalr.types import Episode, Params
 
-UNROLLED_STEPS = (
-    8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
-)
+UNROLLED_STEPS = 8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -142,7 +140,5 @@ def adaptation_curve(
     def observe(now: Params) -> jax.Array:
         return accuracy(apply(now, episode.query_x), episode.query_y)
 
-    _, curve = adapt(
-        apply, params, episode.support_x, episode.support_y, optimizer, steps, observe=observe, **options
-    )
+    _, curve = adapt(apply, params, episode.support_x, episode.support_y, optimizer, steps, observe=observe, **options)
     return curve

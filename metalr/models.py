@@ -135,11 +135,7 @@ def conv_as_patches(
     """
     kh, kw, channels, out = kernel.shape
     sh, sw = window_strides
-    pads = (
-        jax.lax.padtype_to_pads(x.shape[1:3], (kh, kw), (sh, sw), padding)
-        if isinstance(padding, str)
-        else padding
-    )
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (kh, kw), (sh, sw), padding) if isinstance(padding, str) else padding
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, columns = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
     patches = [
@@ -218,9 +214,7 @@ def conv4(
     if norm not in NORMS:
         raise ConfigError(f"model.norm: expected one of {NORMS}, got {norm!r}")
     if channels < 1 or layers < 1:
-        raise ConfigError(
-            f"model.channels, model.layers: expected positive numbers, got {channels}, {layers}"
-        )
+        raise ConfigError(f"model.channels, model.layers: expected positive numbers, got {channels}, {layers}")
     plain, patched = (_Conv4(way, channels, layers, norm, patches) for patches in (False, True))
     return Model(
         name="conv4",
@@ -310,9 +304,7 @@ def from_nnx(
 
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     if jax.tree.leaves(rest):
-        kinds = sorted(
-            {type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))}
-        )
+        kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
         raise ConfigError(
             f"{type(module).__name__}: expected nnx.Param only, got other state ({', '.join(kinds)}); use LayerNorm "
             "or GroupNorm instead of running batch statistics, and call eval() on dropout without an rng stream"
@@ -322,10 +314,7 @@ def from_nnx(
     def init(key: jax.Array) -> Params:
         leaves, tree = jax.tree.flatten(values)
         draw = nn.initializers.lecun_normal()
-        fresh = [
-            draw(jax.random.fold_in(key, i), v.shape, v.dtype) if v.ndim > 1 else v
-            for i, v in enumerate(leaves)
-        ]
+        fresh = [draw(jax.random.fold_in(key, i), v.shape, v.dtype) if v.ndim > 1 else v for i, v in enumerate(leaves)]
         return jax.tree.unflatten(tree, fresh)
 
     def apply(given: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -343,7 +332,5 @@ def _checked(model: Model) -> Model:
     x = jax.ShapeDtypeStruct((3, *model.input_shape), jnp.float32)
     logits = jax.eval_shape(model.apply, params, x)
     if logits.shape != (3, model.way):
-        raise ConfigError(
-            f"model: expected logits of shape [3, {model.way}] for 3 images, got {logits.shape}"
-        )
+        raise ConfigError(f"model: expected logits of shape [3, {model.way}] for 3 images, got {logits.shape}")
     return model

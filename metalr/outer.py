@@ -5,7 +5,6 @@ An algorithm is a row of ALGORITHMS, a choice for each question; there are no su
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,9 @@ from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
+
+
+FACTORED_GROUP = 4  # tasks vmapped together on a CPU: enough rows for a large product, few enough for its cache
 
 
 class Algorithm(NamedTuple):
@@ -46,9 +48,7 @@ ALGORITHMS = {
     "anil": Algorithm("shared", False, False, False, "head", "query", "Raghu et al. 2020, section 4"),
     "boil": Algorithm("shared", False, False, False, "body", "query", "Oh et al. 2021, section 3"),
     "meta_sgd": Algorithm("parameter", False, True, False, "all", "query", "Li et al. 2017, algorithm 1"),
-    "meta_sgd_layer": Algorithm(
-        "layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"
-    ),
+    "meta_sgd_layer": Algorithm("layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"),
     "lslr": Algorithm("tensor", True, True, False, "all", "query", "Antoniou et al. 2019, section 4"),
 }
 
@@ -121,65 +121,49 @@ def meta_gradient(
       (gradients shaped like `meta`, {"loss", "accuracy"}: means over tasks of the query set after adaptation).
     """
     dropout = bool(model.settings.get("dropout"))
-    if (
-        meta_gradient == "query"
-        and not plain
-        and factored.pays(model, spec, episodes.support_y.shape[1], spec.steps)
-    ):
+    support = episodes.support_y.shape[1]
+    fast = meta_gradient == "query" and not plain and factored.pays(model, spec, support, spec.steps)
 
-        def batch_loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
+    def one(apply: Apply, meta: MetaParams, episode: Episode, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if fast:
             rates = rates_lib.actual(spec, meta.rates)
-            run = functools.partial(factored.query_logits, steps=spec.steps, first_order=first_order)
-            logits = jax.vmap(lambda e: run(meta.init, rates, spec, e.support_x, e.support_y, e.query_x))(
-                episodes
+            data = episode.support_x, episode.support_y, episode.query_x
+            logits = factored.query_logits(meta.init, rates, spec, *data, spec.steps, first_order=first_order)
+        else:
+            logits = query_logits(
+                apply, spec, meta, episode, first_order=first_order, dropout=dropout, remat=remat, key=key
             )
-            return inner.cross_entropy(logits, episodes.query_y), inner.accuracy(logits, episodes.query_y)
+        return inner.cross_entropy(logits, episode.query_y), inner.accuracy(logits, episode.query_y)
 
-        (loss, accuracy), grads = jax.value_and_grad(batch_loss, has_aux=True)(meta)
-        return grads, {"loss": loss, "accuracy": accuracy}
+    def mean_of_group(apply: Apply, tasks: tuple[Episode, jax.Array]) -> tuple[MetaParams, dict[str, jax.Array]]:
+        if meta_gradient == "reptile":
+            each = jax.vmap(lambda task: reptile(apply, spec, meta, *task, dropout=dropout))(tasks)
+            return jax.tree.map(lambda v: v.mean(0), each)
 
-    def by_tasks(apply: Apply, vmapped: int, meta: MetaParams, tasks: tuple[Episode, jax.Array]):  # type: ignore[no-untyped-def]
-        def one(task: tuple[Episode, jax.Array]):  # type: ignore[no-untyped-def]
-            episode, key = task
+        def loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
+            losses, accuracies = devices.vmap_group(lambda task: one(apply, meta, *task), tasks)
+            return losses.mean(), accuracies.mean()
 
-            def loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
-                logits = query_logits(
-                    apply, spec, meta, episode, first_order=first_order, dropout=dropout, remat=remat, key=key
-                )
-                return inner.cross_entropy(logits, episode.query_y), inner.accuracy(logits, episode.query_y)
+        (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(meta)
+        return grads, {"loss": value, "accuracy": accuracy}
 
-            if meta_gradient == "reptile":
-                return reptile(apply, spec, meta, episode, dropout, key)
-            (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(meta)
-            return grads, {"loss": value, "accuracy": accuracy}
-
-        return devices.mean_over_tasks(one, tasks, vmapped)
-
-    return devices.by_platform(model, by_tasks, meta, (episodes, keys))
+    return devices.mean_over_tasks(model, mean_of_group, (episodes, keys), cpu_group=FACTORED_GROUP if fast else 1)
 
 
 def reptile(
-    apply: Apply, spec: RatesSpec, meta: MetaParams, episode: Episode, dropout: bool, key: jax.Array
+    apply: Apply, spec: RatesSpec, meta: MetaParams, episode: Episode, key: jax.Array, *, dropout: bool = False
 ) -> tuple[MetaParams, dict[str, jax.Array]]:
     """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2), as if it were a gradient.
 
-    Rates get a zero gradient: they do not learn.
+    Rates get a zero gradient: they do not learn. Returns (direction shaped like `meta`, {"loss", "accuracy"}).
     """
     optimizer = rates_lib.optimizer(spec, rates_lib.actual(spec, meta.rates))
-    fast, _ = inner.adapt(
-        apply,
-        meta.init,
-        episode.support_x,
-        episode.support_y,
-        optimizer,
-        spec.steps,
-        dropout=dropout,
-        key=key,
-    )
+    x, y = episode.support_x, episode.support_y
+    fast, _ = inner.adapt(apply, meta.init, x, y, optimizer, spec.steps, dropout=dropout, key=key)
     logits = apply(fast, episode.query_x)
-    grads = MetaParams(jax.tree.map(jnp.subtract, meta.init, fast), jax.tree.map(jnp.zeros_like, meta.rates))
+    direction = jax.tree.map(jnp.subtract, meta.init, fast)
     metrics = {
         "loss": inner.cross_entropy(logits, episode.query_y),
         "accuracy": inner.accuracy(logits, episode.query_y),
     }
-    return grads, metrics
+    return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates)), metrics

@@ -93,13 +93,9 @@ def initial_raw(spec: RatesSpec, params: Params) -> Rates:
             start = np.log(spec.initial) if spec.positive else spec.initial
             raw[group] = jnp.full(shape, start, leaf.dtype)
     names = {path_name(path).split("/")[0] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    has_head = any(
-        path_name(p).startswith(f"{spec.head}/") for p, _ in jax.tree_util.tree_leaves_with_path(params)
-    )
+    has_head = any(path_name(p).startswith(f"{spec.head}/") for p, _ in jax.tree_util.tree_leaves_with_path(params))
     if not raw or (spec.adapts != "all" and not has_head):
-        raise ConfigError(
-            f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}"
-        )
+        raise ConfigError(f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}")
     return raw
 
 

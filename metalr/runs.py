@@ -34,9 +34,7 @@ from metalr.rates import RatesSpec
 from metalr.tasks import Pool, Sampler, Splits
 from metalr.types import Curve, Params, Rates
 
-CHUNK = (
-    50  # outer steps a dispatch: progress moves, and the time outside the compiled program stays below 1 %
-)
+CHUNK = 50  # outer steps a dispatch: progress moves, and the time outside the compiled program stays below 1 %
 
 
 class Setup(NamedTuple):
@@ -103,9 +101,7 @@ def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
         assert maker is not None
         maker(1e-3).init  # noqa: B018
     except Exception as error:
-        raise ConfigError(
-            f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}"
-        ) from error
+        raise ConfigError(f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}") from error
     return maker
 
 
@@ -224,9 +220,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
         "transductive": per_seed[0]["transductive"],
         "curve": over_seeds([r["curve"] for r in per_seed]),
         "comparison": over_seeds([r["comparison"] for r in per_seed]) if config.grid.run else [],
-        "runs": [
-            {k: v for k, v in r.items() if k not in ("folder", "splits", "provenance")} for r in per_seed
-        ],
+        "runs": [{k: v for k, v in r.items() if k not in ("folder", "splits", "provenance")} for r in per_seed],
     }
     for results in summary["runs"]:
         results.get("grid", {}).pop("cells", None)  # hundreds of rows a seed; they stay in the run folder
@@ -243,9 +237,7 @@ def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for same in zip(*rows, strict=True):
         accuracies = [row["accuracy"] for row in same]
         means = {
-            k: round(float(np.mean([row[k] for row in same])), 6)
-            for k in same[0]
-            if isinstance(same[0][k], float)
+            k: round(float(np.mean([row[k] for row in same])), 6) for k in same[0] if isinstance(same[0][k], float)
         }
         merged.append(same[0] | means | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
     return merged
@@ -292,9 +284,7 @@ def meta_train(
                 init, rates = train.learned(setup.spec, part.state.meta)
                 score = float(validate(val_pool, init, rates, val_keys).mean[-1])
                 facts = {"step": done, "validation_accuracy": round(score, 6)}
-                facts["rates"] = (
-                    rates_lib.summary(setup.spec, rates) if setup.spec.granularity != "parameter" else {}
-                )
+                facts["rates"] = rates_lib.summary(setup.spec, rates) if setup.spec.granularity != "parameter" else {}
                 log.write(json.dumps(facts) + "\n")
                 log.flush()
                 if best is None or score > best[0]:
@@ -326,9 +316,7 @@ def task_cost(config: TrainConfig) -> int:
     return 2 * config.inner.steps * support + query
 
 
-def held_out(
-    learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int
-) -> tuple[Curve, float]:
+def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int) -> tuple[Curve, float]:
     """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation."""
     began = time.perf_counter()
     pool, sample = setup.samplers["test"]
@@ -369,15 +357,11 @@ def compare(
     cells, costs = {}, {}
     for origin, init in (("random", None), ("learned", learner.init)):
         reporter.line(f"grid search from the {origin} init, {len(keys)} tasks")
-        cells[origin], costs[origin] = search.run_grid(
-            grid, setup.model, pool, sample, support, keys, init=init
-        )
+        cells[origin], costs[origin] = search.run_grid(grid, setup.model, pool, sample, support, keys, init=init)
     reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
     rows: list[dict[str, Any]] = []
 
-    def add(
-        method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None
-    ) -> None:
+    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None) -> None:
         mean, ci95 = evaluate.paired(task_accuracy, np.zeros_like(task_accuracy))
         difference, difference_ci95 = evaluate.paired(reference, task_accuracy)
         chosen = cell.row() if cell else {}
@@ -398,9 +382,7 @@ def compare(
     if curve.tasks.shape[1] - 1 > steps:
         longest = curve.tasks.shape[1] - 1
         add("learned init + learned rates", longest, curve.tasks[:, longest], longest * support)
-    random_rates = evaluate.make_baseline(
-        setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True
-    )
+    random_rates = evaluate.make_baseline(setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True)
     add(
         "random init + learned rates",
         steps,
@@ -456,9 +438,7 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
         batches = sum(min(size, support) for size in grid.batch_sizes)
         runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
         examples += runs * max(grid.steps) * batches
-    return 20 + examples * per_example / (
-        0.4 * rate
-    )  # 20 s to compile; the share of the rate that is reached
+    return 20 + examples * per_example / (0.4 * rate)  # 20 s to compile; the share of the rate that is reached
 
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
@@ -516,15 +496,11 @@ def provenance() -> dict[str, Any]:
     """Commit (of the source checkout, if this is one), versions and machine."""
 
     def git(*args: str) -> str:
-        call = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+        call = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         return call.stdout.strip() if call.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", "metalr", "..") else ""
-        )
+        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "metalr", "..") else "")
     except OSError:
         commit = ""
     model = next(

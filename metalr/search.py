@@ -43,9 +43,7 @@ class Grid:
         if not all(0 < rate < np.inf for rate in self.learning_rates):
             raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
         if min(self.steps) < 1 or min(self.batch_sizes) < 1:
-            raise ConfigError(
-                f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}"
-            )
+            raise ConfigError(f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}")
         if not set(self.optimizers) <= set(OPTIMIZERS):
             raise ConfigError(f"grid.optimizers: expected some of {tuple(OPTIMIZERS)}, got {self.optimizers}")
 
@@ -118,9 +116,7 @@ def run_grid(
             curve = evaluator(pool, start, np.float32(rate), keys)
             for i, steps in enumerate(sorted(grid.steps)):
                 origin = "random" if init is None else "learned"
-                cells.append(
-                    Cell(origin, name, rate, batch_size, steps, curve.tasks[:, i], steps * batch_size)
-                )
+                cells.append(Cell(origin, name, rate, batch_size, steps, curve.tasks[:, i], steps * batch_size))
         report(f"{name}, batch {batch_size}")
     cost = {
         "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),

@@ -113,9 +113,7 @@ def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None)
             f"data {name!r}: expected a prepared TFDS dataset at {folder / name}, found none; prepare it with TFDS "
             "(file_format='array_record'), or bring arrays with `metalr data import FILE.npz`"
         )
-    data.write_cache(
-        read_tfds(name, folder)
-    )  # always from TFDS: it shuffles, so every source gives the same order
+    data.write_cache(read_tfds(name, folder))  # always from TFDS: it shuffles, so every source gives the same order
     return data.read_cache(name)
 
 
@@ -217,9 +215,7 @@ def read_tfds(name: str, folder: Path) -> data.Dataset:
 
     versions = sorted((folder / name).glob("**/dataset_info.json"))
     if not versions:
-        raise DataError(
-            f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it"
-        )
+        raise DataError(f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it")
     try:
         builder = tfds.builder_from_directory(versions[-1].parent)
         splits = list(builder.info.splits)

@@ -127,9 +127,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
         raise ConfigError(f"tasks.family: expected one of {tuple(FAMILIES)}, got {family!r}")
     kind = FAMILIES[family]
     if kind.transform in ("rotation", "turns") and dataset.shape[0] != dataset.shape[1]:
-        raise DataError(
-            f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}"
-        )
+        raise DataError(f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}")
     if family == "classes":
         parts = _split_by_class(dataset, seed)
     else:
@@ -177,9 +175,7 @@ def _split_by_image(dataset: Dataset, kind: Family) -> dict:
     if "classes" in kind.held_out:
         held = round(0.4 * len(classes))
         if held < 2 or len(classes) - held < 2:
-            raise DataError(
-                f"{dataset.name}: holding out 40 % of the classes needs 4 or more, got {len(classes)}"
-            )
+            raise DataError(f"{dataset.name}: holding out 40 % of the classes needs 4 or more, got {len(classes)}")
         known, new = classes[:-held], classes[-held:]
 
     def part(images: np.ndarray, labels: np.ndarray, keep: np.ndarray, ids: np.ndarray) -> tuple:
@@ -202,9 +198,7 @@ def _split_by_class(dataset: Dataset, seed: int) -> dict:
             assigned = np.where((assigned == "val") & ~first_half, "test", assigned)
     else:
         if dataset.classes < 5:
-            raise DataError(
-                f"{dataset.name}: family 'classes' needs 5 or more classes, got {dataset.classes}"
-            )
+            raise DataError(f"{dataset.name}: family 'classes' needs 5 or more classes, got {dataset.classes}")
         shuffled = np.random.default_rng(seed).permutation(dataset.classes)
         cuts = np.ceil(np.array([0.64, 0.80]) * dataset.classes).astype(int)
         assigned = np.empty(dataset.classes, "<U5")
@@ -246,9 +240,7 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Poo
     if kind.classes == "all" and way != split.classes:
         raise ConfigError(f"tasks.way: family {split.family!r} uses all {split.classes} classes, got {way}")
     if way > split.classes:
-        raise ConfigError(
-            f"tasks.way: expected at most {split.classes} (classes of meta-{split.part}), got {way}"
-        )
+        raise ConfigError(f"tasks.way: expected at most {split.classes} (classes of meta-{split.part}), got {way}")
     need, have = shot + query, int(split.count.min())
     if need > have:
         raise ConfigError(
@@ -341,9 +333,7 @@ def _transform(
     height, width, channels = shape
     if kind.transform == "rotation":
         arc_key, angle_key = jax.random.split(key)
-        start, degrees = jnp.array(split.angles, jnp.float32)[
-            jax.random.randint(arc_key, (), 0, len(split.angles))
-        ]
+        start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
         pixels = rotate(
             pixels.reshape(-1, height * width, channels),
             start + degrees * jax.random.uniform(angle_key),
@@ -357,9 +347,7 @@ def _transform(
     elif kind.transform == "turns":
         index = np.arange(height * width).reshape(height, width)
         orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
-        pixels = jax.vmap(lambda image, turn: image[orders[turn]])(
-            pixels.reshape(-1, height * width, channels), turns
-        )
+        pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)
     return pixels.reshape(-1, height * width * channels).astype(jnp.float32) / 255
 
 

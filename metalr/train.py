@@ -72,15 +72,11 @@ def make_optimizer(
             return optax.set_to_zero()
         return base(optax.cosine_decay_schedule(rate, steps) if schedule == "cosine" else rate)
 
-    parts = optax.multi_transform(
-        {"init": part(init_rate), "rates": part(rates_rate)}, MetaParams("init", "rates")
-    )
+    parts = optax.multi_transform({"init": part(init_rate), "rates": part(rates_rate)}, MetaParams("init", "rates"))
     return optax.chain(optax.clip_by_global_norm(clip), parts) if clip else parts
 
 
-def start(
-    model: Model, spec: RatesSpec, optimizer: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
+def start(model: Model, spec: RatesSpec, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first outer step."""
     meta = jax.jit(lambda key: outer.initial(model, spec, key))(key)
     return TrainState(meta, jax.jit(optimizer.init)(meta), jnp.zeros((), jnp.int32))
@@ -122,17 +118,13 @@ def make_chunk(
 
     split_gradient = devices.split_tasks(gradient, devices.task_mesh(meta_batch), replicated=2, mean=True)
 
-    def chunk(
-        state: TrainState, pool: Pool, key: jax.Array, count: int
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def chunk(state: TrainState, pool: Pool, key: jax.Array, count: int) -> tuple[TrainState, dict[str, jax.Array]]:
         def step(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
             keys = jax.random.split(jax.random.fold_in(key, state.step), meta_batch)
             grads, metrics = split_gradient(state.meta, pool, keys)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
             meta = optax.apply_updates(state.meta, updates)
-            return TrainState(meta, opt_state, state.step + 1), metrics | {
-                "gradient_norm": optax.global_norm(grads)
-            }
+            return TrainState(meta, opt_state, state.step + 1), metrics | {"gradient_norm": optax.global_norm(grads)}
 
         return jax.lax.scan(step, state, None, length=count)
 
