@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalr import devices, runs
+from metalr import devices
+from metalr.provenance import command, provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,6 +72,6 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write benchmarks/results/NAME.json: command, provenance, facts, rows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"command": "python benchmarks/" + runs.command(), "provenance": runs.provenance(), **facts, "rows": rows}
+    content = {"command": "python benchmarks/" + command(), "provenance": provenance(), **facts, "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -3,7 +3,8 @@
     python benchmarks/throughput.py [--workload NAME] [--repeats N] [--json]
 
 Second-order per-layer Meta-SGD, 5 inner steps, 15 query images a class, meta-batch 32. Before anything is timed, all
-systems must give the same meta-gradient on the same episodes (relative error below 1e-4). Each system's runs are
+systems must give the same meta-gradient on the same episodes to 1e-4, in float64 (in float32, ReLUs whose input rounds
+to another sign make larger differences between any two of them); timing is in float32. Each system's runs are
 interleaved with the others'; medians. Needs the extra `bench`.
 """
 
@@ -145,12 +146,18 @@ def run(name: str, repeats: int) -> list[dict[str, Any]]:
     model, spec = work.model(work.way), rates.RatesSpec("layer", steps=STEPS, initial=0.05)
     meta = jax.tree.map(jnp.asarray, outer.initial(model, spec, jax.random.key(0)))
     episodes = episodes_of(work)
-    systems = {
-        "metalr": with_metalr(model, spec, meta, episodes),
-        "plain JAX vmap(grad)": with_plain_jax(model, spec, meta, episodes),
-        **torch_systems(model, meta, episodes),
-    }
-    error = check_same({system: flat(call()) for system, call in systems.items()})
+
+    def systems_of(meta: MetaParams, episodes: Episode) -> dict[str, System]:
+        return {
+            "metalr": with_metalr(model, spec, meta, episodes),
+            "plain JAX vmap(grad)": with_plain_jax(model, spec, meta, episodes),
+            **torch_systems(model, meta, episodes),
+        }
+
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda v: np.asarray(v, np.float64) if v.dtype == np.float32 else v, (meta, episodes))
+        error = check_same({system: flat(call()) for system, call in systems_of(*double).items()})
+    systems = systems_of(meta, episodes)
     seconds = measure.side_by_side(systems, repeats)
     rate = measure.product_rate()
     one = jax.tree.map(lambda v: v[:4], episodes)

@@ -48,7 +48,7 @@ def gru(params: Params, x: Tensor) -> Tensor:
     rows = x.reshape(x.shape[0], 28, 28)
     p = {name.removeprefix("rnn/cell/"): value for name, value in params.items()}
     from_x = {g: rows @ p[f"i{g}/kernel"] + p[f"i{g}/bias"] for g in "rzn"}
-    h = torch.zeros(x.shape[0], p["hr/kernel"].shape[0])
+    h = torch.zeros(x.shape[0], p["hr/kernel"].shape[0], dtype=x.dtype)
     for t in range(28):
         r = torch.sigmoid(from_x["r"][:, t] + h @ p["hr/kernel"])
         z = torch.sigmoid(from_x["z"][:, t] + h @ p["hz/kernel"])

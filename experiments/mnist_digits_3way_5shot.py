@@ -4,7 +4,8 @@
 
 Tasks are 3 of the digits under one random rotation, labels shuffled. Meta-training sees digits 0-5; the 600 meta-test
 tasks are made of test images of digits 6-9 at angles that were not trained. Network: 4 convolutions of 32 channels
-with batch-statistics norm (transductive). Expected time and numbers: see this experiment's row in README.md, made from results/mnist_digits_3way_5shot.json.
+with batch-statistics norm (transductive).
+Expected time and numbers: results/mnist_digits_3way_5shot.json, shown in README.md.
 """
 
 from metalr.cli import experiment

@@ -3,7 +3,8 @@
     python experiments/mnist_permuted_10way_10shot.py
 
 Tasks are all ten digits under one of 2^30 pixel permutations; the 600 meta-test tasks use test images and permutations
-that were not trained. Network: the reference MLP 784-128-10 (without dropout). Expected time and numbers: see this experiment's row in README.md, made from results/mnist_permuted_10way_10shot.json.
+that were not trained. Network: the reference MLP 784-128-10 (without dropout).
+Expected time and numbers: results/mnist_permuted_10way_10shot.json, shown in README.md.
 """
 
 from metalr.cli import experiment

@@ -3,7 +3,8 @@
     python experiments/mnist_rotated_10way_5shot.py
 
 Tasks are all ten digits at one angle; the 600 meta-test tasks use test images and arcs of angles that were not
-trained. Network: the reference MLP 784-128-10 (without dropout). Expected time and numbers: see this experiment's row in README.md, made from results/mnist_rotated_10way_5shot.json.
+trained. Network: the reference MLP 784-128-10 (without dropout).
+Expected time and numbers: results/mnist_rotated_10way_5shot.json, shown in README.md.
 """
 
 from metalr.cli import experiment

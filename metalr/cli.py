@@ -108,7 +108,8 @@ def evaluate(
       json_: print JSON instead of a table.
     """
     _start_jax()
-    from metalr import artifact, report, runs
+    from metalr import artifact, compare, provenance, report
+    from metalr.setup import set_up
 
     file = run / "config.json"
     if not file.is_file():
@@ -120,20 +121,20 @@ def evaluate(
     given = {"episodes": episodes, "steps": steps, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changed))
-    setup = runs.set_up(config)
+    setup = set_up(config)
     learner = artifact.load(run / "artifact")
     if learner.facts["split_sha256"] != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
     asked = config.evaluation
-    curve, seconds = runs.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
+    curve, seconds = compare.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
     results = {
         "run": str(run),
         "episodes": asked.episodes,
         "split_sha256": setup.splits.sha256,
         "transductive": learner.model.transductive,
-        "curve": runs.curve_rows(curve),
+        "curve": compare.curve_rows(curve),
         "seconds": round(seconds, 3),
-        "provenance": runs.provenance(),
+        "provenance": provenance.provenance(),
     }
     print(json.dumps(results, indent=1) if json_ else report.curve_text(results))
 

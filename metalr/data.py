@@ -75,7 +75,7 @@ def _content_sha256(dataset: Dataset) -> str:
     for part in PARTS:
         array = np.ascontiguousarray(getattr(dataset, part))
         digest.update(f"{part}{array.shape}{array.dtype}".encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -221,7 +221,7 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"{path}: expected an .npz file, found none")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez")
             return {key: archive[key] for key in archive.files}

@@ -6,6 +6,7 @@ their own with single-threaded products (`use_all_cores`), which beats one devic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -28,18 +29,18 @@ def use_all_cores() -> None:
     Settings that the user made (XLA_FLAGS, jax_num_cpu_devices) stay. The command line and the experiments call it;
     importing metalr as a library changes no setting.
     """
-    flag = "xla_cpu_multi_thread_eigen"
-    if jax._src.xla_bridge.backends_are_initialized() or jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
-        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}=false".strip()
-    jax.config.update("jax_num_cpu_devices", cores)
+    flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen"
+    if jax.config.read("jax_num_cpu_devices") > 0 or flag in flags:
+        return
+    with contextlib.suppress(RuntimeError):  # JAX runs already
+        jax.config.update("jax_num_cpu_devices", cores)
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 
 def use_compilation_cache(folder: os.PathLike | str) -> None:
     """Keep compiled programs in `folder` between processes, unless the user chose a folder already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -20,7 +20,6 @@ from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
-
 LOW_RANK_SHARE = 0.5  # of a kernel's size, below which activations and errors are cheaper to keep
 
 
@@ -111,7 +110,7 @@ class _First(NamedTuple):
     errors: jax.Array  # [support, out]
 
     def forward(self, product: jax.Array, gram: jax.Array) -> jax.Array:
-        return product + self.bias - jnp.dot(gram, self.errors)
+        return product + self.bias[None] - jnp.dot(gram, self.errors)
 
     def updated(self, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float) -> _First:
         return _First(self.bias - bias_rate * delta.sum(0), self.errors + kernel_rate * delta)
@@ -126,7 +125,7 @@ class _LowRank(NamedTuple):
     b: jax.Array  # [rows so far, out]
 
     def forward(self, x: jax.Array) -> jax.Array:
-        z = jnp.dot(x, self.kernel) + self.bias
+        z = jnp.dot(x, self.kernel) + self.bias[None]
         return z - jnp.dot(jnp.dot(x, self.a.T), self.b) if len(self.a) else z
 
     def backward(self, error: jax.Array) -> jax.Array:
@@ -147,7 +146,7 @@ class _Formed(NamedTuple):
     bias: jax.Array  # [out]
 
     def forward(self, x: jax.Array) -> jax.Array:
-        return jnp.dot(x, self.kernel) + self.bias
+        return jnp.dot(x, self.kernel) + self.bias[None]
 
     def backward(self, error: jax.Array) -> jax.Array:
         return jnp.dot(error, self.kernel.T)

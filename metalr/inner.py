@@ -77,17 +77,18 @@ def adapt(
     if key is None and (dropout or batch_size is not None):
         raise ConfigError("key: expected a jax.random.key, because of dropout or minibatches; got None")
 
+    keys = None if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))  # minibatches, dropout
     wanted = np.arange(steps + 1) if observe_at is None else np.asarray(observe_at)
 
     def step(carry: tuple[Params, Any], index: int | jax.Array) -> tuple[Params, Any]:
         now, state = carry
         x, y = support_x, support_y
-        if batch_size is not None:
+        if batch_size is not None and keys is not None:
             epoch, batch = index // (support // batch_size), index % (support // batch_size)
-            order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 0), epoch), support)
+            order = jax.random.permutation(jax.random.fold_in(keys[0], epoch), support)
             rows = jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
             x, y = x[rows], y[rows]
-        drop = {"key": jax.random.fold_in(jax.random.fold_in(key, 1), index)} if dropout else {}
+        drop = {"key": jax.random.fold_in(keys[1], index)} if dropout and keys is not None else {}
         grads = jax.grad(lambda p: cross_entropy(apply(p, x, **drop), y))(now)
         if first_order:
             grads = jax.lax.stop_gradient(grads)

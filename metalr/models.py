@@ -100,6 +100,7 @@ class _Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale, bias = scale[None, None, None], bias[None, None, None]
         axes = (1, 2) if self.per_image else (0, 1, 2)
         mean = x.mean(axes, keepdims=True)
         variance = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
@@ -116,7 +117,10 @@ class _Rnn(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         rows = x.reshape(*x.shape[:2], -1)  # one row of the image a time step
         cell = nn.GRUCell(self.width) if self.cell == "gru" else nn.OptimizedLSTMCell(self.width)
-        return nn.Dense(self.way, name="head")(nn.RNN(cell, name="rnn")(rows)[:, -1])
+        zeros = jnp.zeros((x.shape[0], self.width), x.dtype)
+        start: Any = zeros if self.cell == "gru" else (zeros, zeros)
+        states: Any = nn.RNN(cell, name="rnn")(rows, initial_carry=start)
+        return nn.Dense(self.way, name="head")(states[:, -1])
 
 
 def conv_as_patches(
@@ -166,8 +170,8 @@ def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax
 def _linen_apply(module: nn.Module) -> Apply:
     def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if key is None:
-            return module.apply({"params": params}, x)  # type: ignore[return-value]
-        return module.apply({"params": params}, x, train=True, rngs={"dropout": key})  # type: ignore[return-value]
+            return module.apply({"params": params}, x)
+        return module.apply({"params": params}, x, train=True, rngs={"dropout": key})
 
     return apply
 
@@ -302,7 +306,7 @@ def from_nnx(
     """
     from flax import nnx
 
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
         kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
         raise ConfigError(

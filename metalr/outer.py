@@ -17,7 +17,6 @@ from metalr.models import Apply, Model
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
-
 FACTORED_GROUP = 4  # tasks vmapped together on a CPU: enough rows for a large product, few enough for its cache
 
 

@@ -128,9 +128,9 @@ def check_steps(spec: RatesSpec, steps: int) -> None:
 
 
 class RatesState(NamedTuple):
-    """State of `optimizer`: how many steps were taken. count: int32 []."""
+    """State of `optimizer`: how many steps were taken. steps: int32 []."""
 
-    count: jax.Array
+    steps: jax.Array
 
 
 def optimizer(spec: RatesSpec, rates: Rates) -> optax.GradientTransformation:
@@ -152,15 +152,15 @@ def optimizer(spec: RatesSpec, rates: Rates) -> optax.GradientTransformation:
         return RatesState(jnp.zeros((), jnp.int32))
 
     def update(grads: Params, state: RatesState, params: Params | None = None) -> tuple[Params, RatesState]:
-        now = at_step(spec, rates, state.count)
+        now = at_step(spec, rates, state.steps)
 
         def scale(path: tuple[Any, ...], grad: jax.Array) -> jax.Array:
             group = group_of(spec, path)
             return jnp.zeros_like(grad) if group is None else -now[group] * grad
 
-        return jax.tree_util.tree_map_with_path(scale, grads), RatesState(state.count + 1)
+        return jax.tree_util.tree_map_with_path(scale, grads), RatesState(state.steps + 1)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def summary(spec: RatesSpec, rates: Rates) -> dict[str, float | list[float]]:

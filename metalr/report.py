@@ -11,8 +11,8 @@ def text(results: dict[str, Any]) -> str:
     episodes = results["config"]["evaluation"]["episodes"]
     lines = [
         "",
-        f"{tasks['family']} {tasks['way']}-way {tasks['shot']}-shot, {episodes} held-out tasks, data {results['data']['name']}"
-        + (", transductive norm" if results["transductive"] else ""),
+        f"{tasks['family']} {tasks['way']}-way {tasks['shot']}-shot, {episodes} held-out tasks, "
+        f"data {results['data']['name']}" + (", transductive norm" if results["transductive"] else ""),
         "",
     ]
     if "comparison" in results:

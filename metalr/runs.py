@@ -7,102 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metalr import artifact, data, evaluate, models, outer, search, tasks, train
+from metalr import artifact, compare, evaluate, train
 from metalr import rates as rates_lib
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, MetalrError, one_line
-from metalr.models import Model
-from metalr.outer import Algorithm
-from metalr.rates import RatesSpec
-from metalr.tasks import Pool, Sampler, Splits
-from metalr.types import Curve, Params, Rates
+from metalr.provenance import command, provenance
+from metalr.setup import Setup, describe, set_up, task_cost
+from metalr.types import Params, Rates
 
-CHUNK = 50  # outer steps a dispatch: progress moves, and the time outside the compiled program stays below 1 %
-
-
-class Setup(NamedTuple):
-    """All that a config stands for, checked, before anything is compiled or written."""
-
-    dataset: data.Dataset
-    splits: Splits
-    model: Model
-    spec: RatesSpec
-    algorithm: Algorithm
-    optimizer: optax.GradientTransformation
-    samplers: dict[str, tuple[Pool, Sampler]]
-
-
-def set_up(config: TrainConfig) -> Setup:
-    """Check a config and make its parts.
-
-    Raises:
-      MetalrError: naming the setting, what was expected and what came.
-    """
-    row = outer.algorithm_row(config.inner.algorithm)
-    given = {k: v for k, v in dataclasses.asdict(config.inner).items() if k in row._fields and v is not None}
-    row = row._replace(**given)
-    spec = RatesSpec(
-        granularity=row.granularity,
-        per_step=row.per_step,
-        positive=not config.inner.signed,
-        steps=config.inner.steps,
-        initial=config.inner.rate,
-        extend=config.inner.extend,
-        adapts=row.adapts,
-    )
-    if config.seed < 0 or config.evaluation.seed < 0:
-        raise ConfigError(f"seed: expected 0 or more, got {min(config.seed, config.evaluation.seed)}")
-    if config.outer.validate_every < 1:
-        raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
-    if config.outer.meta_batch < 1:
-        raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
-    rates_lib.check_steps(spec, config.evaluation.steps)
-    for episodes in (config.evaluation.episodes, config.evaluation.validation_episodes):
-        evaluate.episode_keys(0, episodes)
-    if config.grid.run:
-        _grid(config)
-    optimizer = train.make_optimizer(
-        steps=config.outer.steps,
-        init_rate=config.outer.init_rate,
-        rates_rate=config.outer.rates_rate if row.learned and row.meta_gradient == "query" else None,
-        clip=config.outer.clip,
-        schedule=config.outer.schedule,
-        base=optax_by_name(config.outer.optimizer),
-    )
-    dataset = data.load(config.data)
-    splits = tasks.make_splits(dataset, config.tasks.family)
-    model = models.build(config.model.name, config.tasks.way, dataset.shape, **config.model.settings())
-    shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
-    samplers = {part.part: tasks.make_sampler(part, *shape) for part in splits}
-    return Setup(dataset, splits, model, spec, row, optimizer, samplers)
-
-
-def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
-    """optax.NAME, if it is made from a learning rate alone. Raises ConfigError otherwise."""
-    maker = getattr(optax, name, None)
-    try:
-        assert maker is not None
-        maker(1e-3).init  # noqa: B018
-    except Exception as error:
-        raise ConfigError(f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}") from error
-    return maker
+CHUNK = 50  # outer steps a dispatch: progress moves, and little time passes outside the compiled program
 
 
 class Reporter(Protocol):
@@ -169,7 +95,7 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     init, rates, training = meta_train(config, setup, folder, reporter)
     learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
     artifact.save(folder / "artifact", learner, overwrite=True)
-    curve, seconds = held_out(
+    curve, seconds = compare.held_out(
         learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed
     )
     results = {
@@ -183,11 +109,11 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
         "transductive": setup.model.transductive,
         "training": training,
         "rates": rates_lib.summary(setup.spec, rates),
-        "curve": curve_rows(curve),
+        "curve": compare.curve_rows(curve),
         "evaluation_seconds": round(seconds, 3),
     }
     if config.grid.run:
-        results["comparison"], results["grid"] = compare(config, setup, learner, curve, reporter)
+        results["comparison"], results["grid"] = compare.compare(config, setup, learner, curve, reporter.line)
     results["seconds"] = round(time.perf_counter() - began, 2)
     results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     write_json(folder / "results.json", results)
@@ -284,8 +210,7 @@ def meta_train(
                 init, rates = train.learned(setup.spec, part.state.meta)
                 score = float(validate(val_pool, init, rates, val_keys).mean[-1])
                 facts = {"step": done, "validation_accuracy": round(score, 6)}
-                facts["rates"] = rates_lib.summary(setup.spec, rates) if setup.spec.granularity != "parameter" else {}
-                log.write(json.dumps(facts) + "\n")
+                log.write(json.dumps(facts | {"rates": rates_lib.summary(setup.spec, rates)}) + "\n")
                 log.flush()
                 if best is None or score > best[0]:
                     best = (score, init, rates, done)
@@ -308,137 +233,6 @@ def meta_train(
         "example_gradients": steps * config.outer.meta_batch * task_cost(config),
     }
     return init, rates, facts
-
-
-def task_cost(config: TrainConfig) -> int:
-    """Example-gradients of one task's adaptation and query gradient, second derivatives counted as one more each."""
-    support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
-    return 2 * config.inner.steps * support + query
-
-
-def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int) -> tuple[Curve, float]:
-    """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation."""
-    began = time.perf_counter()
-    pool, sample = setup.samplers["test"]
-    evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps)
-    curve = evaluator(pool, learner.init, learner.rates, evaluate.episode_keys(seed, episodes))
-    return curve, time.perf_counter() - began
-
-
-def curve_rows(curve: Curve) -> list[dict[str, float]]:
-    """A curve as JSON rows: steps, accuracy, ci95."""
-    return [
-        {"steps": i, "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
-        for i, (m, c) in enumerate(zip(curve.mean, curve.ci95, strict=True))
-    ]
-
-
-def _grid(config: TrainConfig) -> search.Grid:
-    values = dataclasses.asdict(config.grid)
-    values.pop("run")
-    values["steps"] = tuple(sorted({*values["steps"], config.inner.steps}))
-    return search.Grid(**values)
-
-
-def compare(
-    config: TrainConfig, setup: Setup, learner: artifact.Learner, curve: Curve, reporter: Reporter
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The learned init and rates beside ablations, no search, and the best cells of the small grid.
-
-    Every row is of the same tasks; a grid's best cell is the one that did best on these very tasks, which flatters it.
-
-    Returns:
-      (rows, facts of the grid with all cells).
-    """
-    grid, steps = _grid(config), config.inner.steps
-    support = config.tasks.way * config.tasks.shot
-    pool, sample = setup.samplers["test"]
-    keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.episodes)
-    cells, costs = {}, {}
-    for origin, init in (("random", None), ("learned", learner.init)):
-        reporter.line(f"grid search from the {origin} init, {len(keys)} tasks")
-        cells[origin], costs[origin] = search.run_grid(grid, setup.model, pool, sample, support, keys, init=init)
-    reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
-    rows: list[dict[str, Any]] = []
-
-    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None) -> None:
-        mean, ci95 = evaluate.paired(task_accuracy, np.zeros_like(task_accuracy))
-        difference, difference_ci95 = evaluate.paired(reference, task_accuracy)
-        chosen = cell.row() if cell else {}
-        rows.append(
-            {
-                "method": method,
-                "steps": taken,
-                "accuracy": round(mean, 6),
-                "ci95": round(ci95, 6),
-                "learned_minus_this": round(difference, 6),
-                "difference_ci95": round(difference_ci95, 6),
-                "example_gradients": cost,
-                "cell": {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen},
-            }
-        )
-
-    add("learned init + learned rates", steps, reference, steps * support)
-    if curve.tasks.shape[1] - 1 > steps:
-        longest = curve.tasks.shape[1] - 1
-        add("learned init + learned rates", longest, curve.tasks[:, longest], longest * support)
-    random_rates = evaluate.make_baseline(setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True)
-    add(
-        "random init + learned rates",
-        steps,
-        random_rates(pool, learner.init, 0.0, keys).tasks[:, 0],
-        steps * support,
-    )
-    for origin in ("random", "learned"):
-        same = search.best(cells[origin], steps)
-        cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
-        add(f"{origin} init + grid, best cell at {steps} steps", steps, same.tasks, cost, same)
-        best = search.best(cells[origin])
-        naive = costs[origin]["naive_example_gradients"]
-        add(f"{origin} init + grid, best cell of all", best.steps, best.tasks, naive, best)
-    unsearched = [cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)]
-    if unsearched:
-        cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
-        add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
-    all_cells = [cell.row() for origin in cells for cell in cells[origin]]
-    return rows, {
-        "cells": all_cells,
-        "cost_per_task": costs,
-        "chosen": "best cell on the meta-test tasks themselves",
-    }
-
-
-def describe(config: TrainConfig, setup: Setup) -> str:
-    """The first lines of a run: data, device, task split, expected time."""
-    devices = jax.local_devices()
-    t = config.tasks
-    seconds = expected_seconds(config, setup)
-    return (
-        f"data    {setup.dataset}\n"
-        f"device  {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})\n"
-        f"tasks   {t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class; split {setup.splits.sha256[:12]}\n"
-        f"time    about {max(1, round(seconds / 60))} min expected, from this machine's speed"
-    )
-
-
-def expected_seconds(config: TrainConfig, setup: Setup) -> float:
-    """A rough estimate for the whole run: arithmetic over this machine's measured rate of matrix products."""
-    x = np.ones((1024, 1024), np.float32)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
-    began = time.perf_counter()
-    product(x).block_until_ready()
-    rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
-    params = jax.eval_shape(setup.model.init, jax.random.key(0))
-    uses = {"mlp": 1, "conv4": 40, "rnn": 28}[config.model.name]  # of each weight, an image
-    per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
-    examples = config.outer.steps * config.outer.meta_batch * task_cost(config)
-    if config.grid.run:
-        grid, support = _grid(config), config.tasks.way * config.tasks.shot
-        batches = sum(min(size, support) for size in grid.batch_sizes)
-        runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
-        examples += runs * max(grid.steps) * batches
-    return 20 + examples * per_example / (0.4 * rate)  # 20 s to compile; the share of the rate that is reached
 
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
@@ -485,37 +279,3 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise MetalrError(f"{path}: cannot be written: {one_line(error)}") from error
-
-
-def command() -> str:
-    """The command line of this process, as a person would type it again."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def provenance() -> dict[str, Any]:
-    """Commit (of the source checkout, if this is one), versions and machine."""
-
-    def git(*args: str) -> str:
-        call = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return call.stdout.strip() if call.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "metalr", "..") else "")
-    except OSError:
-        commit = ""
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.machine(),
-    )
-    devices = jax.local_devices()
-    return {
-        "commit": commit or "not a checkout",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
-        "machine": f"{model}, {len(devices)} x {devices[0].device_kind}, {platform.system()}",
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []

@@ -158,7 +158,7 @@ def write_tfds(dataset: data.Dataset, folder: Path) -> Path:
     if target.is_dir():
         return target
 
-    class Mnist(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+    class Mnist(tfds.core.GeneratorBasedBuilder):
         name = "mnist"
         VERSION = tfds.core.Version("3.0.1")
         pkg_dir_path = None

@@ -128,10 +128,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
     kind = FAMILIES[family]
     if kind.transform in ("rotation", "turns") and dataset.shape[0] != dataset.shape[1]:
         raise DataError(f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}")
-    if family == "classes":
-        parts = _split_by_class(dataset, seed)
-    else:
-        parts = _split_by_image(dataset, kind)
+    parts = _split_by_class(dataset, seed) if family == "classes" else _split_by_image(dataset, kind)
     modulus = 7 if dataset.classes >= 7 else 3
     if kind.labels == "order" and dataset.classes < 3:
         raise DataError(f"{dataset.name}: family {family!r} needs 3 or more classes, got {dataset.classes}")
@@ -219,7 +216,7 @@ class Pool(NamedTuple):
 
     images: jax.Array  # [n, height * width * channels] uint8
     first: jax.Array  # [classes] int32
-    count: jax.Array  # [classes] int32
+    size: jax.Array  # [classes] int32; images of each class
 
 
 Sampler = Callable[[Pool, jax.Array], Episode]
@@ -259,7 +256,7 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Poo
         labels = jnp.arange(way)
         if kind.labels == "order":
             labels = _label_order(label_key, way, *split.orders)
-        picks = jax.vmap(_choose, (0, 0, None))(jax.random.split(image_key, way), pool.count[chosen], need)
+        picks = jax.vmap(_choose, (0, 0, None))(jax.random.split(image_key, way), pool.size[chosen], need)
         rows = pool.first[chosen][:, None] + picks  # [way, shot + query]
         labels, turns = (jnp.broadcast_to(v[:, None], rows.shape) for v in (labels, turns))
 
@@ -369,5 +366,5 @@ def rotate(pixels: jax.Array, degrees: jax.Array, shape: tuple[int, int, int]) -
         weight = (1 - jnp.abs(from_y - at_y)) * (1 - jnp.abs(from_x - at_x))
         inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
         source = jnp.clip(at_y, 0, height - 1) * width + jnp.clip(at_x, 0, width - 1)
-        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[:, None] * pixels[:, source]
+        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[None, :, None] * pixels[:, source]
     return rotated

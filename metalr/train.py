@@ -72,7 +72,8 @@ def make_optimizer(
             return optax.set_to_zero()
         return base(optax.cosine_decay_schedule(rate, steps) if schedule == "cosine" else rate)
 
-    parts = optax.multi_transform({"init": part(init_rate), "rates": part(rates_rate)}, MetaParams("init", "rates"))
+    names: Any = MetaParams("init", "rates")  # type: ignore[arg-type]
+    parts = optax.multi_transform({"init": part(init_rate), "rates": part(rates_rate)}, names)
     return optax.chain(optax.clip_by_global_norm(clip), parts) if clip else parts
 
 
@@ -148,8 +149,8 @@ def run_chunks(
     while done < steps:
         count = min(every, steps - done)
         began = time.perf_counter()
-        state, metrics = chunk(state, pool, key, count)
-        metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        state, measured = chunk(state, pool, key, count)
+        metrics = {name: np.asarray(value) for name, value in measured.items()}
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"])
         if not finite.all():
             step = done + int(np.argmin(finite))

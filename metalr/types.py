@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Params = Any  # a pytree of float arrays, as flax makes them
 Rates = dict[str, jax.Array]  # group name -> learning rate(s); see metalr.rates
@@ -29,6 +30,6 @@ class MetaParams(NamedTuple):
 class Curve(NamedTuple):
     """Accuracy on held-out tasks after 0, 1, 2 … inner steps."""
 
-    mean: jax.Array  # [steps + 1] float, 0..1
-    ci95: jax.Array  # [steps + 1] float, half-width over tasks
-    tasks: jax.Array  # [tasks, steps + 1] float, each task's own query accuracy
+    mean: np.ndarray  # [steps + 1] float, 0..1
+    ci95: np.ndarray  # [steps + 1] float, half-width over tasks
+    tasks: np.ndarray  # [tasks, steps + 1] float64, each task's own query accuracy

@@ -1,0 +1,99 @@
+"""A learner beside the alternatives, on the same held-out tasks: ablations, no search, the small grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from metalr import artifact, evaluate, search
+from metalr.config import TrainConfig
+from metalr.setup import Setup, grid_of
+from metalr.types import Curve
+
+
+def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int) -> tuple[Curve, float]:
+    """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation."""
+    began = time.perf_counter()
+    pool, sample = setup.samplers["test"]
+    evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps)
+    curve = evaluator(pool, learner.init, learner.rates, evaluate.episode_keys(seed, episodes))
+    return curve, time.perf_counter() - began
+
+
+def curve_rows(curve: Curve) -> list[dict[str, float]]:
+    """A curve as JSON rows: steps, accuracy, ci95."""
+    return [
+        {"steps": i, "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
+        for i, (m, c) in enumerate(zip(curve.mean, curve.ci95, strict=True))
+    ]
+
+
+def compare(
+    config: TrainConfig, setup: Setup, learner: artifact.Learner, curve: Curve, report: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The learned init and rates beside ablations, no search, and the best cells of the small grid.
+
+    Every row is of the same tasks; a grid's best cell is the one that did best on these very tasks, which flatters it.
+
+    Returns:
+      (rows, facts of the grid with all cells).
+    """
+    grid, steps = grid_of(config), config.inner.steps
+    support = config.tasks.way * config.tasks.shot
+    pool, sample = setup.samplers["test"]
+    keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.episodes)
+    cells, costs = {}, {}
+    for origin, init in (("random", None), ("learned", learner.init)):
+        report(f"grid search from the {origin} init, {len(keys)} tasks")
+        cells[origin], costs[origin] = search.run_grid(grid, setup.model, pool, sample, support, keys, init=init)
+    reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None) -> None:
+        mean, ci95 = evaluate.paired(task_accuracy, np.zeros_like(task_accuracy))
+        difference, difference_ci95 = evaluate.paired(reference, task_accuracy)
+        chosen = cell.row() if cell else {}
+        rows.append(
+            {
+                "method": method,
+                "steps": taken,
+                "accuracy": round(mean, 6),
+                "ci95": round(ci95, 6),
+                "learned_minus_this": round(difference, 6),
+                "difference_ci95": round(difference_ci95, 6),
+                "example_gradients": cost,
+                "cell": {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen},
+            }
+        )
+
+    add("learned init + learned rates", steps, reference, steps * support)
+    if curve.tasks.shape[1] - 1 > steps:
+        longest = curve.tasks.shape[1] - 1
+        add("learned init + learned rates", longest, curve.tasks[:, longest], longest * support)
+    random_rates = evaluate.make_baseline(setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True)
+    add(
+        "random init + learned rates",
+        steps,
+        random_rates(pool, learner.init, 0.0, keys).tasks[:, 0],
+        steps * support,
+    )
+    for origin in ("random", "learned"):
+        same = search.best(cells[origin], steps)
+        cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
+        add(f"{origin} init + grid, best cell at {steps} steps", steps, same.tasks, cost, same)
+        best = search.best(cells[origin])
+        naive = costs[origin]["naive_example_gradients"]
+        add(f"{origin} init + grid, best cell of all", best.steps, best.tasks, naive, best)
+    unsearched = [cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)]
+    if unsearched:
+        cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
+        add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
+    all_cells = [cell.row() for origin in cells for cell in cells[origin]]
+    return rows, {
+        "cells": all_cells,
+        "cost_per_task": costs,
+        "chosen": "best cell on the meta-test tasks themselves",
+    }

@@ -1,0 +1,137 @@
+"""What a config stands for: every part checked and made, before anything is compiled or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from metalr import data, evaluate, models, outer, search, tasks, train
+from metalr import rates as rates_lib
+from metalr.config import TrainConfig
+from metalr.errors import ConfigError
+from metalr.models import Model
+from metalr.outer import Algorithm
+from metalr.rates import RatesSpec
+from metalr.tasks import Pool, Sampler, Splits
+
+
+class Setup(NamedTuple):
+    """The parts of a run. samplers: by part of the split: "train", "val", "test"."""
+
+    dataset: data.Dataset
+    splits: Splits
+    model: Model
+    spec: RatesSpec
+    algorithm: Algorithm
+    optimizer: optax.GradientTransformation
+    samplers: dict[str, tuple[Pool, Sampler]]
+
+
+def set_up(config: TrainConfig) -> Setup:
+    """Check a config and make its parts.
+
+    Raises:
+      MetalrError: naming the setting, what was expected and what came.
+    """
+    row = outer.algorithm_row(config.inner.algorithm)
+    given = {k: v for k, v in dataclasses.asdict(config.inner).items() if k in row._fields and v is not None}
+    row = row._replace(**given)
+    spec = RatesSpec(
+        granularity=row.granularity,
+        per_step=row.per_step,
+        positive=not config.inner.signed,
+        steps=config.inner.steps,
+        initial=config.inner.rate,
+        extend=config.inner.extend,
+        adapts=row.adapts,
+    )
+    if config.seed < 0 or config.evaluation.seed < 0:
+        raise ConfigError(f"seed: expected 0 or more, got {min(config.seed, config.evaluation.seed)}")
+    if config.outer.validate_every < 1:
+        raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
+    if config.outer.meta_batch < 1:
+        raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
+    rates_lib.check_steps(spec, config.evaluation.steps)
+    for episodes in (config.evaluation.episodes, config.evaluation.validation_episodes):
+        evaluate.episode_keys(0, episodes)
+    if config.grid.run:
+        grid_of(config)
+    optimizer = train.make_optimizer(
+        steps=config.outer.steps,
+        init_rate=config.outer.init_rate,
+        rates_rate=config.outer.rates_rate if row.learned and row.meta_gradient == "query" else None,
+        clip=config.outer.clip,
+        schedule=config.outer.schedule,
+        base=optax_by_name(config.outer.optimizer),
+    )
+    dataset = data.load(config.data)
+    splits = tasks.make_splits(dataset, config.tasks.family)
+    model = models.build(config.model.name, config.tasks.way, dataset.shape, **config.model.settings())
+    shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
+    samplers = {part.part: tasks.make_sampler(part, *shape) for part in splits}
+    return Setup(dataset, splits, model, spec, row, optimizer, samplers)
+
+
+def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
+    """optax.NAME, if it is made from a learning rate alone. Raises ConfigError otherwise."""
+    maker = getattr(optax, name, None)
+    try:
+        assert maker is not None
+        maker(1e-3).init  # noqa: B018
+    except Exception as error:
+        raise ConfigError(f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}") from error
+    return maker
+
+
+def grid_of(config: TrainConfig) -> search.Grid:
+    """The small grid; always with the trained number of steps among its own."""
+    values = dataclasses.asdict(config.grid)
+    values.pop("run")
+    values["steps"] = tuple(sorted({*values["steps"], config.inner.steps}))
+    return search.Grid(**values)
+
+
+def task_cost(config: TrainConfig) -> int:
+    """Example-gradients of one task's adaptation and query gradient, second derivatives counted as one more each."""
+    support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
+    return 2 * config.inner.steps * support + query
+
+
+def describe(config: TrainConfig, setup: Setup) -> str:
+    """The first lines of a run: data, device, task split, expected time."""
+    devices = jax.local_devices()
+    t = config.tasks
+    seconds = expected_seconds(config, setup)
+    return (
+        f"data    {setup.dataset}\n"
+        f"device  {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})\n"
+        f"tasks   {t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class; "
+        f"split {setup.splits.sha256[:12]}\n"
+        f"time    about {max(1, round(seconds / 60))} min expected, from this machine's speed"
+    )
+
+
+def expected_seconds(config: TrainConfig, setup: Setup) -> float:
+    """A rough estimate for the whole run: arithmetic over this machine's measured rate of matrix products."""
+    x = np.ones((1024, 1024), np.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    began = time.perf_counter()
+    product(x).block_until_ready()
+    rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
+    params = jax.eval_shape(setup.model.init, jax.random.key(0))
+    uses = {"mlp": 1, "conv4": 40, "rnn": 28}[config.model.name]  # of each weight, an image
+    per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
+    examples = config.outer.steps * config.outer.meta_batch * task_cost(config)
+    if config.grid.run:
+        grid, support = grid_of(config), config.tasks.way * config.tasks.shot
+        batches = sum(min(size, support) for size in grid.batch_sizes)
+        runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
+        examples += runs * max(grid.steps) * batches
+    return 20 + examples * per_example / (0.4 * rate)  # 20 s to compile; the share of the rate that is reached

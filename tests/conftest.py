@@ -1,0 +1,44 @@
+"""Shared data: a small synthetic dataset that a tiny network can learn, and isolated caches."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import numpy as np
+import pytest
+
+from metalr import data
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """No test reads or writes the user's caches or run folders."""
+    monkeypatch.setenv("METALR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def blobs() -> data.Dataset:
+    """10 classes of 8x8 images: a prototype each, plus noise; 60 train and 30 test images a class."""
+    rng = np.random.default_rng(0)
+    prototypes = rng.random((10, 8, 8))
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.tile(np.arange(10), count)
+        return np.clip(prototypes[labels] + 0.15 * rng.standard_normal((len(labels), 8, 8)), 0, 1), labels
+
+    (train_x, train_y), (test_x, test_y) = draw(60), draw(30)
+    return data.from_arrays(train_x, train_y, test_images=test_x, test_labels=test_y, name="blobs")
+
+
+@pytest.fixture
+def blobs_npz(blobs, tmp_path):
+    """The same as a file."""
+    path = tmp_path / "blobs.npz"
+    arrays = {part: getattr(blobs, part) for part in data.PARTS}
+    np.savez(path, images=arrays.pop("train_images"), labels=arrays.pop("train_labels"), **arrays)
+    return path

@@ -1,0 +1,158 @@
+"""Models: shapes, equal formulations, adapters, refusals."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metalr import inner, models, outer, rates
+from metalr.errors import ConfigError
+
+X = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mlp", {}),
+        ("mlp", {"widths": (32, 16), "dropout": 0.0}),
+        ("mlp", {"widths": ()}),
+        ("conv4", {"channels": 8}),
+        ("conv4", {"channels": 8, "norm": "instance"}),
+        ("conv4", {"channels": 8, "norm": "none"}),
+        ("rnn", {"width": 16}),
+        ("rnn", {"width": 16, "cell": "lstm"}),
+    ],
+)
+def test_every_model_gives_logits_and_gradients(name, settings):
+    model = models.build(name, 5, (28, 28, 1), **settings)
+    params = model.init(jax.random.key(0))
+    logits = jax.jit(model.apply)(params, X)
+    assert logits.shape == (4, 5)
+    assert logits.dtype == jnp.float32
+    grads = jax.grad(lambda p: inner.cross_entropy(model.apply(p, X), jnp.arange(4)))(params)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    rebuilt = models.build(model.name, model.way, model.input_shape, **model.settings)
+    np.testing.assert_array_equal(rebuilt.apply(params, X), model.apply(params, X))
+
+
+def test_reference_mlp_is_the_default():
+    model = models.mlp(10)
+    params = model.init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == {
+        "dense_0": {"kernel": (784, 128), "bias": (128,)},
+        "head": {"kernel": (128, 10), "bias": (10,)},
+    }
+    assert model.settings["dropout"] == 0.2
+
+
+def test_dropout_is_active_with_a_key_only():
+    model = models.mlp(10)
+    params = model.init(jax.random.key(0))
+    np.testing.assert_array_equal(model.apply(params, X), model.apply(params, X))
+    with_key = model.apply(params, X, key=jax.random.key(2))
+    assert not np.allclose(with_key, model.apply(params, X))
+    assert not np.allclose(with_key, model.apply(params, X, key=jax.random.key(3)))
+
+
+@pytest.mark.parametrize("size", [28, 14, 7, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_patches_are_the_same_convolution(size, stride):
+    keys = jax.random.split(jax.random.key(0))
+    x, kernel = jax.random.normal(keys[0], (3, size, size, 4)), jax.random.normal(keys[1], (3, 3, 4, 6))
+
+    def plain(x, kernel, window_strides, padding):
+        return jax.lax.conv_general_dilated(
+            x, kernel, window_strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def loss(conv):
+        return lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel, (stride, stride), "SAME")))
+
+    a, b = (jax.value_and_grad(loss(conv), (0, 1))(x, kernel) for conv in (models.conv_as_patches, plain))
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=2e-4, atol=2e-4), a, b)
+
+
+@pytest.mark.parametrize(("norm", "transductive"), [("batch", True), ("instance", False), ("none", False)])
+def test_transductive_means_what_it_says(norm, transductive):
+    model = models.conv4(3, channels=8, norm=norm)
+    params = model.init(jax.random.key(0))
+    alone, together = model.apply(params, X[:2]), model.apply(params, X)[:2]
+    assert model.transductive == transductive
+    assert np.allclose(alone, together, atol=1e-5) != transductive
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("resnet", {}, r"model.name: expected one of \('mlp'"),
+        ("mlp", {"widths": (0,)}, "model.widths: expected positive"),
+        ("mlp", {"dropout": 1.0}, "model.dropout: expected 0 <= dropout < 1"),
+        ("mlp", {"depth": 3}, "model mlp: .*depth"),
+        ("conv4", {"norm": "layer"}, "model.norm: expected one of"),
+        ("conv4", {"channels": 0}, "model.channels"),
+        ("rnn", {"cell": "gr"}, "model.cell: expected one of"),
+        ("rnn", {"width": 0}, "model.width"),
+    ],
+)
+def test_bad_settings(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        models.build(name, 5, (28, 28, 1), **settings)
+
+
+class Small(nn.Module):
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x.reshape(x.shape[0], -1))
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=False)(x)
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+def adapts(model):
+    spec = rates.RatesSpec(steps=2)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (3, *model.input_shape))
+    fast, _ = inner.adapt(model.apply, meta.init, x, jnp.arange(3), rates.optimizer(spec, rates.actual(spec, meta.rates)), 2)
+    before, after = (inner.cross_entropy(model.apply(p, x), jnp.arange(3)) for p in (meta.init, fast))
+    return bool(after < before)
+
+
+def test_own_linen_module():
+    assert adapts(models.from_linen(Small(), (8, 8, 1), 3))
+
+
+def test_running_statistics_are_refused_with_a_way_out():
+    with pytest.raises(ConfigError, match=r"Small: expected params only, got the collections \['batch_stats'\].*LayerNorm"):
+        models.from_linen(Small(batch_norm=True), (8, 8, 1), 3)
+
+
+def test_wrong_number_of_outputs():
+    with pytest.raises(ConfigError, match=r"expected logits of shape \[3, 4\]"):
+        models.from_linen(Small(), (8, 8, 1), 4)
+
+
+class SmallNnx(nnx.Module):
+    def __init__(self, rngs, batch_norm=False):
+        self.body = nnx.Linear(64, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs) if batch_norm else None
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x.reshape(x.shape[0], -1))))
+
+
+def test_own_nnx_module():
+    model = models.from_nnx(SmallNnx(nnx.Rngs(0)), (8, 8, 1), 3)
+    a, b = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    assert not np.allclose(a["body"]["kernel"], b["body"]["kernel"])
+    assert adapts(model)
+
+
+def test_nnx_state_is_refused():
+    with pytest.raises(ConfigError, match=r"SmallNnx: expected nnx.Param only, got other state \(BatchStat\)"):
+        models.from_nnx(SmallNnx(nnx.Rngs(0), batch_norm=True), (8, 8, 1), 3)
