@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from metalr.models import Apply, Model
 
 AXIS = "tasks"
+SETTINGS: Any = jax.config  # its options are not in its type
 ACCELERATOR_GROUP = 64  # tasks vmapped together on GPUs and TPUs
 
 
@@ -31,7 +32,7 @@ def use_all_cores() -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen"
-    if jax.config.read("jax_num_cpu_devices") > 0 or flag in flags:
+    if SETTINGS.jax_num_cpu_devices > 0 or flag in flags:
         return
     with contextlib.suppress(RuntimeError):  # JAX runs already
         jax.config.update("jax_num_cpu_devices", cores)
@@ -40,7 +41,7 @@ def use_all_cores() -> None:
 
 def use_compilation_cache(folder: os.PathLike | str) -> None:
     """Keep compiled programs in `folder` between processes, unless the user chose a folder already."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if SETTINGS.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -18,6 +18,7 @@ from metalr.errors import ConfigError
 from metalr.models import Apply
 from metalr.types import Episode, Params
 
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 UNROLLED_STEPS = 8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
 
 
@@ -39,6 +40,7 @@ def adapt(
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
+    loss: Loss = cross_entropy,
     observe: Callable[[Params], Any] | None = None,
     observe_at: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -56,6 +58,7 @@ def adapt(
       support_y: [support] int32.
       optimizer: `rates.optimizer(...)`, or any optax transformation.
       steps: static number of steps.
+      loss: (outputs of `apply`, labels) -> [] float.
       observe: called with the params after some steps; its results are stacked. Default: nothing.
       observe_at: after which numbers of steps, ascending. Default: 0, 1, …, steps.
       batch_size: size of a minibatch; epochs are reshuffled, an incomplete last batch is left out. Default: all.
@@ -89,7 +92,7 @@ def adapt(
             rows = jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
             x, y = x[rows], y[rows]
         drop = {"key": jax.random.fold_in(keys[1], index)} if dropout and keys is not None else {}
-        grads = jax.grad(lambda p: cross_entropy(apply(p, x, **drop), y))(now)
+        grads = jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
         if first_order:
             grads = jax.lax.stop_gradient(grads)
         updates, state = optimizer.update(grads, state, now)

@@ -168,10 +168,12 @@ def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax
 
 
 def _linen_apply(module: nn.Module) -> Apply:
+    call: Any = module.apply
+
     def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if key is None:
-            return module.apply({"params": params}, x)
-        return module.apply({"params": params}, x, train=True, rngs={"dropout": key})
+            return call({"params": params}, x)
+        return call({"params": params}, x, train=True, rngs={"dropout": key})
 
     return apply
 

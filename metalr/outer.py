@@ -71,6 +71,7 @@ def query_logits(
     meta: MetaParams,
     episode: Episode,
     *,
+    loss: inner.Loss = inner.cross_entropy,
     first_order: bool = False,
     dropout: bool = False,
     remat: bool = False,
@@ -85,6 +86,7 @@ def query_logits(
         episode.support_y,
         optimizer,
         spec.steps,
+        loss=loss,
         first_order=first_order,
         dropout=dropout,
         remat=remat,
@@ -100,6 +102,7 @@ def meta_gradient(
     episodes: Episode,
     keys: jax.Array,
     *,
+    loss: inner.Loss = inner.cross_entropy,
     first_order: bool = False,
     meta_gradient: str = "query",
     remat: bool = False,
@@ -112,6 +115,7 @@ def meta_gradient(
       meta: init and raw rates.
       episodes: with a leading axis [tasks].
       keys: [tasks] keys, for dropout in the inner loop (active if the model has any).
+      loss: of support and query set alike.
       first_order, meta_gradient: as in Algorithm.
       remat: recompute inner steps in the backward pass instead of keeping them.
       plain: never use the factored form (it gives the same gradients; tests compare).
@@ -121,7 +125,8 @@ def meta_gradient(
     """
     dropout = bool(model.settings.get("dropout"))
     support = episodes.support_y.shape[1]
-    fast = meta_gradient == "query" and not plain and factored.pays(model, spec, support, spec.steps)
+    fast = meta_gradient == "query" and loss is inner.cross_entropy and not plain
+    fast = fast and factored.pays(model, spec, support, spec.steps)
 
     def one(apply: Apply, meta: MetaParams, episode: Episode, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         if fast:
@@ -130,27 +135,34 @@ def meta_gradient(
             logits = factored.query_logits(meta.init, rates, spec, *data, spec.steps, first_order=first_order)
         else:
             logits = query_logits(
-                apply, spec, meta, episode, first_order=first_order, dropout=dropout, remat=remat, key=key
+                apply, spec, meta, episode, loss=loss, first_order=first_order, dropout=dropout, remat=remat, key=key
             )
-        return inner.cross_entropy(logits, episode.query_y), inner.accuracy(logits, episode.query_y)
+        return loss(logits, episode.query_y), inner.accuracy(logits, episode.query_y)
 
     def mean_of_group(apply: Apply, tasks: tuple[Episode, jax.Array]) -> tuple[MetaParams, dict[str, jax.Array]]:
         if meta_gradient == "reptile":
-            each = jax.vmap(lambda task: reptile(apply, spec, meta, *task, dropout=dropout))(tasks)
+            each = jax.vmap(lambda task: reptile(apply, spec, meta, *task, loss=loss, dropout=dropout))(tasks)
             return jax.tree.map(lambda v: v.mean(0), each)
 
-        def loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
+        def mean_loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
             losses, accuracies = devices.vmap_group(lambda task: one(apply, meta, *task), tasks)
             return losses.mean(), accuracies.mean()
 
-        (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(meta)
+        (value, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(meta)
         return grads, {"loss": value, "accuracy": accuracy}
 
     return devices.mean_over_tasks(model, mean_of_group, (episodes, keys), cpu_group=FACTORED_GROUP if fast else 1)
 
 
 def reptile(
-    apply: Apply, spec: RatesSpec, meta: MetaParams, episode: Episode, key: jax.Array, *, dropout: bool = False
+    apply: Apply,
+    spec: RatesSpec,
+    meta: MetaParams,
+    episode: Episode,
+    key: jax.Array,
+    *,
+    loss: inner.Loss = inner.cross_entropy,
+    dropout: bool = False,
 ) -> tuple[MetaParams, dict[str, jax.Array]]:
     """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2), as if it were a gradient.
 
@@ -158,11 +170,11 @@ def reptile(
     """
     optimizer = rates_lib.optimizer(spec, rates_lib.actual(spec, meta.rates))
     x, y = episode.support_x, episode.support_y
-    fast, _ = inner.adapt(apply, meta.init, x, y, optimizer, spec.steps, dropout=dropout, key=key)
+    fast, _ = inner.adapt(apply, meta.init, x, y, optimizer, spec.steps, loss=loss, dropout=dropout, key=key)
     logits = apply(fast, episode.query_x)
     direction = jax.tree.map(jnp.subtract, meta.init, fast)
     metrics = {
-        "loss": inner.cross_entropy(logits, episode.query_y),
+        "loss": loss(logits, episode.query_y),
         "accuracy": inner.accuracy(logits, episode.query_y),
     }
     return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates)), metrics

@@ -125,7 +125,7 @@ def make_chunk(
             grads, metrics = split_gradient(state.meta, pool, keys)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
             meta = optax.apply_updates(state.meta, updates)
-            return TrainState(meta, opt_state, state.step + 1), metrics | {"gradient_norm": optax.global_norm(grads)}
+            return TrainState(meta, opt_state, state.step + 1), metrics | {"gradient_norm": optax.tree.norm(grads)}
 
         return jax.lax.scan(step, state, None, length=count)
 

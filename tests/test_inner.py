@@ -94,7 +94,7 @@ def test_dropout_draws_a_new_mask_each_step():
 
 
 def test_any_optax_optimizer():
-    fast, losses = inner.adapt(
+    _, losses = inner.adapt(
         MODEL.apply, PARAMS, X, Y, optax.adam(1e-2), 50, observe=lambda p: inner.cross_entropy(MODEL.apply(p, X), Y)
     )
     assert losses[-1] < 0.5 * losses[0]

@@ -117,7 +117,9 @@ def adapts(model):
     spec = rates.RatesSpec(steps=2)
     meta = outer.initial(model, spec, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (3, *model.input_shape))
-    fast, _ = inner.adapt(model.apply, meta.init, x, jnp.arange(3), rates.optimizer(spec, rates.actual(spec, meta.rates)), 2)
+    fast, _ = inner.adapt(
+        model.apply, meta.init, x, jnp.arange(3), rates.optimizer(spec, rates.actual(spec, meta.rates)), 2
+    )
     before, after = (inner.cross_entropy(model.apply(p, x), jnp.arange(3)) for p in (meta.init, fast))
     return bool(after < before)
 
@@ -127,7 +129,9 @@ def test_own_linen_module():
 
 
 def test_running_statistics_are_refused_with_a_way_out():
-    with pytest.raises(ConfigError, match=r"Small: expected params only, got the collections \['batch_stats'\].*LayerNorm"):
+    with pytest.raises(
+        ConfigError, match=r"Small: expected params only, got the collections \['batch_stats'\].*LayerNorm"
+    ):
         models.from_linen(Small(batch_norm=True), (8, 8, 1), 3)
 
 

@@ -24,7 +24,9 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize(("granularity", "per_step", "positive"), list(itertools.product(GROUPS, (False, True), (False, True))))
+@pytest.mark.parametrize(
+    ("granularity", "per_step", "positive"), list(itertools.product(GROUPS, (False, True), (False, True)))
+)
 def test_groups_shapes_and_first_values(granularity, per_step, positive):
     spec = RatesSpec(granularity, per_step=per_step, positive=positive, steps=3, initial=0.05)
     raw = rates.initial_raw(spec, PARAMS)
@@ -36,14 +38,14 @@ def test_groups_shapes_and_first_values(granularity, per_step, positive):
         assert not value.weak_type
 
 
-@pytest.mark.parametrize(("adapts", "groups"), [("head", {"head"}), ("body", {"dense_0"}), ("all", {"dense_0", "head"})])
+@pytest.mark.parametrize(
+    ("adapts", "groups"), [("head", {"head"}), ("body", {"dense_0"}), ("all", {"dense_0", "head"})]
+)
 def test_only_adapting_layers_have_rates(adapts, groups):
     spec = RatesSpec("layer", adapts=adapts)
     raw = rates.initial_raw(spec, PARAMS)
     assert set(raw) == groups
-    updates, _ = rates.optimizer(spec, rates.actual(spec, raw)).update(
-        PARAMS, rates.optimizer(spec, raw).init(PARAMS)
-    )
+    updates, _ = rates.optimizer(spec, rates.actual(spec, raw)).update(PARAMS, rates.optimizer(spec, raw).init(PARAMS))
     moved = {layer for layer in PARAMS if bool((updates[layer]["kernel"] != 0).any())}
     assert moved == groups
 

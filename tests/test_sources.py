@@ -49,6 +49,7 @@ def test_idx_to_tfds_to_cache(idx_dir, tmp_path):
     assert not list((tmp_path / "tfds").glob(".metalr-*"))
     plain = sources.read_idx(idx_dir)
     for part in ("train", "test"):  # TFDS shuffles: the same images with the same labels, in another order
+
         def rows(dataset, part=part):
             images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
             return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))

@@ -62,7 +62,7 @@ def test_hash_depends_on_family_and_data_only(blobs):
 
 @pytest.mark.parametrize("family", list(tasks.FAMILIES))
 def test_episode_shapes_labels_and_range(blobs, family):
-    split, pool, sample = sampler(blobs, family)
+    _, pool, sample = sampler(blobs, family)
     episode = sample(pool, jax.random.key(0))
     way = int(episode.support_y.max()) + 1
     assert episode.support_x.shape == (2 * way, 8, 8, 1)
@@ -74,7 +74,7 @@ def test_episode_shapes_labels_and_range(blobs, family):
 
 
 def test_support_and_query_never_share_an_image(numbered):
-    split, pool, sample = sampler(numbered, "permuted", shot=5, query=10)
+    _, pool, sample = sampler(numbered, "permuted", shot=5, query=10)
     for seed in range(20):
         episode = sample(pool, jax.random.key(seed))
         support, query = ({round(float(v) * 255) for v in x[:, 0, 0, 0]} for x in (episode.support_x, episode.query_x))
@@ -97,7 +97,7 @@ def test_every_image_is_drawn_equally_often():
 
 @pytest.mark.parametrize("family", ["digits", "relabeled", "classes"])
 def test_labels_are_shuffled(blobs, family):
-    split, pool, sample = sampler(blobs, family)
+    _, pool, sample = sampler(blobs, family)
     orders = {tuple(sample(pool, jax.random.key(seed)).support_y.tolist()) for seed in range(5)}
     assert len(orders) == 5
     assert all(list(order) != sorted(order) for order in orders)  # sorted rows would leak the label
@@ -131,7 +131,7 @@ def test_one_transform_per_episode(numbered):
     ramp = data.from_arrays(
         np.broadcast_to(np.arange(36, dtype=np.uint8).reshape(6, 6), (240, 6, 6)), numbered_labels()
     )
-    split, pool, sample = sampler(ramp, "permuted")
+    _, pool, sample = sampler(ramp, "permuted")
     episodes = [sample(pool, jax.random.key(seed)) for seed in range(3)]
     for episode in episodes:
         x = np.concatenate([episode.support_x, episode.query_x]).reshape(-1, 36)
@@ -146,7 +146,9 @@ def numbered_labels():
 
 def test_class_splits_of_the_data_are_kept():
     split = np.array(["train"] * 4 + ["val"] * 4)
-    dataset = data.from_arrays(np.random.default_rng(0).integers(0, 256, (8, 20, 6, 6), dtype=np.uint8), class_split=split)
+    dataset = data.from_arrays(
+        np.random.default_rng(0).integers(0, 256, (8, 20, 6, 6), dtype=np.uint8), class_split=split
+    )
     parts = tasks.make_splits(dataset, "classes")
     assert [part.class_ids for part in parts] == [(0, 1, 2, 3), (4, 5), (6, 7)]  # no test classes: val gives half
     assert parts.train.classes == 16  # quarter turns

@@ -1,0 +1,207 @@
+"""Artifacts: exact round trips, refused damage, the reuse API and its errors."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metalr
+from metalr import artifact, inner, models, outer, rates
+from metalr.errors import ArtifactError, ConfigError, DataError
+from metalr.rates import RatesSpec
+
+RNG = np.random.default_rng(0)
+X = RNG.integers(0, 256, (9, 8, 8), dtype=np.uint8)
+Y = np.arange(9) % 3
+
+
+def learner(algorithm="meta_sgd_layer", model=None, **settings):
+    row = outer.ALGORITHMS[algorithm]
+    model = model or models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0)
+    spec = RatesSpec(row.granularity, per_step=row.per_step, adapts=row.adapts, steps=3, initial=0.4, **settings)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    noisy = {k: v + 0.1 * jax.random.normal(jax.random.key(1), v.shape) for k, v in meta.rates.items()}
+    return metalr.Learner(model, spec, meta.init, rates.actual(spec, noisy), {"split_sha256": "abc"})
+
+
+def leaves(tree):
+    return [np.asarray(v) for v in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("algorithm", list(outer.ALGORITHMS))
+def test_round_trip_is_exact_for_every_algorithm(algorithm, tmp_path):
+    saved = learner(algorithm)
+    loaded = metalr.load(metalr.save(tmp_path / "a", saved))
+    assert loaded.spec == saved.spec
+    assert loaded.facts == saved.facts
+    for tree in ("init", "rates"):
+        for a, b in zip(leaves(getattr(saved, tree)), leaves(getattr(loaded, tree)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype
+    for steps in (None, 0, 5):
+        a, b = (one.apply(one.adapt(X, Y, steps=steps), X) for one in (saved, loaded))
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("model", [models.conv4(3, (8, 8, 1), channels=4, layers=2), models.rnn(3, (8, 8, 1), width=5)])
+def test_other_models_round_trip(model, tmp_path):
+    saved = learner(model=model)
+    loaded = metalr.load(metalr.save(tmp_path / "a", saved))
+    np.testing.assert_array_equal(loaded.apply(loaded.adapt(X, Y), X), saved.apply(saved.adapt(X, Y), X))
+
+
+def test_adapt_is_the_plain_inner_loop():
+    learned = learner()
+    x = jnp.asarray(X, jnp.float32)[..., None] / 255
+    expected, _ = inner.adapt(learned.model.apply, learned.init, x, Y, rates.optimizer(learned.spec, learned.rates), 4)
+    for a, b in zip(leaves(learned.adapt(X, Y, steps=4)), leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_all_forms_of_images_are_the_same():
+    learned = learner()
+    forms = [X, X[..., None], X / 255.0, (X / np.float32(255))[..., None], jnp.asarray(X)]
+    results = [learned.apply(learned.adapt(form, Y), form) for form in forms]
+    for other in results[1:]:
+        np.testing.assert_allclose(results[0], other, rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_ways_than_trained():
+    fast = learner().adapt(X[:4], np.array([0, 1, 0, 1]))
+    assert leaves(fast)[0].shape == leaves(learner().init)[0].shape
+
+
+def test_many_tasks_at_once():
+    learned = learner()
+    xs, ys = np.stack([X, X[::-1], 255 - X]), np.stack([Y, Y[::-1], Y])
+    fast = learned.adapt(xs, ys)
+    logits = learned.apply(fast, xs)
+    assert logits.shape == (3, 9, 3)
+    for i in range(3):
+        alone = learned.apply(learned.adapt(xs[i], ys[i]), xs[i])
+        np.testing.assert_allclose(logits[i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_as_optax_in_an_own_training_loop():
+    learned = learner("lslr")
+    x, tx = jnp.asarray(X, jnp.float32)[..., None] / 255, learned.as_optax()
+    params, state = learned.init, tx.init(learned.init)
+    for _ in range(5):
+        grads = jax.grad(lambda p: inner.cross_entropy(learned.apply(p, x), Y))(params)
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+    for a, b in zip(leaves(params), leaves(learned.adapt(X, Y, steps=5)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_custom_model_is_asked_for(tmp_path):
+    custom = dataclasses.replace(models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0), name="custom", settings={})
+    path = metalr.save(tmp_path / "a", learner(model=custom))
+    with pytest.raises(ArtifactError, match=r"custom model; pass it: metalr.load\(path, model="):
+        metalr.load(path)
+    np.testing.assert_array_equal(metalr.load(path, model=custom).adapt(X, Y)["head"]["bias"].shape, (3,))
+    other = models.mlp(3, (8, 8, 1), widths=(7,))
+    with pytest.raises(ArtifactError, match=r"init/dense_0/bias: expected float32 \[7\], got float32 \[6\]"):
+        metalr.load(path, model=other)
+    with pytest.raises(ArtifactError, match=r"missing \['init/dense_1/bias'"):
+        metalr.load(path, model=models.mlp(3, (8, 8, 1), widths=(6, 7)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "steps", "error", "message"),
+    [
+        (X[:, :4], Y, 1, DataError, r"support_x: expected shape \[n, 8, 8, 1\].*got \[9, 4, 8\]"),
+        (X.astype(np.int32), Y, 1, DataError, "support_x: expected dtype uint8.*got int32"),
+        (X.astype(np.float32), Y, 1, DataError, r"support_x: expected float pixels within 0\.\.1.*divide by 255"),
+        (np.where(X > 9, np.nan, 0.0), Y, 1, DataError, "support_x: expected finite pixels"),
+        (X[:0], Y[:0], 1, DataError, "support_x: expected at least one image"),
+        (X, Y[:4], 1, DataError, r"support_y: expected integers of shape \[9\], got int64 \[4\]"),
+        (X, Y * 1.0, 1, DataError, "support_y: expected integers"),
+        (X, Y + 1, 1, DataError, r"support_y: expected labels 0\.\.2 \(trained 3-way\), got 1\.\.3"),
+        (X, Y - 1, 1, DataError, r"support_y: expected labels 0\.\.2"),
+        (X, np.zeros(9, int) + 2, 1, DataError, "support_y: expected at least one image of each class, got none of 0"),
+        (X, Y, -1, ConfigError, "steps: expected an integer of at least 0"),
+    ],
+)
+def test_bad_input_is_refused_before_compiling(x, y, steps, error, message):
+    learned = learner()
+    with pytest.raises(error, match=message) as caught:
+        learned.adapt(x, y, steps=steps)
+    assert "\n" not in str(caught.value)
+    assert learned._adapt._cache_size() == 0
+
+
+@pytest.mark.parametrize("name", ["learner.safetensors", "metalr.json", "README.md"])
+def test_every_flipped_byte_is_refused(name, tmp_path):
+    path = metalr.save(tmp_path / "a", learner())
+    content = (path / name).read_bytes()
+    for position in RNG.integers(0, len(content), 40):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(RNG.integers(8))
+        (path / name).write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="damaged|newer|upgrade|describe"):
+            metalr.load(path)
+    for cut in (0, 1, len(content) // 2, len(content) - 1):
+        (path / name).write_bytes(content[:cut])
+        with pytest.raises(ArtifactError):
+            metalr.load(path)
+    (path / name).unlink()
+    with pytest.raises(ArtifactError, match="found none"):
+        metalr.load(path)
+
+
+def rewrite(path, change):
+    facts = json.loads((path / "metalr.json").read_text())
+    change(facts)
+    facts["sha256"] = artifact._facts_sha256(facts)
+    (path / "metalr.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.update(format=2), "has format 2, this metalr reads up to 1; upgrade metalr"),
+        (lambda f: f.pop("model"), "does not describe a learner"),
+        (lambda f: f["model"].update(way=4), "expected float32"),
+        (lambda f: f["rates"].update(granularity="neuron"), "rates.granularity"),
+        (lambda f: f["rates"].update(per_step=True), r"rates/dense_0: expected float32 \[3\]"),
+        (lambda f: f["files"].clear(), "sha256 differs"),
+    ],
+)
+def test_consistent_but_wrong_facts(tmp_path, change, message):
+    path = metalr.save(tmp_path / "a", learner())
+    rewrite(path, change)
+    with pytest.raises(ArtifactError, match=message):
+        metalr.load(path)
+
+
+def test_saving_refuses(tmp_path):
+    path = metalr.save(tmp_path / "a", learner())
+    with pytest.raises(ArtifactError, match="exists already"):
+        metalr.save(path, learner())
+    metalr.save(path, learner(), overwrite=True)
+    bad = dataclasses.replace(learner(), rates={"dense_0": jnp.array(jnp.nan), "head": jnp.array(0.1)})
+    with pytest.raises(ArtifactError, match="rates/dense_0: expected finite values"):
+        metalr.save(tmp_path / "b", bad)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        metalr.save(tmp_path / "file" / "c", learner())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("model", [models.mlp(3, (8, 8, 1)), models.conv4(3, (8, 8, 1), channels=4, layers=2)])
+def test_inner_loop_lowers_for_every_platform(platform, model):
+    learned = learner(model=model)
+    x = jnp.asarray(X)[..., None]
+    exported = jax.export.export(learned._adapt, platforms=[platform])(
+        learned.init, learned.rates, x, jnp.asarray(Y, jnp.int32), steps=3
+    )
+    assert exported.platforms == (platform,)
+    text = exported.mlir_module()
+    if model.name == "conv4":
+        assert ("stablehlo.convolution" in text) == (platform != "cpu")

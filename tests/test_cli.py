@@ -1,0 +1,156 @@
+"""The command line, end to end on small data: run folders, refusals, speed of --help."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import metalr
+from metalr import cli, config, data
+
+SMALL = [
+    "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.shot", "2", "--tasks.query", "3",
+    "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8",
+    "--evaluation.validation-episodes", "4", "--model.widths", "16",
+]  # fmt: skip
+
+
+def call(*argv):
+    cli.main([str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        call(*argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("metalr: error: "), error
+    assert "\n" not in error
+    return error
+
+
+def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--grid.run", "--grid.steps", "1", "--out", tmp_path / "run")
+    out = capsys.readouterr()
+    assert "learned init + learned rates" in out.out
+    first = out.err.splitlines()
+    assert first[0].startswith("data    blobs: 600 train + 300 test images")
+    assert [line.split()[0] for line in first[1:4]] == ["device", "tasks", "time"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "artifact", "config.json", "metrics.jsonl", "results.json",
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(6))
+    assert len(results["curve"]) == 11
+    methods = {row["method"] for row in results["comparison"]}
+    assert "random init + grid, best cell at 5 steps" in methods
+    assert len(methods) == 7
+    assert results["grid"]["cells"]
+
+    call("evaluate", tmp_path / "run", "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert again["curve"] == results["curve"]  # the same tasks, the same numbers
+    call("evaluate", tmp_path / "run", "--episodes", "12", "--steps", "3")
+    assert "12 held-out tasks" in capsys.readouterr().out
+
+    task = tmp_path / "task.npz"
+    x, y = data.load(str(blobs_npz)).test_images[..., 0], blobs.test_labels
+    np.savez(task, support_x=x[:50], support_y=y[:50], query_x=x[50:], query_y=y[50:])
+    call("adapt", tmp_path / "run", task, "--json", "--out", tmp_path / "fast.safetensors")
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["predictions"]) == 250
+    assert 0 <= result["accuracy"] <= 1
+    assert (tmp_path / "fast.safetensors").stat().st_size > 1000
+    np.savez(task, support_x=x[:50])
+    assert "missing ['support_y', 'query_x']" in refused(capsys, "adapt", tmp_path / "run", task)
+
+    learned = metalr.load(tmp_path / "run" / "artifact")
+    assert learned.facts["split_sha256"] == results["split_sha256"]
+    assert "exists and is not empty" in refused(capsys, "train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
+
+
+def test_same_seed_same_artifact(blobs_npz, tmp_path):
+    for name in ("a", "b"):
+        call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / name)
+    a, b = ((tmp_path / name / "artifact" / "learner.safetensors").read_bytes() for name in ("a", "b"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tasks.way", "5"], "tasks.way: family 'permuted' uses all 10 classes, got 5"),
+        (["--tasks.shot", "0"], "tasks.shot: expected at least 1, got 0"),
+        (["--tasks.shot", "500"], "tasks.shot + tasks.query: expected at most 50"),
+        (["--data", "nothing"], "data 'nothing': expected a prepared dataset"),
+        (["--data", "nothing.npz"], "nothing.npz: expected an .npz file, found none"),
+        (["--inner.rate", "-1"], "inner.rate: expected 0 < rate"),
+        (["--inner.steps", "0"], "inner.steps: expected at least 1"),
+        (["--outer.steps", "0"], "outer.steps: expected at least 1"),
+        (["--outer.meta-batch", "0"], "outer.meta_batch: expected at least 1"),
+        (["--outer.init-rate", "nan"], "outer.init_rate: expected a positive number"),
+        (["--outer.optimizer", "adamm"], "outer.optimizer: expected an optax optimizer"),
+        (["--outer.validate-every", "0"], "outer.validate_every"),
+        (["--evaluation.episodes", "1"], "evaluation.episodes: expected at least 2"),
+        (["--grid.run", "--grid.learning-rates", "0"], "grid.learning_rates: expected positive"),
+        (["--seed", "-1"], "seed: expected 0 or more"),
+        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "steps: expected at most the 5 trained steps"),
+    ],
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(blobs_npz, tmp_path, capsys, change, message):
+    before = sorted(tmp_path.iterdir())
+    error = refused(capsys, "train", "--data", blobs_npz, *SMALL, *change, "--out", tmp_path / "run")
+    assert message in error
+    assert sorted(p for p in tmp_path.iterdir() if p.name != "cache") == before
+
+
+def test_damaged_runs(tmp_path, capsys):
+    assert "expected a run folder" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").write_text('{"datas": 1}')
+    assert "unknown fields ['datas']" in refused(capsys, "evaluate", tmp_path)
+    assert "expected an artifact folder" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
+
+
+def test_data_commands(blobs_npz, capsys):
+    call("data", "list")
+    assert "mnist12k: 10,000 train + 2,000 test" in capsys.readouterr().out
+    call("data", "import", blobs_npz, "--name", "mine")
+    capsys.readouterr()
+    call("data", "list", "--json")
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mnist12k", "mine"]
+    assert "another name" in refused(capsys, "data", "import", blobs_npz, "--name", "mnist12k")
+    assert "found none" in refused(capsys, "data", "prepare", "mnist", "--idx", "nowhere")
+
+
+def test_config_round_trip():
+    assert config.from_json(json.loads(json.dumps(config.QUICKSTART.to_json()))) == config.QUICKSTART
+
+
+@pytest.mark.smoke
+def test_help_imports_no_jax_and_is_fast():
+    code = "import sys; from metalr import cli\ntry: cli.main(['{}', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'jax' not in sys.modules and 'tensorflow_datasets' not in sys.modules"
+    for command in ("quickstart", "train"):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code.format(command)], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - began)
+        assert min(seconds) < 2, seconds  # a bound for slow machines; the measured figure is in benchmarks/results
+
+
+@pytest.mark.smoke
+def test_quickstart_in_small(tmp_path, capsys):
+    """The real command on the bundled data, with less of everything."""
+    call(
+        "quickstart", "--outer.steps", "60", "--evaluation.episodes", "16", "--evaluation.validation-episodes", "8",
+        "--grid.steps", "5", "--grid.learning-rates", "0.01", "--grid.batch-sizes", "1000", "--out", tmp_path / "q",
+    )  # fmt: skip
+    assert "learned init + learned rates" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "q" / "results.json").read_text())["comparison"]
+    by_method = {row["method"]: row["accuracy"] for row in rows}
+    assert by_method["learned init + learned rates"] > by_method["random init + grid, best cell at 5 steps"]

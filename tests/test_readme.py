@@ -1,0 +1,55 @@
+"""README's snippet runs, its numbers are those of the committed results, and the committed artifacts load."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metalr
+from metalr import data
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*.json")}
+
+
+def test_snippet_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    images, labels = data.bundled().test_images[..., 0], data.bundled().test_labels
+    rows = np.concatenate([np.flatnonzero(labels == digit)[:20] for digit in range(10)])
+    support = np.arange(len(rows)) % 20 < 5
+    scope = {
+        "support_x": images[rows[support]], "support_y": labels[rows[support]], "query_x": images[rows[~support]],
+    }  # fmt: skip
+    path = ROOT / "experiments" / "artifacts" / "mnist_rotated_10way_5shot"
+    exec(snippet.replace('"runs/quickstart/artifact"', repr(str(path))), scope)
+    assert scope["logits"].shape == (150, 10)
+    assert np.mean(np.asarray(scope["logits"]).argmax(-1) == labels[rows[~support]]) > 0.5
+
+
+def test_numbers_are_those_of_the_results_files():
+    """Each experiment's row: name | learned | best random cell | best cell from the learned init."""
+    rows = re.findall(r"^\| \[`(\w+)`\][^|]*\|(.*)\|$", README, re.M)
+    assert {name for name, _ in rows} == set(RESULTS)
+    for name, cells in rows:
+        comparison = {(r["method"], r["steps"]): r for r in RESULTS[name]["comparison"]}
+        shown = [tuple(map(float, pair)) for pair in re.findall(r"(\d+\.\d) ± (\d+\.\d)", cells)]
+        methods = [
+            "learned init + learned rates", "random init + grid, best cell at 5 steps",
+            "random init + grid, best cell of all", "learned init + grid, best cell at 5 steps",
+        ]  # fmt: skip
+        for method, (accuracy, ci95) in zip(methods, shown, strict=True):
+            row = next(r for (m, steps), r in comparison.items() if m == method and (steps == 5 or "all" in m))
+            assert (accuracy, ci95) == (round(100 * row["accuracy"], 1), round(100 * row["ci95"], 1)), (name, method)
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_committed_artifacts_load_and_match_their_results(name):
+    path = ROOT / "experiments" / "artifacts" / name
+    learned = metalr.load(path)
+    assert learned.facts["split_sha256"] == RESULTS[name]["split_sha256"]
+    assert sum(f.stat().st_size for f in path.iterdir()) < 2**20
+    assert RESULTS[name]["provenance"]["commit"]
+    assert len(RESULTS[name]["seeds"]) == 3

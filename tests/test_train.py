@@ -1,0 +1,128 @@
+"""The outer loop: determinism, one compilation, devices, divergence."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from metalr import models, outer, tasks, train
+from metalr.errors import ConfigError
+from metalr.rates import RatesSpec
+
+ROW = outer.ALGORITHMS["meta_sgd_layer"]
+
+
+@pytest.fixture(scope="module")
+def parts(blobs):
+    model, spec = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
+    pool, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    optimizer = train.make_optimizer(steps=12, init_rate=1e-2, rates_rate=1e-2)
+    chunk = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=4)
+    return model, spec, pool, optimizer, chunk
+
+
+def finish(parts, seed, every):
+    model, spec, pool, optimizer, chunk = parts
+    state = train.start(model, spec, optimizer, jax.random.key(seed))
+    losses = []
+    for part in train.run_chunks(chunk, state, pool, jax.random.key(seed), 12, every):
+        losses += part.metrics["loss"].tolist()
+        state = part.state
+    return [np.asarray(v) for v in jax.tree.leaves(state)], losses
+
+
+def test_same_seed_same_bits(parts):
+    (a, losses), (b, losses_too) = finish(parts, 0, 6), finish(parts, 0, 6)
+    assert all((x == y).all() for x, y in zip(a, b, strict=True))
+    assert losses == losses_too
+    assert finish(parts, 1, 6)[1] != losses
+
+
+def test_chunks_do_not_matter(parts):
+    (a, losses), (b, losses_too) = finish(parts, 0, 12), finish(parts, 0, 5)
+    assert len(losses) == len(losses_too) == 12
+    np.testing.assert_allclose(losses, losses_too, rtol=1e-5)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_second_chunk_does_not_compile(parts):
+    model, spec, pool, optimizer, chunk = parts
+    state = train.start(model, spec, optimizer, jax.random.key(0))
+    state, _ = chunk(state, pool, jax.random.key(0), 3)
+    size = chunk._cache_size()
+    for _ in range(3):
+        state, _ = chunk(state, pool, jax.random.key(0), 3)
+    assert chunk._cache_size() == size
+
+
+def test_a_part_without_a_rate_does_not_move(parts, blobs):
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    optimizer = train.make_optimizer(steps=4, init_rate=None, rates_rate=1e-2)
+    state = train.start(model, spec, optimizer, jax.random.key(0))
+    before = jax.tree.map(np.asarray, state.meta)
+    state, _ = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=2)(state, pool, jax.random.key(0), 4)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (before.init, state.meta.init)), strict=True))
+    assert all((a != b).all() for a, b in zip(*map(jax.tree.leaves, (before.rates, state.meta.rates)), strict=True))
+
+
+def test_divergence_names_the_step(parts, blobs):
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    optimizer = train.make_optimizer(steps=20, init_rate=1e30, rates_rate=1e-2, clip=None)
+    state = train.start(model, spec, optimizer, jax.random.key(0))
+    chunk = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=2)
+    with pytest.raises(train.DivergedError, match=r"outer step \d+: loss .*lower outer.init_rate"):
+        list(train.run_chunks(chunk, state, pool, jax.random.key(0), 20, 10))
+
+
+DEVICES = """
+import sys
+from metalr import devices
+devices.use_all_cores() if sys.argv[1] == "cores" else None
+import jax
+if sys.argv[1] != "cores":
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from metalr import data, models, outer, tasks, train
+from metalr.rates import RatesSpec
+model, spec = models.mlp(10, widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
+pool, sample = tasks.make_sampler(tasks.make_splits(data.bundled(), "permuted").train, 10, 2, 3)
+optimizer = train.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
+chunk = train.make_chunk(model, spec, outer.ALGORITHMS["meta_sgd_layer"], optimizer, sample, meta_batch=4)
+state = train.start(model, spec, optimizer, jax.random.key(0))
+state, metrics = chunk(state, pool, jax.random.key(0), 5)
+print(jax.local_device_count(), *metrics["loss"].tolist())
+"""
+
+
+def test_number_of_devices_does_not_change_the_result():
+    def losses(count):
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        call = [sys.executable, "-c", DEVICES, str(count)]
+        done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
+        found, *values = done.stdout.split()
+        return int(found), np.array(values, float)
+
+    (one, alone), (two, split) = losses(1), losses(2)
+    assert (one, two) == (1, 2)
+    np.testing.assert_allclose(alone, split, rtol=1e-4)
+    assert losses("cores")[0] == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_rate": 0.0}, "outer.init_rate: expected a positive number, got 0.0"),
+        ({"rates_rate": float("nan")}, "outer.rates_rate: expected a positive number"),
+        ({"clip": -1.0}, "outer.clip: expected a positive number"),
+        ({"schedule": "linear"}, "outer.schedule: expected one of"),
+        ({"steps": 0}, "outer.steps: expected at least 1"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train.make_optimizer(**({"steps": 5, "init_rate": 1e-3, "rates_rate": 1e-3} | settings))
