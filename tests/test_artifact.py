@@ -32,6 +32,7 @@ def leaves(tree):
     return [np.asarray(v) for v in jax.tree.leaves(tree)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("algorithm", list(outer.ALGORITHMS))
 def test_round_trip_is_exact_for_every_algorithm(algorithm, tmp_path):
     saved = learner(algorithm)
@@ -193,6 +194,7 @@ def test_saving_refuses(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("model", [models.mlp(3, (8, 8, 1)), models.conv4(3, (8, 8, 1), channels=4, layers=2)])
 def test_inner_loop_lowers_for_every_platform(platform, model):

@@ -10,6 +10,7 @@ from metalr import inner, models, rates
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
+pytestmark = pytest.mark.smoke
 MODEL = models.mlp(3, (4, 4, 1), widths=(5,), dropout=0.0)
 X = jax.random.uniform(jax.random.key(1), (6, 4, 4, 1))
 Y = jnp.array([0, 1, 2, 0, 1, 2])

@@ -12,6 +12,7 @@ from metalr import rates
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
+pytestmark = pytest.mark.smoke
 PARAMS = {
     "dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
     "head": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)},
