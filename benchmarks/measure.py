@@ -17,16 +17,24 @@ from metalr.provenance import command, provenance
 RESULTS = Path(__file__).parent / "results"
 
 
-def side_by_side(systems: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each system, its runs interleaved with the others'. Each is called once before, to warm up."""
+def side_by_side(systems: dict[str, Callable[[], Any]], repeats: int, window: float = 0.3) -> dict[str, float]:
+    """Median seconds of one call of each system, over `repeats` rounds that take every system in turn.
+
+    In its turn a system rests (so that another library's spinning threads go to sleep), is called once untimed, and
+    then for `window` seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
     for call in systems.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(repeats):
         for name, call in systems.items():
-            began = time.perf_counter()
+            time.sleep(0.3)
             call()
-            seconds[name].append(time.perf_counter() - began)
+            began, calls = time.perf_counter(), 0
+            while not calls or time.perf_counter() - began < window:
+                call()
+                calls += 1
+            seconds[name].append((time.perf_counter() - began) / calls)
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 

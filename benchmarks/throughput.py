@@ -70,6 +70,7 @@ def with_metalr(model: models.Model, spec: rates.RatesSpec, meta: MetaParams, ep
     gradient = jax.jit(
         devices.split_tasks(lambda *args: outer.meta_gradient(model, spec, *args), mesh, replicated=1, mean=True)
     )
+    episodes, keys = devices.place_tasks((episodes, keys), mesh)
     return lambda: jax.block_until_ready(gradient(meta, episodes, keys)[0])
 
 
@@ -89,6 +90,7 @@ def with_plain_jax(model: models.Model, spec: rates.RatesSpec, meta: MetaParams,
     def gradient(meta: MetaParams, episodes: Episode) -> MetaParams:
         return jax.tree.map(lambda v: v.mean(0), jax.vmap(jax.grad(loss), (None, 0))(meta, episodes))
 
+    episodes = jax.device_put(episodes)
     return lambda: jax.block_until_ready(gradient(meta, episodes))
 
 

@@ -46,7 +46,7 @@ def conv4(params: Params, x: Tensor) -> Tensor:
 def gru(params: Params, x: Tensor) -> Tensor:
     """A GRU over the rows of the image, as Flax writes its cell."""
     rows = x.reshape(x.shape[0], 28, 28)
-    p = {name.removeprefix("rnn/cell/"): value for name, value in params.items()}
+    p = {name.split("/", 1)[1] if name.startswith("GRU") else name: value for name, value in params.items()}
     from_x = {g: rows @ p[f"i{g}/kernel"] + p[f"i{g}/bias"] for g in "rzn"}
     h = torch.zeros(x.shape[0], p["hr/kernel"].shape[0], dtype=x.dtype)
     for t in range(28):

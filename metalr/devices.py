@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalr.models import Apply, Model
@@ -63,7 +64,10 @@ def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, me
 
     def per_device(*args: Any) -> Any:
         result = function(*args)
-        return jax.lax.pmean(result, AXIS) if mean else result
+        if not mean:
+            return result
+        flat, restore = ravel_pytree(result)  # one reduction, not one a tensor: each waits for all devices
+        return restore(jax.lax.pmean(flat, AXIS))
 
     @functools.wraps(function)
     def split(*args: Any) -> Any:
@@ -72,6 +76,11 @@ def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, me
         return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     return split
+
+
+def place_tasks(tasks: Any, mesh: Mesh) -> Any:
+    """Arrays with a leading task axis, put on the mesh's devices as `split_tasks` will want them."""
+    return jax.device_put(tasks, NamedSharding(mesh, P(AXIS)))
 
 
 def by_platform(model: Model, function: Callable[..., Any], *args: Any, cpu_group: int = 1) -> Any:

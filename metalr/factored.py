@@ -20,7 +20,7 @@ from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
-LOW_RANK_SHARE = 0.5  # of a kernel's size, below which activations and errors are cheaper to keep
+LOW_RANK_SHARE = 2.0  # activations and errors may be this much larger than a kernel: shared products are that good
 
 
 def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
@@ -33,6 +33,11 @@ def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
         and support <= first // 2
         and steps <= 16
     )
+
+
+def cpu_group(support: int) -> int:
+    """Tasks to vmap together on a CPU: enough rows for large products, few enough for a core's cache."""
+    return max(4, 80 // support)
 
 
 def query_logits(

@@ -17,8 +17,6 @@ from metalr.models import Apply, Model
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
-FACTORED_GROUP = 4  # tasks vmapped together on a CPU: enough rows for a large product, few enough for its cache
-
 
 class Algorithm(NamedTuple):
     """One row of choices.
@@ -151,7 +149,9 @@ def meta_gradient(
         (value, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(meta)
         return grads, {"loss": value, "accuracy": accuracy}
 
-    return devices.mean_over_tasks(model, mean_of_group, (episodes, keys), cpu_group=FACTORED_GROUP if fast else 1)
+    return devices.mean_over_tasks(
+        model, mean_of_group, (episodes, keys), cpu_group=factored.cpu_group(support) if fast else 1
+    )
 
 
 def reptile(
