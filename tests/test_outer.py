@@ -86,6 +86,12 @@ SMOOTH = models.Model(  # no kinks, so that finite differences are good to many 
     input_shape=(4, 4, 1),
     way=2,
 )
+
+
+def _along(t):
+    return lambda value, step: value + t * step
+
+
 SECOND_ORDER = [n for n, row in outer.ALGORITHMS.items() if not row.first_order]
 
 
@@ -105,7 +111,7 @@ def test_finite_differences_for_init_and_rates(name, positive):
             direction = jax.tree.unflatten(tree, noise)
 
             def loss(t, part=part, direction=direction):
-                moved = jax.tree.map(lambda v, u, t=t: v + t * u, getattr(meta, part), direction)
+                moved = jax.tree.map(_along(t), getattr(meta, part), direction)
                 return gradient(meta._replace(**{part: moved}))[1]["loss"]
 
             numeric = (loss(1e-5) - loss(-1e-5)) / 2e-5
