@@ -23,6 +23,7 @@ from metalr.errors import DataError, one_line
 
 BUNDLED = "mnist12k"
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+ROUNDING = 1e-4  # interpolated images exceed 1 by a little
 SPLIT_NAMES = ("train", "val", "test")
 
 
@@ -92,19 +93,19 @@ def check_images(images: np.ndarray, what: str = "images") -> np.ndarray:
         )
     if images.dtype != np.uint8:
         check_pixels(images, what)
-        images = np.round(np.asarray(images, np.float32) * 255).astype(np.uint8)
+        images = np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
     return images if images.ndim == 4 else images[..., None]
 
 
 def check_pixels(images: np.ndarray, what: str) -> None:
-    """Raises DataError unless `images` is uint8, or float, finite and within 0..1."""
+    """Raises DataError unless `images` is uint8, or float, finite and within 0..1 (up to rounding)."""
     if images.dtype == np.uint8:
         return
     if not np.issubdtype(images.dtype, np.floating):
         raise DataError(f"{what}: expected dtype uint8 (0..255) or float (0..1), got {images.dtype}")
     if images.size and not np.isfinite(images).all():
         raise DataError(f"{what}: expected finite pixels, got {int((~np.isfinite(images)).sum())} non-finite")
-    if images.size and (images.min() < 0 or images.max() > 1):
+    if images.size and (images.min() < -ROUNDING or images.max() > 1 + ROUNDING):
         raise DataError(
             f"{what}: expected float pixels within 0..1, got {images.min():.4g}..{images.max():.4g}; "
             "divide by 255, or pass uint8"
