@@ -31,6 +31,7 @@ def seconds_of(*call: str, repeats: int = 5) -> float:
 
 
 def main() -> None:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"METALR_CACHE_DIR": str(Path(folder) / "cache")}
         for cache in ("empty", "filled"):
@@ -39,8 +40,8 @@ def main() -> None:
             subprocess.run([*METALR, "quickstart", "--out", str(out)], check=True, env=env, stdout=subprocess.DEVNULL)
             seconds = round(time.perf_counter() - began, 1)
             results = json.loads((out / "results.json").read_text())
-            row = {"compilation_cache": cache, "seconds": seconds, "peak_memory_bytes": results["peak_memory_bytes"]}
-            rows = [row] if cache == "empty" else [*rows, row]
+            memory = results["peak_memory_bytes"]
+            rows.append({"compilation_cache": cache, "seconds": seconds, "peak_memory_bytes": memory})
     measure.save(
         "quickstart",
         rows,

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
+import metalr
 from metalr import data, devices, inner, models
 from metalr import rates as rates_lib
 from metalr.errors import ArtifactError, ConfigError, DataError, one_line
@@ -203,7 +204,8 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         "rates": dataclasses.asdict(learner.spec),
         "inner_steps": learner.spec.steps,
         "facts": learner.facts,
-        "versions": {name: importlib.metadata.version(name) for name in ("metalr", "jax", "flax", "optax")},
+        "versions": {"metalr": metalr.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
     contents[CARD] = _card(learner, facts).encode()
     facts["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
