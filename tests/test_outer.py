@@ -149,7 +149,7 @@ def test_contract_of_every_algorithm(name, blobs):
     model = models.mlp(10, blobs.shape, widths=(32,), dropout=0.0)
     pool, sample = tasks.make_sampler(splits.train, 10, 3, 5)
     learned_rates = 3e-2 if row.learned else None
-    optimizer = train.make_optimizer(steps=120, init_rate=1e-2, rates_rate=learned_rates, schedule="constant")
+    optimizer = train.make_optimizer(steps=120, init_rate=2e-3, rates_rate=learned_rates, schedule="constant")
     state = train.start(model, spec, optimizer, jax.random.key(0))
     first = jax.tree.map(np.asarray, state.meta)
     chunk = train.make_chunk(model, spec, row, optimizer, sample, meta_batch=8)
