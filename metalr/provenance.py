@@ -19,14 +19,14 @@ def command() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (of the source checkout, if this is one), versions and machine."""
+    """Commit of the source checkout (with "+changes" if the package differs from it), versions and machine."""
 
     def git(*args: str) -> str:
         call = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         return call.stdout.strip() if call.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "metalr", "..") else "")
+        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except OSError:
         commit = ""
     model = next(

@@ -53,3 +53,10 @@ def test_committed_artifacts_load_and_match_their_results(name):
     assert sum(f.stat().st_size for f in path.iterdir()) < 2**20
     assert RESULTS[name]["provenance"]["commit"]
     assert len(RESULTS[name]["seeds"]) == 3
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_experiment_documents_expect_what_was_measured(name):
+    row = next(r for r in RESULTS[name]["comparison"] if r["method"] == "learned init + learned rates")
+    text = (ROOT / "experiments" / f"{name}.py").read_text()
+    assert f"Expected: {100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f} % after 5 steps" in text
