@@ -6,7 +6,7 @@ Tasks are 3 of the digits under one random rotation, labels shuffled. Meta-train
 tasks are made of test images of digits 6-9 at angles that were not trained. Network: 4 convolutions of 32 channels
 with batch-statistics norm (transductive).
 Expected: 80.1 ± 0.8 % after 5 steps (the best grid cell from a random init: 61.7 %), in about
-15 minutes for 3 seeds and the grid on 2 CPU cores that also did other work; from results/mnist_digits_3way_1shot.json.
+15 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_digits_3way_1shot.json.
 """
 
 from metalr.cli import experiment

@@ -5,7 +5,7 @@
 Tasks are all ten digits under one of 2^30 pixel permutations; the 600 meta-test tasks use test images and permutations
 that were not trained. Network: the reference MLP 784-128-10 (without dropout).
 Expected: 75.3 ± 0.3 % after 5 steps (the best grid cell from a random init: 73.7 %), in about
-9 minutes for 3 seeds and the grid on 2 CPU cores that also did other work; from results/mnist_permuted_10way_10shot.json.
+9 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_permuted_10way_10shot.json.
 """
 
 from metalr.cli import experiment

@@ -5,7 +5,7 @@
 Tasks are all ten digits at one angle; the 600 meta-test tasks use test images and arcs of angles that were not
 trained. Network: the reference MLP 784-128-10 (without dropout).
 Expected: 91.4 ± 0.2 % after 5 steps (the best grid cell from a random init: 67.3 %), in about
-9 minutes for 3 seeds and the grid on 2 CPU cores that also did other work; from results/mnist_rotated_10way_5shot.json.
+9 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_rotated_10way_5shot.json.
 """
 
 from metalr.cli import experiment
