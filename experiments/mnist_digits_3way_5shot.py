@@ -5,7 +5,8 @@
 Tasks are 3 of the digits under one random rotation, labels shuffled. Meta-training sees digits 0-5; the 600 meta-test
 tasks are made of test images of digits 6-9 at angles that were not trained. Network: 4 convolutions of 32 channels
 with batch-statistics norm (transductive).
-Expected time and numbers: results/mnist_digits_3way_5shot.json, shown in README.md.
+Expected: 92.9 ± 0.5 % after 5 steps (the best grid cell from a random init: 82.3 %), in about
+44 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_digits_3way_5shot.json.
 """
 
 from metalr.cli import experiment

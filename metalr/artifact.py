@@ -66,6 +66,8 @@ class Learner:
             present in every task.
           steps: inner steps; default: as many as were trained.
 
+        Dropout, if the model has it, is active in every step as it was in training, with a fixed key.
+
         Returns:
           Params as in `init` (with a leading axis [tasks] for many tasks).
 
@@ -86,7 +88,10 @@ class Learner:
         """
         leaf, reference = jax.tree.leaves(params)[0], jax.tree.leaves(self.init)[0]
         batched = jnp.ndim(leaf) == jnp.ndim(reference) + 1
-        return self._apply(params, self._images(x, "x", batched))
+        images = self._images(x, "x", batched)
+        if batched and images.shape[0] != jnp.shape(leaf)[0]:
+            raise DataError(f"x: expected images for {jnp.shape(leaf)[0]} tasks, as params are, got {images.shape[0]}")
+        return self._apply(params, images)
 
     def as_optax(self) -> optax.GradientTransformation:
         """Gradient descent with the learned rates, for any training loop over params named as `init`.
@@ -104,7 +109,8 @@ class Learner:
                 apply: models.Apply, group: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array
             ) -> Params:
                 def one(task: tuple[jax.Array, jax.Array]) -> Params:
-                    return inner.adapt(apply, init, *task, rates_lib.optimizer(self.spec, rates), steps)[0]
+                    optimizer, key = rates_lib.optimizer(self.spec, rates), jax.random.key(0)
+                    return inner.adapt(apply, init, *task, optimizer, steps, key=key, dropout=self.model.dropout)[0]
 
                 return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
@@ -180,9 +186,11 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     Raises:
       ArtifactError: the folder exists (and not overwrite), cannot be written, or a value is not finite.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path}: exists already; pass another path, or overwrite=True")
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= set(MAX_BYTES)):
+        raise ArtifactError(f"{path}: expected an artifact folder to overwrite, got something else")
     tensors = named_arrays(learner.init, "init") | {
         f"rates/{group}": np.asarray(value, order="C") for group, value in learner.rates.items()
     }
@@ -219,8 +227,12 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
                 (part / name).write_bytes(content)
             part.chmod(0o755)
             if path.exists():
-                shutil.rmtree(path)
-            part.rename(path)
+                old = part.with_name(f"{part.name}-old")
+                path.rename(old)
+                part.rename(path)
+                shutil.rmtree(old)
+            else:
+                part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
@@ -269,6 +281,13 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
         raw = jax.eval_shape(functools.partial(rates_lib.initial_raw, spec), expected)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ArtifactError(f"{path / FACTS}: does not describe a learner: {one_line(error)}") from error
+    if (list(model.input_shape), model.way) != (list(info["input_shape"]), info["way"]):
+        raise ArtifactError(
+            f"{path}: expected a model for images {info['input_shape']} and {info['way']} classes, "
+            f"got {list(model.input_shape)} and {model.way}"
+        )
+    if model.name == info["name"] and model.settings != info["settings"]:
+        raise ArtifactError(f"{path}: expected model settings {info['settings']}, got {model.settings}")
     try:
         tensors = parse_tensors(_read_checked(path, TENSORS, facts))
     except SafetensorError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from metalr.config import QUICKSTART, TrainConfig, from_json
-from metalr.errors import ConfigError, MetalrError
+from metalr.errors import ConfigError, DataError, MetalrError
 
 EXIT_ERROR = 2
 
@@ -116,14 +116,14 @@ def evaluate(
         raise ConfigError(f"{run}: expected a run folder with config.json, found none")
     try:
         config = from_json(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: not the config of a run: {error}") from error
     given = {"episodes": episodes, "steps": steps, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changed))
     setup = set_up(config)
     learner = artifact.load(run / "artifact")
-    if learner.facts["split_sha256"] != setup.splits.sha256:
+    if learner.facts.get("split_sha256") != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
     asked = config.evaluation
     curve, seconds = compare.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
@@ -167,6 +167,8 @@ def adapt(
     missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
     if missing:
         raise ConfigError(f"{task}: expected arrays support_x, support_y, query_x, missing {missing}")
+    if given["support_y"].ndim != 1:
+        raise ConfigError(f"{task}: support_y: expected one task, shape [support], got {given['support_y'].shape}")
     fast = learner.adapt(given["support_x"], given["support_y"], steps=steps)
     predicted = np.asarray(learner.apply(fast, given["query_x"])).argmax(-1)
     result: dict[str, Any] = {
@@ -175,6 +177,8 @@ def adapt(
     }
     if "query_y" in given:
         labels = arrays.check_labels(given["query_y"], len(predicted), "query_y")
+        if labels.max() >= learner.model.way:
+            raise ConfigError(f"{task}: query_y: expected labels 0..{learner.model.way - 1}, got {labels.max()}")
         result["accuracy"] = float((predicted == labels).mean())
     if out is not None:
         artifacts.write_params(out, fast)
@@ -197,7 +201,12 @@ def data_list(json_: Json = False) -> None:
     """
     from metalr import data
 
-    rows = [data.load(name) for name in data.names()]
+    rows = []
+    for name in data.names():
+        try:
+            rows.append(data.load(name))
+        except DataError as error:
+            print(f"metalr: {name} is left out: {error}", file=sys.stderr)
     if json_:
         print(
             json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows])
@@ -231,8 +240,8 @@ def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> No
     from metalr import data
 
     dataset = data.from_npz(file, name)
-    if dataset.name == data.BUNDLED:
-        raise ConfigError(f"--name: expected another name than the bundled dataset's, got {dataset.name!r}")
+    if dataset.name in (data.BUNDLED, "mnist"):
+        raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
     data.write_cache(dataset)
     print(dataset)
 
@@ -240,17 +249,21 @@ def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> No
 def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     """Run an experiment document: its config with overrides from the command line, once a seed.
 
-    Results go to experiments/results/NAME.json, the artifact of the first seed to experiments/artifacts/NAME, both
-    beside the calling script. Options: those of `metalr train`, `--seeds`, and `--folder`.
+    As it stands, its results go to results/NAME.json and the first seed's artifact to artifacts/NAME, both beside the
+    calling script. With any override they go to runs/NAME, so that published results stay what they say they are.
     """
+    document, document_seeds = config, seeds
 
-    def main(config: Config = config, seeds: tuple[int, ...] = seeds, folder: Path = Path(sys.argv[0]).parent) -> None:
+    def main(config: Config = document, seeds: tuple[int, ...] = document_seeds, folder: Path | None = None) -> None:
         """Run the experiment.
 
         Args:
           seeds: seeds of meta-training, each reported.
-          folder: where results/ and artifacts/ are.
+          folder: where results/ and artifacts/ go; default: beside the script, or runs/NAME if anything is overridden.
         """
+        if folder is None:
+            as_it_stands = (config, seeds) == (document, document_seeds)
+            folder = Path(sys.argv[0]).parent if as_it_stands else Path("runs") / name
         _start_jax()
         from metalr import report, runs
 

@@ -163,6 +163,8 @@ def from_json(facts: dict[str, Any]) -> TrainConfig:
     """The config that `to_json` gave. Raises ValueError for unknown fields or values of a wrong kind."""
 
     def build(kind: Any, given: dict[str, Any]) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError(f"expected an object of settings, got {given!r}")
         fields = {field.name: field for field in dataclasses.fields(kind)}
         unknown = set(given) - set(fields)
         if unknown:
@@ -176,6 +178,10 @@ def from_json(facts: dict[str, Any]) -> TrainConfig:
                 value = tuple(value)
             elif name == "out" and value is not None:
                 value = Path(value)
+            elif default is not None and not isinstance(
+                value, (type(default), int) if isinstance(default, float) else type(default)
+            ):
+                raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
             values[name] = value
         return kind(**values)
 

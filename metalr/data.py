@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -91,6 +92,8 @@ def check_images(images: np.ndarray, what: str = "images") -> np.ndarray:
         raise DataError(
             f"{what}: expected shape [n, height, width] or [n, height, width, channels], got {images.shape}"
         )
+    if 0 in images.shape[1:]:
+        raise DataError(f"{what}: expected images of at least one pixel, got shape {images.shape}")
     if images.dtype != np.uint8:
         check_pixels(images, what)
         images = np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
@@ -226,7 +229,7 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez")
             return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: expected an .npz of plain arrays, got: {one_line(error)}") from error
@@ -247,8 +250,8 @@ def cache_dir() -> Path:
 
 def cached_path(name: str) -> Path:
     """Where the decoded arrays of a prepared dataset stand. Raises DataError for a name that is a path."""
-    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-        raise DataError(f"data.name: expected letters, digits, '-', '_' and '.', got {name!r}")
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or name.endswith(".npz"):
+        raise DataError(f"data.name: expected letters, digits, '-', '_' and '.', and no ending .npz, got {name!r}")
     return cache_dir() / "datasets" / name
 
 

@@ -27,7 +27,7 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
     Raises ConfigError for fewer than 2 episodes.
     """
     if episodes < 2:
-        raise ConfigError(f"evaluation.episodes: expected at least 2 for a confidence interval, got {episodes}")
+        raise ConfigError(f"evaluation episodes: expected at least 2 for a confidence interval, got {episodes}")
     root = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
@@ -53,7 +53,8 @@ def make_evaluator(model: Model, spec: RatesSpec, sample: Sampler, steps: int) -
     rates_lib.check_steps(spec, steps)
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
-        return inner.adaptation_curve(apply, init, episode, rates_lib.optimizer(spec, rates), steps)
+        optimizer = rates_lib.optimizer(spec, rates)
+        return inner.adaptation_curve(apply, init, episode, optimizer, steps, key=key, dropout=model.dropout)
 
     return _compiled(model, spec, sample, plain, steps)
 
@@ -72,7 +73,6 @@ def make_baseline(
     at: after which numbers of steps, ascending, the curve has an entry.
     random_init: ignore `init` and draw a new one for every task. Dropout is active in training if the model has it.
     """
-    dropout = bool(model.settings.get("dropout"))
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
         init_key, step_key = jax.random.split(key)
@@ -86,7 +86,7 @@ def make_baseline(
             observe_at=at,
             batch_size=batch_size,
             key=step_key,
-            dropout=dropout,
+            dropout=model.dropout,
         )
 
     return _compiled(model, None, sample, plain, max(at))

@@ -28,7 +28,7 @@ def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
     first = model.input_shape[0] * model.input_shape[1] * model.input_shape[2]
     return (
         model.relu_stack
-        and not model.settings.get("dropout")
+        and not model.dropout
         and spec.granularity != "parameter"
         and support <= first // 2
         and steps <= 16

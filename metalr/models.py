@@ -39,6 +39,7 @@ class Model:
       cpu_apply: the same function in the form that is fastest on CPUs, or None.
       relu_stack: True if the model is exactly Dense-ReLU-…-Dense on flattened images, with params
         {"dense_0": {"kernel", "bias"}, …, "head": {…}}; the factored inner loop may be used then.
+      dropout: True if `apply` uses its key; the inner loop then gives one to every step.
       transductive: True if predictions for one image depend on the other images given with it.
     """
 
@@ -51,6 +52,7 @@ class Model:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     cpu_apply: Apply | None = None
     relu_stack: bool = False
+    dropout: bool = False
     transductive: bool = False
 
 
@@ -159,8 +161,8 @@ def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax
         if other:
             raise ConfigError(
                 f"{type(module).__name__}: expected params only, got the collections {other}; the inner loop keeps "
-                "no running state, so use LayerNorm, GroupNorm, or statistics of the current batch "
-                "(use_running_average=False with track_running_stats off) instead of running averages"
+                "no running state, so use LayerNorm or GroupNorm instead of running averages, or "
+                "normalise by the current batch's own mean and variance without storing them"
             )
         return variables["params"]
 
@@ -200,6 +202,7 @@ def mlp(
         way=way,
         settings={"widths": list(widths), "dropout": dropout},
         relu_stack=True,
+        dropout=dropout > 0,
     )
 
 
@@ -278,16 +281,17 @@ def from_linen(
     way: int,
     *,
     head: str = "head",
+    dropout: bool = False,
     transductive: bool = False,
 ) -> Model:
-    """A user's own Linen module, called as module(x) -> logits (and module(x, train=True) if it has dropout).
+    """A user's own Linen module, called as module(x) -> logits; with dropout, as module(x, train=True) in inner steps.
 
     Raises:
       ConfigError: the module keeps state beside params (running batch statistics), or gives other than [n, way]
         logits. Checked here, by abstract evaluation.
     """
-    model = Model("custom", _linen_init(module, input_shape), _linen_apply(module), input_shape, way, head)
-    return _checked(dataclasses.replace(model, transductive=transductive))
+    init, apply = _linen_init(module, input_shape), _linen_apply(module)
+    return _checked(Model("custom", init, apply, input_shape, way, head, dropout=dropout, transductive=transductive))
 
 
 def from_nnx(
@@ -300,8 +304,9 @@ def from_nnx(
 ) -> Model:
     """A user's own NNX module, called as module(x) -> logits.
 
-    `init(key)` draws every kernel (rank 2 or more) anew with LeCun-normal values and keeps all other arrays as the
-    module had them, because an NNX module carries its parameters already. Dropout must be in eval mode.
+    `init(key)` draws every parameter named "kernel" anew with LeCun-normal values and keeps all others as the module
+    had them, because an NNX module carries its parameters already. Dropout layers are not taken: they hold a stream
+    of random numbers, which is state.
 
     Raises:
       ConfigError: the module keeps state beside nnx.Param, or gives other than [n, way] logits.
@@ -313,14 +318,17 @@ def from_nnx(
         kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
         raise ConfigError(
             f"{type(module).__name__}: expected nnx.Param only, got other state ({', '.join(kinds)}); use LayerNorm "
-            "or GroupNorm instead of running batch statistics, and call eval() on dropout without an rng stream"
+            "or GroupNorm instead of running batch statistics, and leave dropout out"
         )
     values = nnx.to_pure_dict(params)
 
     def init(key: jax.Array) -> Params:
-        leaves, tree = jax.tree.flatten(values)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(values)
         draw = nn.initializers.lecun_normal()
-        fresh = [draw(jax.random.fold_in(key, i), v.shape, v.dtype) if v.ndim > 1 else v for i, v in enumerate(leaves)]
+        fresh = [
+            draw(jax.random.fold_in(key, i), v.shape, v.dtype) if path[-1] == jax.tree_util.DictKey("kernel") else v
+            for i, (path, v) in enumerate(leaves)
+        ]
         return jax.tree.unflatten(tree, fresh)
 
     def apply(given: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -59,6 +59,8 @@ def algorithm_row(name: str) -> Algorithm:
 
 def initial(model: Model, spec: RatesSpec, key: jax.Array) -> MetaParams:
     """Meta-parameters to start from: a random init of the model, and all rates at spec.initial."""
+    if spec.head != model.head:
+        raise ConfigError(f"rates.head: expected the model's head {model.head!r}, got {spec.head!r}")
     init = model.init(key)
     return MetaParams(init, rates_lib.initial_raw(spec, init))
 
@@ -121,7 +123,7 @@ def meta_gradient(
     Returns:
       (gradients shaped like `meta`, {"loss", "accuracy"}: means over tasks of the query set after adaptation).
     """
-    dropout = bool(model.settings.get("dropout"))
+    dropout = model.dropout
     support = episodes.support_y.shape[1]
     fast = meta_gradient == "query" and loss is inner.cross_entropy and not plain
     fast = fast and factored.pays(model, spec, support, spec.steps)

@@ -26,7 +26,8 @@ def provenance() -> dict[str, Any]:
         return call.stdout.strip() if call.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        ours = git("ls-files", "--", Path(__file__).name)  # not the checkout of a project that we are installed in
+        commit = ours and git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except OSError:
         commit = ""
     model = next(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 
 def text(results: dict[str, Any]) -> str:
     """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
@@ -47,15 +49,22 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     body = [
         (
             row["method"],
-            str(row["steps"]),
+            str(row["steps"]) if isinstance(row["steps"], int) else "/".join(map(str, row["steps"])),
             f"{100 * row['accuracy']:.2f} %",
             f"± {100 * row['ci95']:.2f}",
-            f"{row['example_gradients']:,.0f}",
-            " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row["cell"].values()),
+            f"{np.mean(row['example_gradients']):,.0f}",
+            _cell(row["cell"]),
         )
         for row in rows
     ]
     return _aligned([head, *body], left=(0, 5))
+
+
+def _cell(cell: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """A grid's cell in words; "varies" where seeds chose differently."""
+    if isinstance(cell, list):
+        return "varies"
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in cell.values())
 
 
 def curve_text(results: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from metalr.provenance import command, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
 from metalr.types import Params, Rates
 
+RUN_FILES = {"config.json", "metrics.jsonl", "results.json", "artifact"}
 CHUNK = 50  # outer steps a dispatch: progress moves, and little time passes outside the compiled program
 
 
@@ -91,7 +93,6 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     folder = make_folder(config, name)
     began = time.perf_counter()
     reporter.line(describe(config, setup))
-    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     init, rates, training = meta_train(config, setup, folder, reporter)
     learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
     artifact.save(folder / "artifact", learner, overwrite=True)
@@ -115,7 +116,9 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     if config.grid.run:
         results["comparison"], results["grid"] = compare.compare(config, setup, learner, curve, reporter.line)
     results["seconds"] = round(time.perf_counter() - began, 2)
-    results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     write_json(folder / "results.json", results)
     results["folder"] = str(folder)
     return results
@@ -132,11 +135,16 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds: expected at least one, all different, got {seeds}")
-    per_seed = []
-    for seed in seeds:
-        out = (config.out or Path("runs") / name) / f"seed{seed}"
-        results = run(dataclasses.replace(config, seed=seed, out=out), name=name)
-        per_seed.append(results)
+    parent = config.out or Path("runs") / name
+    configs = [dataclasses.replace(config, seed=seed, out=parent / f"seed{seed}") for seed in seeds]
+    for each in configs:
+        set_up(each)
+        check_folder(each)
+    try:
+        (folder / "results").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
+    per_seed = [run(each, name=name) for each in configs]
     summary = {
         "name": name,
         "command": per_seed[0]["command"],
@@ -150,7 +158,6 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     }
     for results in summary["runs"]:
         results.get("grid", {}).pop("cells", None)  # hundreds of rows a seed; they stay in the run folder
-    (folder / "results").mkdir(parents=True, exist_ok=True)
     write_json(folder / "results" / f"{name}.json", summary)
     learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
     artifact.save(folder / "artifacts" / name, learner, overwrite=True)
@@ -158,14 +165,18 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
 
 
 def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows averaged over seeds: accuracy, the mean of the CIs over tasks, and the spread (lowest, highest) of seeds."""
+    """Rows averaged over seeds, with the lowest and highest seed; what seeds chose differently is listed by seed."""
     merged = []
     for same in zip(*rows, strict=True):
         accuracies = [row["accuracy"] for row in same]
-        means = {
-            k: round(float(np.mean([row[k] for row in same])), 6) for k in same[0] if isinstance(same[0][k], float)
-        }
-        merged.append(same[0] | means | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
+        row: dict[str, Any] = {}
+        for name, first in same[0].items():
+            values = [row[name] for row in same]
+            if isinstance(first, float):
+                row[name] = round(float(np.mean(values)), 6)
+            else:
+                row[name] = first if all(value == first for value in values) else values
+        merged.append(row | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
     return merged
 
 
@@ -248,23 +259,40 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
     }
 
 
+def check_folder(config: TrainConfig) -> None:
+    """Raises ConfigError if config.out cannot become the run folder: it is a file, or holds something already.
+
+    With config.overwrite it may hold a run, and nothing but a run.
+    """
+    folder = config.out
+    try:
+        if folder is None or not folder.exists():
+            return
+        if not folder.is_dir():
+            raise ConfigError(f"out: {folder}: expected a folder, found a file")
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"out: {folder}: cannot be used: {one_line(error)}") from error
+    if names and not config.overwrite:
+        raise ConfigError(f"out: {folder}: exists and is not empty; choose another, or pass --overwrite")
+    if names and not ("metrics.jsonl" in names and names <= RUN_FILES):
+        raise ConfigError(f"out: {folder}: expected a run to overwrite, found other files: {sorted(names - RUN_FILES)}")
+
+
 def make_folder(config: TrainConfig, name: str) -> Path:
-    """Make the run folder. Raises ConfigError if it exists and config.overwrite is off."""
+    """Make the run folder, empty. Raises ConfigError as check_folder, or if it cannot be written."""
+    check_folder(config)
     folder = config.out
     if folder is None:
         folder, count = Path("runs") / name, 2
-        while folder.exists() and not config.overwrite:
+        while folder.exists():
             folder, count = Path("runs") / f"{name}-{count}", count + 1
-    elif folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: {folder}: expected a folder, found a file")
-    elif folder.exists() and any(folder.iterdir()) and not config.overwrite:
-        raise ConfigError(f"out: {folder}: exists and is not empty; choose another, or pass --overwrite")
     try:
-        if config.overwrite and folder.exists():
-            for old in ("config.json", "metrics.jsonl", "results.json"):
-                (folder / old).unlink(missing_ok=True)
-            shutil.rmtree(folder / "artifact", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in RUN_FILES - {"artifact"}:
+            (folder / old).unlink(missing_ok=True)
+        shutil.rmtree(folder / "artifact", ignore_errors=True)
+        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     except OSError as error:
         raise ConfigError(f"out: {folder}: cannot be written: {one_line(error)}") from error
     return folder

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalr import data, evaluate, models, outer, search, tasks, train
+from metalr import data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError
@@ -51,15 +52,27 @@ def set_up(config: TrainConfig) -> Setup:
         extend=config.inner.extend,
         adapts=row.adapts,
     )
-    if config.seed < 0 or config.evaluation.seed < 0:
-        raise ConfigError(f"seed: expected 0 or more, got {min(config.seed, config.evaluation.seed)}")
+    for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{name}: expected 0 <= seed < 2^32, got {seed}")
+    if row.meta_gradient == "reptile" and row.learned:
+        raise ConfigError("inner.learned: expected False with reptile, whose direction does not move rates, got True")
+    if config.grid.run and config.evaluation.steps < config.inner.steps:
+        raise ConfigError(
+            f"evaluation.steps: expected at least inner.steps ({config.inner.steps}) to compare with a grid, "
+            f"got {config.evaluation.steps}"
+        )
     if config.outer.validate_every < 1:
         raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
     if config.outer.meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
-    rates_lib.check_steps(spec, config.evaluation.steps)
-    for episodes in (config.evaluation.episodes, config.evaluation.validation_episodes):
-        evaluate.episode_keys(0, episodes)
+    try:
+        rates_lib.check_steps(spec, config.evaluation.steps)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.{error}") from error
+    for name in ("episodes", "validation_episodes"):
+        if getattr(config.evaluation, name) < 2:
+            raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
     if config.grid.run:
         grid_of(config)
     optimizer = train.make_optimizer(
@@ -79,13 +92,18 @@ def set_up(config: TrainConfig) -> Setup:
 
 
 def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
-    """optax.NAME, if it is made from a learning rate alone. Raises ConfigError otherwise."""
+    """optax.NAME, if it makes a descent optimizer from a learning rate alone, a schedule too. Else ConfigError."""
     maker = getattr(optax, name, None)
     try:
         assert maker is not None
-        maker(1e-3).init  # noqa: B018
+        optimizer = maker(optax.constant_schedule(1e-3))
+        params = {"w": jnp.ones(2)}
+        updates, _ = optimizer.update(params, optimizer.init(params), params)  # the gradient of w^2 / 2
+        assert (updates["w"] < 0).all()
     except Exception as error:
-        raise ConfigError(f"outer.optimizer: expected an optax optimizer such as 'adam', got {name!r}") from error
+        raise ConfigError(
+            f"outer.optimizer: expected an optax optimizer made from a learning rate, such as 'adam', got {name!r}"
+        ) from error
     return maker
 
 

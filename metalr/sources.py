@@ -156,6 +156,10 @@ def write_tfds(dataset: data.Dataset, folder: Path) -> Path:
 
     target = folder / "mnist" / "3.0.1"
     if target.is_dir():
+        try:
+            read_tfds("mnist", folder)
+        except DataError as error:
+            raise DataError(f"{target}: is damaged; delete it and run the command again ({error})") from error
         return target
 
     class Mnist(tfds.core.GeneratorBasedBuilder):

@@ -99,7 +99,8 @@ def make_chunk(
     Tasks are split over all local devices that divide `meta_batch`.
 
     Returns:
-      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [count] float32.
+      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [count] float32, and
+      "finite", [count] bool: whether the new init and rates are.
     """
     if meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
@@ -120,12 +121,20 @@ def make_chunk(
     split_gradient = devices.split_tasks(gradient, devices.task_mesh(meta_batch), replicated=2, mean=True)
 
     def chunk(state: TrainState, pool: Pool, key: jax.Array, count: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        def finite_after(meta: MetaParams) -> jax.Array:
+            """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
+            actual = rates_lib.actual(spec, meta.rates)
+            return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
+
         def step(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
             keys = jax.random.split(jax.random.fold_in(key, state.step), meta_batch)
             grads, metrics = split_gradient(state.meta, pool, keys)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
             meta = optax.apply_updates(state.meta, updates)
-            return TrainState(meta, opt_state, state.step + 1), metrics | {"gradient_norm": optax.tree.norm(grads)}
+            return TrainState(meta, opt_state, state.step + 1), metrics | {
+                "gradient_norm": optax.tree.norm(grads),
+                "finite": finite_after(meta),
+            }
 
         return jax.lax.scan(step, state, None, length=count)
 
@@ -151,7 +160,7 @@ def run_chunks(
         began = time.perf_counter()
         state, measured = chunk(state, pool, key, count)
         metrics = {name: np.asarray(value) for name, value in measured.items()}
-        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"])
+        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"]) & metrics.pop("finite")
         if not finite.all():
             step = done + int(np.argmin(finite))
             raise DivergedError(

@@ -82,6 +82,8 @@ def test_many_tasks_at_once():
     fast = learned.adapt(xs, ys)
     logits = learned.apply(fast, xs)
     assert logits.shape == (3, 9, 3)
+    with pytest.raises(DataError, match="x: expected images for 3 tasks, as params are, got 2"):
+        learned.apply(fast, xs[:2])
     for i in range(3):
         alone = learned.apply(learned.adapt(xs[i], ys[i]), xs[i])
         np.testing.assert_allclose(logits[i], alone, rtol=1e-4, atol=1e-5)
@@ -185,13 +187,18 @@ def test_saving_refuses(tmp_path):
     with pytest.raises(ArtifactError, match="exists already"):
         metalr.save(path, learner())
     metalr.save(path, learner(), overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for target in (tmp_path / "mine", tmp_path):
+        with pytest.raises(ArtifactError, match="expected an artifact folder to overwrite"):
+            metalr.save(target, learner(), overwrite=True)
     bad = dataclasses.replace(learner(), rates={"dense_0": jnp.array(jnp.nan), "head": jnp.array(0.1)})
     with pytest.raises(ArtifactError, match="rates/dense_0: expected finite values"):
         metalr.save(tmp_path / "b", bad)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         metalr.save(tmp_path / "file" / "c", learner())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "mine"]
 
 
 @pytest.mark.smoke

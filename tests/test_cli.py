@@ -97,8 +97,15 @@ def test_same_seed_same_artifact(blobs_npz, tmp_path):
         (["--outer.validate-every", "0"], "outer.validate_every"),
         (["--evaluation.episodes", "1"], "evaluation.episodes: expected at least 2"),
         (["--grid.run", "--grid.learning-rates", "0"], "grid.learning_rates: expected positive"),
-        (["--seed", "-1"], "seed: expected 0 or more"),
-        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "steps: expected at most the 5 trained steps"),
+        (["--outer.optimizer", "lbfgs"], "outer.optimizer: expected an optax optimizer"),
+        (["--outer.optimizer", "scale"], "outer.optimizer: expected an optax optimizer"),
+        (["--evaluation.validation-episodes", "1"], "evaluation.validation_episodes: expected at least 2"),
+        (["--evaluation.seed", "-1"], "evaluation.seed: expected 0 <= seed"),
+        (["--grid.run", "--evaluation.steps", "2"], "evaluation.steps: expected at least inner.steps (5)"),
+        (["--inner.algorithm", "reptile", "--inner.learned", "True"], "inner.learned: expected False with reptile"),
+        (["--seed", "-1"], "seed: expected 0 <= seed"),
+        (["--seed", "99999999999999999999"], "seed: expected 0 <= seed"),
+        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "evaluation.steps: expected at most the 5 trained"),
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(blobs_npz, tmp_path, capsys, change, message):
@@ -112,6 +119,8 @@ def test_damaged_runs(tmp_path, capsys):
     assert "expected a run folder" in refused(capsys, "evaluate", tmp_path)
     (tmp_path / "config.json").write_text('{"datas": 1}')
     assert "unknown fields ['datas']" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": "x"}')
+    assert "seed: expected int, got 'x'" in refused(capsys, "evaluate", tmp_path)
     assert "expected an artifact folder" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
 
 

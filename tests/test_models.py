@@ -160,3 +160,9 @@ def test_own_nnx_module():
 def test_nnx_state_is_refused():
     with pytest.raises(ConfigError, match=r"SmallNnx: expected nnx.Param only, got other state \(BatchStat\)"):
         models.from_nnx(SmallNnx(nnx.Rngs(0), batch_norm=True), (8, 8, 1), 3)
+
+
+def test_names_of_heads_must_agree():
+    model = models.from_linen(Small(), (8, 8, 1), 3, head="last")
+    with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):
+        outer.initial(model, rates.RatesSpec(), jax.random.key(0))

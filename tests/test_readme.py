@@ -39,6 +39,7 @@ def test_numbers_are_those_of_the_results_files():
         methods = [
             "learned init + learned rates", "random init + grid, best cell at 5 steps",
             "random init + grid, best cell of all", "learned init + grid, best cell at 5 steps",
+            "learned init + grid, best cell of all",
         ]  # fmt: skip
         for method, (accuracy, ci95) in zip(methods, shown, strict=True):
             row = next(r for (m, steps), r in comparison.items() if m == method and (steps == 5 or "all" in m))
