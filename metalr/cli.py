@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metalr.config import QUICKSTART, TrainConfig, from_json
+from metalr.config import QUICKSTART, GridConfig, TrainConfig, from_json
 from metalr.errors import ConfigError, DataError, MetalrError
 
 EXIT_ERROR = 2
@@ -120,12 +120,12 @@ def evaluate(
         raise ConfigError(f"{file}: not the config of a run: {error}") from error
     given = {"episodes": episodes, "steps": steps, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changed))
+    asked = dataclasses.replace(config.evaluation, **changed)
+    config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
     setup = set_up(config)
     learner = artifact.load(run / "artifact")
     if learner.facts.get("split_sha256") != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
-    asked = config.evaluation
     curve, seconds = compare.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
     results = {
         "run": str(run),
