@@ -18,12 +18,12 @@ def setting(blobs):
 def test_cells_are_what_each_alone_gives(setting, from_init):
     model, pool, sample, keys = setting
     init = model.init(jax.random.key(4)) if from_init else None
-    grid = search.Grid(learning_rates=(1e-2, 1e-1), steps=(2, 6), batch_sizes=(5, 99), optimizers=("adam", "sgd"))
+    grid = search.Grid(learning_rates=(1e-2, 1e-1), steps=(2, 6), batch_sizes=(5, 99), optimizers=("adam",))
     cells, cost = search.run_grid(grid, model, pool, sample, 20, keys, init=init)
-    assert len(cells) == 16
+    assert len(cells) == 8
     assert {cell.batch_size for cell in cells} == {5, 20}
     assert all(cell.example_gradients == cell.steps * cell.batch_size for cell in cells)
-    for cell in (cells[0], cells[7], cells[-6]):
+    for cell in (cells[0], cells[-1]):
         batch = None if cell.batch_size == 20 else cell.batch_size
         alone = evaluate.make_baseline(
             model, sample, search.OPTIMIZERS[cell.optimizer], [cell.steps], batch_size=batch, random_init=init is None
@@ -31,7 +31,7 @@ def test_cells_are_what_each_alone_gives(setting, from_init):
         expected = alone(pool, init, np.float32(cell.learning_rate), keys).tasks[:, 0]
         np.testing.assert_allclose(cell.tasks, expected, atol=0.034)  # one prediction of 30 may round over
     assert cost["naive_example_gradients"] == sum(c.example_gradients for c in cells)
-    assert cost["example_gradients"] == (5 + 20) * 6 * 2 * 2
+    assert cost["example_gradients"] == (5 + 20) * 6 * 2
 
 
 def test_best(setting):
