@@ -179,11 +179,7 @@ def from_arrays(
     elif class_split is not None:
         test_images, test_labels = images[:0], labels[:0]
     else:
-        rank = np.empty(len(labels), np.int64)  # position of each image within its class
-        order = np.argsort(labels, kind="stable")
-        counts = np.bincount(labels)
-        rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-        held_out = rank >= counts[labels] - counts[labels] // 6
+        held_out = last_sixth(labels)
         test_images, test_labels = images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
     if class_split is not None:
@@ -195,6 +191,14 @@ def from_arrays(
             )
     split = tuple(map(str, class_split)) if class_split is not None else None
     return Dataset(name, images, labels, test_images, test_labels, split, source)
+
+
+def last_sixth(labels: np.ndarray) -> np.ndarray:
+    """Which examples are the last sixth (rounded down) of their class, in the given order: [n] bool of labels [n]."""
+    counts = np.bincount(labels)
+    rank = np.empty(len(labels), np.int64)  # position of each example within its class
+    rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank >= counts[labels] - counts[labels] // 6
 
 
 def from_npz(path: Path | str, name: str | None = None) -> Dataset:

@@ -155,11 +155,7 @@ def write_tfds(dataset: data.Dataset, folder: Path) -> Path:
     from PIL import Image
 
     target = folder / "mnist" / "3.0.1"
-    if target.is_dir():
-        try:
-            read_tfds("mnist", folder)
-        except DataError as error:
-            raise DataError(f"{target}: is damaged; delete it and run the command again ({error})") from error
+    if target.is_dir():  # read_tfds finds it out if this one is damaged
         return target
 
     class Mnist(tfds.core.GeneratorBasedBuilder):
@@ -241,7 +237,8 @@ def read_tfds(name: str, folder: Path) -> data.Dataset:
         raise
     except Exception as error:  # TFDS raises many kinds for damaged or unsupported (tfrecord) folders
         raise DataError(
-            f"{versions[-1].parent}: cannot be read as an array_record TFDS dataset: {one_line(error)[:300]}"
+            f"{versions[-1].parent}: cannot be read as an array_record TFDS dataset: "
+            f"{one_line(error)[:300]}; if it is damaged, delete it and prepare it again"
         ) from error
     test = parts.get("test", (None, None))
     return data.from_arrays(

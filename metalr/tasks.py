@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.data import Dataset
+from metalr.data import Dataset, last_sixth
 from metalr.errors import ConfigError, DataError
 from metalr.types import Episode
 
@@ -162,11 +162,7 @@ def _split_by_image(dataset: Dataset, kind: Family) -> dict:
         raise DataError(f"{dataset.name}: expected a test part, got none; give test_images and test_labels")
     labels = dataset.train_labels
     classes = np.arange(dataset.classes)
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels, minlength=dataset.classes)
-    rank = np.empty(len(labels), np.int64)
-    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    val = rank >= counts[labels] - counts[labels] // 6
+    val = last_sixth(labels)
     known = classes
     new = classes
     if "classes" in kind.held_out:
