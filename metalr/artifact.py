@@ -26,7 +26,7 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
 import metalr
-from metalr import data, devices, inner, models
+from metalr import data, devices, factored, inner, models
 from metalr import rates as rates_lib
 from metalr.errors import ArtifactError, ConfigError, DataError, one_line
 from metalr.models import Model
@@ -102,19 +102,28 @@ class Learner:
 
     @functools.cached_property
     def _adapt(self) -> Callable[..., Params]:
+        model, spec = self.model, self.spec
+
         def adapt(init: Params, rates: Rates, x: jax.Array, y: jax.Array, *, steps: int) -> Params:
-            x = _unit(x)
+            fast = factored.pays(model, spec, y.shape[-1], steps)
 
             def tasks(
                 apply: models.Apply, group: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array
             ) -> Params:
                 def one(task: tuple[jax.Array, jax.Array]) -> Params:
-                    optimizer, key = rates_lib.optimizer(self.spec, rates), jax.random.key(0)
-                    return inner.adapt(apply, init, *task, optimizer, steps, key=key, dropout=self.model.dropout)[0]
+                    if fast:
+                        return factored.adapt(init, rates, spec, *task, steps)
+                    optimizer, key = rates_lib.optimizer(spec, rates), jax.random.key(0)
+                    return inner.adapt(apply, init, *task, optimizer, steps, key=key, dropout=model.dropout)[0]
 
                 return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
-            return devices.by_platform(self.model, tasks, init, rates, x, y)
+            def here(init: Params, rates: Rates, x: jax.Array, y: jax.Array) -> Params:
+                return devices.by_platform(model, tasks, init, rates, _unit(x), y)
+
+            if y.ndim == 1:
+                return here(init, rates, x, y)
+            return devices.split_tasks(here, devices.task_mesh(y.shape[0]), 2, mean=False)(init, rates, x, y)
 
         return jax.jit(adapt, static_argnames="steps")
 
@@ -160,10 +169,10 @@ class Learner:
                     f"support_y: expected labels 0..{self.model.way - 1} (trained {self.model.way}-way), "
                     f"got {values.min()}..{values.max()}"
                 )
-            for task in np.atleast_2d(values):
-                missing = np.setdiff1d(np.arange(values.max() + 1), task)
-                if missing.size:
-                    raise DataError(f"support_y: expected at least one image of each class, got none of {missing[0]}")
+            counts = (np.atleast_2d(values)[..., None] == np.arange(values.max() + 1)).any(1)
+            if not counts.all():
+                missing = int(np.argwhere(~counts)[0, 1])
+                raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
         return y.astype(np.int32)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,8 +86,14 @@ def train(config: Config = TrainConfig(), json_: Json = False) -> None:  # noqa:
 
 def _train(config: TrainConfig, name: str, as_json: bool) -> None:
     _start_jax()
-    from metalr import report, runs
+    from metalr import devices, report, runs
 
+    if devices.join_processes():  # one of the others: works along, leaves nothing
+        with tempfile.TemporaryDirectory() as folder:
+            runs.run(
+                dataclasses.replace(config, out=Path(folder)), name=name, reporter=runs.ConsoleReporter(quiet=True)
+            )
+        return
     results = runs.run(config, name=name)
     print(json.dumps(results, indent=1) if as_json else report.text(results))
 

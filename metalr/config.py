@@ -42,6 +42,8 @@ class ModelConfig:
     """rnn: kind of cell."""
     width: int = 128
     """rnn: state size."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute layers in this dtype; params, rates, norms and loss stay in float32."""
 
     def settings(self) -> dict[str, Any]:
         """The settings that this model takes."""
@@ -50,7 +52,7 @@ class ModelConfig:
             "conv4": ("channels", "layers", "norm"),
             "rnn": ("cell", "width"),
         }
-        return {name: getattr(self, name) for name in names.get(self.name, ())}
+        return {name: getattr(self, name) for name in (*names.get(self.name, ()), "dtype")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from metalr.errors import ConfigError, one_line
 from metalr.models import Apply, Model
 
 AXIS = "tasks"
@@ -47,11 +49,63 @@ def use_compilation_cache(folder: os.PathLike | str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def task_mesh(tasks: int) -> Mesh:
-    """A mesh over the most local devices that divide `tasks` evenly."""
-    devices = jax.local_devices()
-    count = max(n for n in range(1, len(devices) + 1) if tasks % n == 0)
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+def join_processes() -> bool:
+    """Join a run of several processes if JAX_COORDINATOR_ADDRESS is set; True in all of them but the first.
+
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many and which; a cluster that JAX knows (Slurm, Open MPI, GKE, Cloud
+    TPU) fills them in. Call it before anything runs.
+
+    Raises ConfigError where JAX cannot join.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return False
+    try:
+        given: dict[str, Any] = {
+            setting: int(os.environ[name])
+            for setting, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+            if name in os.environ
+        }
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected host:port, a count, and a number "
+            f"below it; cannot join: {one_line(error)}"
+        ) from error
+    return jax.process_index() > 0
+
+
+def task_mesh(tasks: int, *, all_processes: bool = False) -> Mesh:
+    """A mesh over the most devices that divide `tasks` evenly: this process's, or the same number in all processes.
+
+    Raises ConfigError if `tasks` cannot be split evenly over all processes.
+    """
+    processes = jax.process_count() if all_processes else 1
+    if tasks % processes:
+        raise ConfigError(f"outer.meta_batch: expected a multiple of the {processes} processes, got {tasks}")
+    each = max(n for n in range(1, jax.local_device_count() + 1) if tasks // processes % n == 0)
+    devices = jax.local_devices()[:each]
+    if processes > 1:
+        devices = [
+            device
+            for index in range(processes)
+            for device in [d for d in jax.devices() if d.process_index == index][:each]
+        ]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on every device of a mesh that spans processes; as it is otherwise."""
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return tree
+
+    def put(leaf: jax.Array) -> jax.Array:
+        if not leaf.is_fully_addressable:  # there already
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jax.device_put(np.asarray(leaf), NamedSharding(mesh, P()))
+
+    return jax.tree.map(put, tree)
 
 
 def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, mean: bool) -> Callable[..., Any]:

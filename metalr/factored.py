@@ -66,38 +66,82 @@ def query_logits(
     Returns:
       [query, way], or [steps + 1, query, way] if every_step.
     """
-    support = support_y.shape[0]
-    names = [*sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2])), "head"]
-    support_x, query_x = support_x.reshape(support, -1), query_x.reshape(query_x.shape[0], -1)
-    # The only products with the first kernel; each set apart, because joining them would copy every image.
-    on_support, on_query = (
-        (jnp.dot(x, params[names[0]]["kernel"]), jnp.dot(x, support_x.T)) for x in (support_x, query_x)
-    )
-    first = _First(params[names[0]]["bias"], jnp.zeros_like(on_support[0]))
-    rest: list[_Formed | _LowRank] = [_later(params[name], support * steps) for name in names[1:]]
-    targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order)
+    query_x = query_x.reshape(query_x.shape[0], -1)
+    on_query = stack.products(query_x)  # each set apart, because joining them would copy every image
+    layers = stack.start()
+    seen = [stack.forward(layers, on_query)[0]] if every_step else []
+    for step in range(steps):
+        layers = stack.step(layers, step)
+        if every_step:
+            seen.append(stack.forward(layers, on_query)[0])
+    return jnp.stack(seen) if every_step else stack.forward(layers, on_query)[0]
 
-    def forward(products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+
+def adapt(
+    params: Params, rates: Rates, spec: RatesSpec, support_x: jax.Array, support_y: jax.Array, steps: int
+) -> Params:
+    """Params after `steps` steps on the support set; the first kernel is built once, at the end. Arguments as above."""
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, False)
+    first, rest = stack.start()
+    layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
+    for step in range(steps):
+        layers = stack.step(layers, step)
+    first, rest = layers
+    kernel = params[stack.names[0]]["kernel"] - jnp.dot(stack.x.T, first.errors)
+    formed = [(kernel, first.bias), *((layer.kernel, layer.bias) for layer in rest)]
+    return {name: {"kernel": kernel, "bias": bias} for name, (kernel, bias) in zip(stack.names, formed, strict=True)}
+
+
+class _Stack:
+    """The layers' names, the support set and what does not change from step to step."""
+
+    def __init__(
+        self,
+        params: Params,
+        rates: Rates,
+        spec: RatesSpec,
+        support_x: jax.Array,
+        support_y: jax.Array,
+        steps: int,
+        first_order: bool,
+    ) -> None:
+        body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
+        self.names = [*body, "head"]
+        self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
+        self.x = support_x.reshape(support_x.shape[0], -1)
+        self.targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
+        self.on_support = self.products(self.x)
+
+    def products(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The only products with the first kernel, and with the support images, that any step needs."""
+        return jnp.dot(x, self.params[self.names[0]]["kernel"]), jnp.dot(x, self.x.T)
+
+    def start(self) -> _Layers:
+        first = _First(self.params[self.names[0]]["bias"], jnp.zeros_like(self.on_support[0]))
+        return first, [_later(self.params[name], len(self.x) * self.steps) for name in self.names[1:]]
+
+    def forward(self, layers: _Layers, products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and what entered each later layer."""
+        first, rest = layers
         z, inputs = first.forward(*products), []
         for layer in rest:
             inputs.append(jax.nn.relu(z))
             z = layer.forward(inputs[-1])
         return z, inputs
 
-    seen = [forward(on_query)[0]] if every_step else []
-    for step in range(steps):
-        now = rates_lib.at_step(spec, rates, step)
-        logits, inputs = forward(on_support)
-        error = (jax.nn.softmax(logits) - targets) / support
+    def step(self, layers: _Layers, index: int) -> _Layers:
+        """The layers after one more inner step."""
+        first, rest = layers[0], list(layers[1])
+        now = rates_lib.at_step(self.spec, self.rates, index)
+        logits, inputs = self.forward(layers, self.on_support)
+        error = (jax.nn.softmax(logits) - self.targets) / len(self.x)
         for i in reversed(range(len(rest))):
-            a, delta = jax.lax.stop_gradient((inputs[i], error)) if first_order else (inputs[i], error)
+            a, delta = jax.lax.stop_gradient((inputs[i], error)) if self.first_order else (inputs[i], error)
             error = rest[i].backward(error) * (inputs[i] > 0)
-            rest[i] = rest[i].updated(a, delta, *_rates(spec, now, names[1 + i]))
-        delta = jax.lax.stop_gradient(error) if first_order else error
-        first = first.updated(delta, *_rates(spec, now, names[0]))
-        if every_step:
-            seen.append(forward(on_query)[0])
-    return jnp.stack(seen) if every_step else forward(on_query)[0]
+            rest[i] = rest[i].updated(a, delta, *_rates(self.spec, now, self.names[1 + i]))
+        delta = jax.lax.stop_gradient(error) if self.first_order else error
+        return first.updated(delta, *_rates(self.spec, now, self.names[0])), rest
 
 
 def _rates(spec: RatesSpec, now: Rates, layer: str) -> tuple[jax.Array | float, jax.Array | float]:
@@ -161,6 +205,9 @@ class _Formed(NamedTuple):
     ) -> _Formed:
         kernel = self.kernel - kernel_rate * jnp.dot(activation.T, delta)
         return _Formed(kernel, self.bias - bias_rate * delta.sum(0))
+
+
+_Layers = tuple[_First, list[_Formed | _LowRank]]
 
 
 def _later(layer: Params, rows: int) -> _Formed | _LowRank:

@@ -15,12 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metalr.convolution import conv_as_patches
 from metalr.errors import ConfigError
 from metalr.types import Params
 
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
 NORMS = ("batch", "instance", "none")
 CELLS = ("gru", "lstm")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +62,15 @@ class _Mlp(nn.Module):
     way: int
     widths: tuple[int, ...]
     dropout: float
+    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, name=f"dense_{i}")(x))
+            x = nn.relu(nn.Dense(width, dtype=_compute(self.dtype), name=f"dense_{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.way, name="head")(x)
+        return _logits(nn.Dense(self.way, dtype=_compute(self.dtype), name="head")(x), self.dtype)
 
 
 class _Conv4(nn.Module):
@@ -75,6 +78,7 @@ class _Conv4(nn.Module):
     channels: int
     layers: int
     norm: str
+    dtype: str
     patches: bool  # convolution as patches times a matrix
 
     @nn.compact
@@ -84,13 +88,15 @@ class _Conv4(nn.Module):
                 self.channels,
                 (3, 3),
                 strides=2,
+                dtype=_compute(self.dtype),
                 name=f"conv_{i}",
                 conv_general_dilated=conv_as_patches if self.patches else jax.lax.conv_general_dilated,
             )(x)
             if self.norm != "none":
                 x = _Norm(per_image=self.norm == "instance", name=f"norm_{i}")(x)
             x = nn.relu(x)
-        return nn.Dense(self.way, name="head")(x.reshape(x.shape[0], -1))
+        head = nn.Dense(self.way, dtype=_compute(self.dtype), name="head")
+        return _logits(head(x.reshape(x.shape[0], -1)), self.dtype)
 
 
 class _Norm(nn.Module):
@@ -103,55 +109,46 @@ class _Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         scale, bias = scale[None, None, None], bias[None, None, None]
-        axes = (1, 2) if self.per_image else (0, 1, 2)
+        axes, given = (1, 2) if self.per_image else (0, 1, 2), x.dtype
+        x = x.astype(jnp.promote_types(given, jnp.float32))  # sums of squares need more digits than bfloat16 has
         mean = x.mean(axes, keepdims=True)
         variance = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
         slope = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
-        return x * slope + (bias - mean * slope)
+        return (x * slope + (bias - mean * slope)).astype(given)
 
 
 class _Rnn(nn.Module):
     way: int
     cell: str
     width: int
+    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         rows = x.reshape(*x.shape[:2], -1)  # one row of the image a time step
-        cell = nn.GRUCell(self.width) if self.cell == "gru" else nn.OptimizedLSTMCell(self.width)
-        zeros = jnp.zeros((x.shape[0], self.width), x.dtype)
+        dtype = _compute(self.dtype)
+        kind = nn.GRUCell if self.cell == "gru" else nn.OptimizedLSTMCell
+        cell = kind(self.width, dtype=dtype)
+        zeros = jnp.zeros((x.shape[0], self.width), dtype or x.dtype)
         start: Any = zeros if self.cell == "gru" else (zeros, zeros)
         states: Any = nn.RNN(cell, name="rnn")(rows, initial_carry=start)
-        return nn.Dense(self.way, name="head")(states[:, -1])
+        return _logits(nn.Dense(self.way, dtype=dtype, name="head")(states[:, -1]), self.dtype)
 
 
-def conv_as_patches(
-    x: jax.Array,
-    kernel: jax.Array,
-    window_strides: Sequence[int],
-    padding: Any,
-    *,
-    precision: Any = None,
-    **_: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated` for NHWC and HWIO without dilation or groups, as patches times a matrix.
+def _compute(dtype: str) -> Any:
+    """Flax's `dtype` of a layer: None computes in the dtype of params and inputs."""
+    return None if dtype == "float32" else jnp.dtype(dtype)
 
-    On CPUs a convolution with one kernel a task lowers to a slow grouped convolution, and even a single one is
-    slower than this. Shapes: x [n, h, w, c], kernel [kh, kw, c, o] -> [n, h', w', o].
-    """
-    kh, kw, channels, out = kernel.shape
-    sh, sw = window_strides
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], (kh, kw), (sh, sw), padding) if isinstance(padding, str) else padding
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
-    patches = [
-        x[:, i : i + sh * (rows - 1) + 1 : sh, j : j + sw * (columns - 1) + 1 : sw]
-        for i in range(kh)
-        for j in range(kw)
-    ]
-    flat = jnp.concatenate(patches, -1).reshape(-1, kh * kw * channels)
-    y = jnp.dot(flat, kernel.reshape(-1, out), precision=precision)
-    return y.reshape(x.shape[0], rows, columns, out)
+
+def _logits(x: jax.Array, dtype: str) -> jax.Array:
+    return x if dtype == "float32" else x.astype(jnp.float32)
+
+
+def _dtype_setting(dtype: str) -> dict[str, str]:
+    """What goes into a model's settings: nothing for the default, so that older artifacts stay as they are."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype: expected one of {DTYPES}, got {dtype!r}")
+    return {} if dtype == "float32" else {"dtype": dtype}
 
 
 def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax.Array], Params]:
@@ -186,22 +183,27 @@ def mlp(
     *,
     widths: Sequence[int] = (128,),
     dropout: float = 0.2,
+    dtype: str = "float32",
 ) -> Model:
-    """Dense-ReLU(-dropout) layers and a dense head; the defaults are the reference MLP 784-128-way."""
+    """Dense-ReLU(-dropout) layers and a dense head; the defaults are the reference MLP 784-128-way.
+
+    dtype, here and below: "bfloat16" computes layers in it, with params, rates, norms, logits and loss in float32.
+    """
     widths = tuple(widths)
     if any(width < 1 for width in widths):
         raise ConfigError(f"model.widths: expected positive layer widths, got {widths}")
     if not 0 <= dropout < 1:
         raise ConfigError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}")
-    module = _Mlp(way, widths, dropout)
+    settings = {"widths": list(widths), "dropout": dropout} | _dtype_setting(dtype)
+    module = _Mlp(way, widths, dropout, dtype)
     return Model(
         name="mlp",
         init=_linen_init(module, input_shape),
         apply=_linen_apply(module),
         input_shape=input_shape,
         way=way,
-        settings={"widths": list(widths), "dropout": dropout},
-        relu_stack=True,
+        settings=settings,
+        relu_stack=dtype == "float32",
         dropout=dropout > 0,
     )
 
@@ -213,6 +215,7 @@ def conv4(
     channels: int = 64,
     layers: int = 4,
     norm: str = "batch",
+    dtype: str = "float32",
 ) -> Model:
     """The few-shot standard: `layers` blocks of 3x3 stride-2 convolution, norm, ReLU; then a dense head.
 
@@ -224,14 +227,15 @@ def conv4(
         raise ConfigError(f"model.norm: expected one of {NORMS}, got {norm!r}")
     if channels < 1 or layers < 1:
         raise ConfigError(f"model.channels, model.layers: expected positive numbers, got {channels}, {layers}")
-    plain, patched = (_Conv4(way, channels, layers, norm, patches) for patches in (False, True))
+    settings = {"channels": channels, "layers": layers, "norm": norm} | _dtype_setting(dtype)
+    plain, patched = (_Conv4(way, channels, layers, norm, dtype, patches) for patches in (False, True))
     return Model(
         name="conv4",
         init=_linen_init(plain, input_shape),
         apply=_linen_apply(plain),
         input_shape=input_shape,
         way=way,
-        settings={"channels": channels, "layers": layers, "norm": norm},
+        settings=settings,
         cpu_apply=_linen_apply(patched),
         transductive=norm == "batch",
     )
@@ -243,20 +247,22 @@ def rnn(
     *,
     cell: str = "gru",
     width: int = 128,
+    dtype: str = "float32",
 ) -> Model:
     """A GRU or LSTM that reads the image row by row; the last state feeds a dense head."""
     if cell not in CELLS:
         raise ConfigError(f"model.cell: expected one of {CELLS}, got {cell!r}")
     if width < 1:
         raise ConfigError(f"model.width: expected a positive number, got {width}")
-    module = _Rnn(way, cell, width)
+    settings = {"cell": cell, "width": width} | _dtype_setting(dtype)
+    module = _Rnn(way, cell, width, dtype)
     return Model(
         name="rnn",
         init=_linen_init(module, input_shape),
         apply=_linen_apply(module),
         input_shape=input_shape,
         way=way,
-        settings={"cell": cell, "width": width},
+        settings=settings,
     )
 
 

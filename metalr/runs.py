@@ -205,7 +205,7 @@ def meta_train(
     steps, every = config.outer.steps, min(CHUNK, config.outer.validate_every)
     best: tuple[float, Params, Rates, int] | None = None
     seconds: list[tuple[int, float]] = []
-    began = time.perf_counter()
+    began, validating = time.perf_counter(), 0.0
     with (folder / "metrics.jsonl").open("a") as log, reporter.bar("meta-training", steps) as advance:
         done = validated = 0
         note = ""
@@ -218,8 +218,10 @@ def meta_train(
             seconds.append((count, part.seconds))
             if done // config.outer.validate_every > validated or done == steps:
                 validated = done // config.outer.validate_every
+                since = time.perf_counter()
                 init, rates = train.learned(setup.spec, part.state.meta)
                 score = float(validate(val_pool, init, rates, val_keys).mean[-1])
+                validating += time.perf_counter() - since
                 facts = {"step": done, "validation_accuracy": round(score, 6)}
                 log.write(json.dumps(facts | {"rates": rates_lib.summary(setup.spec, rates)}) + "\n")
                 log.flush()
@@ -238,7 +240,9 @@ def meta_train(
         "outer_steps": steps,
         "best_step": step,
         "validation_accuracy": round(score, 6),
-        "seconds": round(total, 2),
+        "seconds": round(total, 4),
+        "step_seconds": round(sum(s for _, s in seconds), 4),
+        "validation_seconds": round(validating, 4),
         "compile_seconds": round(max(0.0, seconds[0][1] - seconds[0][0] * float(np.median(warm))), 2),
         "tasks_per_second": round(config.outer.meta_batch / float(np.median(warm)), 1),
         "example_gradients": steps * config.outer.meta_batch * task_cost(config),

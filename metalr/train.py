@@ -96,7 +96,7 @@ def make_chunk(
     """A compiled `chunk(state, pool, key, count)`: `count` outer steps in one dispatch (one program a count).
 
     Outer step i draws its episodes from fold_in(key, i), so a run does not depend on how it is cut into chunks.
-    Tasks are split over all local devices that divide `meta_batch`.
+    Tasks are split over the devices of all processes, as many as divide `meta_batch`.
 
     Returns:
       (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [count] float32, and
@@ -118,7 +118,8 @@ def make_chunk(
             remat=remat,
         )
 
-    split_gradient = devices.split_tasks(gradient, devices.task_mesh(meta_batch), replicated=2, mean=True)
+    mesh = devices.task_mesh(meta_batch, all_processes=True)
+    split_gradient = devices.split_tasks(gradient, mesh, replicated=2, mean=True)
 
     def chunk(state: TrainState, pool: Pool, key: jax.Array, count: int) -> tuple[TrainState, dict[str, jax.Array]]:
         def finite_after(meta: MetaParams) -> jax.Array:
@@ -138,7 +139,10 @@ def make_chunk(
 
         return jax.lax.scan(step, state, None, length=count)
 
-    return jax.jit(chunk, static_argnums=3, donate_argnums=0)
+    compiled = jax.jit(chunk, static_argnums=3, donate_argnums=0)
+    if jax.process_count() == 1:
+        return compiled
+    return lambda state, pool, key, count: compiled(*devices.replicate((state, pool, key), mesh), count)
 
 
 def run_chunks(
@@ -174,4 +178,5 @@ def run_chunks(
 
 def learned(spec: RatesSpec, meta: MetaParams) -> tuple[Params, Rates]:
     """The init and the actual rates of meta-parameters, copied off the training state (which is donated)."""
-    return jax.tree.map(jnp.copy, (meta.init, rates_lib.actual(spec, meta.rates)))
+    copies = jax.tree.map(jnp.copy, (meta.init, rates_lib.actual(spec, meta.rates)))
+    return copies if jax.process_count() == 1 else jax.tree.map(np.asarray, copies)

@@ -57,6 +57,20 @@ def test_both_ways_to_keep_a_layer_and_every_step(share, widths, monkeypatch):
             np.testing.assert_allclose(ours[step], model.apply(fast, qx), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("adapts", ["all", "head", "body"])
+@pytest.mark.parametrize("widths", [(), (7,), (20, 9)])
+def test_adapted_params_are_those_of_the_plain_form(widths, adapts):
+    with jax.enable_x64(True):
+        model, params, sx, sy, _, _ = problem(widths, support=6)
+        if adapts == "body" and not widths:
+            return
+        spec = RatesSpec("tensor", per_step=True, steps=4, initial=0.3, adapts=adapts)
+        values = rates.actual(spec, rates.initial_raw(spec, params))
+        ours = factored.adapt(params, values, spec, sx, sy, 4)
+        plain, _ = inner.adapt(model.apply, params, sx, sy, rates.optimizer(spec, values), 4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), ours, plain)
+
+
 def test_applies_only_where_it_is_exact():
     mlp, spec = models.mlp(3, dropout=0.0), RatesSpec("layer")
     assert factored.pays(mlp, spec, 15, 5)

@@ -57,24 +57,6 @@ def test_dropout_is_active_with_a_key_only():
     assert not np.allclose(with_key, model.apply(params, X, key=jax.random.key(3)))
 
 
-@pytest.mark.parametrize("size", [28, 14, 7, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_patches_are_the_same_convolution(size, stride):
-    keys = jax.random.split(jax.random.key(0))
-    x, kernel = jax.random.normal(keys[0], (3, size, size, 4)), jax.random.normal(keys[1], (3, 3, 4, 6))
-
-    def plain(x, kernel, window_strides, padding):
-        return jax.lax.conv_general_dilated(
-            x, kernel, window_strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    def loss(conv):
-        return lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel, (stride, stride), "SAME")))
-
-    a, b = (jax.value_and_grad(loss(conv), (0, 1))(x, kernel) for conv in (models.conv_as_patches, plain))
-    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=2e-4, atol=2e-4), a, b)
-
-
 @pytest.mark.parametrize(("norm", "transductive"), [("batch", True), ("instance", False), ("none", False)])
 def test_transductive_means_what_it_says(norm, transductive):
     model = models.conv4(3, channels=8, norm=norm)
@@ -166,3 +148,20 @@ def test_names_of_heads_must_agree():
     model = models.from_linen(Small(), (8, 8, 1), 3, head="last")
     with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):
         outer.initial(model, rates.RatesSpec(), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_bfloat16_computes_the_same_to_its_digits_with_float32_outside(name):
+    settings = {"mlp": {"dropout": 0.0}, "conv4": {"channels": 8}, "rnn": {"width": 16}}[name]
+    exact, short = (models.build(name, 3, (28, 28, 1), **settings, **more) for more in ({}, {"dtype": "bfloat16"}))
+    params = short.init(jax.random.key(0))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    x = jax.random.uniform(jax.random.key(1), (6, 28, 28, 1))
+    a, b = exact.apply(params, x), short.apply(params, x)
+    assert b.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=0.05 * float(jnp.abs(a).max()) + 0.02)
+    assert (np.asarray(a) != np.asarray(b)).any()
+    assert not short.relu_stack
+    assert "dtype" not in exact.settings
+    with pytest.raises(ConfigError, match=r"model.dtype: expected one of"):
+        models.build(name, 3, (28, 28, 1), dtype="float16")

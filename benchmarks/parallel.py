@@ -1,0 +1,138 @@
+"""Several devices: two CPU devices beside one, and two processes beside one process with two devices.
+
+    python benchmarks/parallel.py [--repeats N] [--json]
+
+Each cell runs in a process of its own, because the number of devices is fixed when JAX starts. Rows: tasks a second of
+the second-order meta-gradient on two single-threaded CPU devices, on one, on one with XLA's threads (what JAX does
+untold), and with what `devices.use_all_cores` chooses; then whether 2 processes joined by jax.distributed over loopback
+end meta-training with the same bits as one process with 2 devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SINGLE = "--xla_cpu_multi_thread_eigen=false"
+LAYOUTS = {
+    "two single-threaded devices": {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": SINGLE},
+    "one single-threaded device": {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": SINGLE},
+    "one device with threads": {"JAX_NUM_CPU_DEVICES": "1"},
+    "as metalr chooses": {},
+}
+WORKLOADS = ("mlp_1shot", "mlp_5shot", "reference_mlp", "conv4_1shot", "conv4_5shot", "gru")
+
+
+def child(workload: str) -> None:
+    """Print the seconds of one meta-gradient with the devices of this process."""
+    import jax
+    import jax.numpy as jnp
+    import measure
+    import throughput
+
+    from metalr import outer, rates
+
+    work = throughput.WORKLOADS[workload]
+    model, spec = work.model(work.way), rates.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
+    meta = jax.tree.map(jnp.asarray, outer.initial(model, spec, jax.random.key(0)))
+    system = throughput.with_metalr(model, spec, meta, throughput.episodes_of(work))
+    print(measure.side_by_side({"it": system}, 3)["it"])
+
+
+def seconds(workload: str, layout: dict[str, str]) -> float:
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | layout
+    call = [sys.executable, __file__, "--child", workload]
+    return float(subprocess.run(call, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def device_rows(repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for workload in WORKLOADS:
+        times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+        for _ in range(repeats):
+            for name, layout in LAYOUTS.items():
+                times[name].append(seconds(workload, layout))
+        median = {name: float(np.median(values)) for name, values in times.items()}
+        rows += [
+            {
+                "workload": workload,
+                "devices": name,
+                "tasks_per_second": round(32 / value, 2),
+                "times_one_single_threaded": round(median["one single-threaded device"] / value, 3),
+            }
+            for name, value in median.items()
+        ]
+    return rows
+
+
+def processes_row(model: str) -> dict[str, Any]:
+    """Meta-train by the command line with two processes and with one; compare init, rates and every metric."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = ["--tasks.way", "3", "--outer.steps", "20", "--outer.meta-batch", "8", "--outer.validate-every", "20"]
+        sizes += ["--model.name", model, "--model.channels", "16", "--evaluation.episodes", "20"]
+        call = [str(Path(sys.executable).with_name("metalr")), "train", *sizes, "--out"]
+        clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+        both = [
+            subprocess.Popen(
+                [*call, f"{folder}/two"],
+                env=clean
+                | LAYOUTS["one single-threaded device"]
+                | {
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+                stdout=subprocess.DEVNULL,
+            )
+            for index in (0, 1)
+        ]
+        codes = [process.wait(timeout=600) for process in both]
+        subprocess.run(
+            [*call, f"{folder}/one"],
+            env=clean | LAYOUTS["two single-threaded devices"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        hashes = {
+            name: [hashlib.sha256((Path(folder) / run / name).read_bytes()).hexdigest() for run in ("one", "two")]
+            for name in ("metrics.jsonl", "artifact/learner.safetensors")
+        }
+        return {
+            "model": model,
+            "exit_codes": codes,
+            **{f"same_bits_{Path(name).stem}": a == b for name, (a, b) in hashes.items()},
+            "sha256": hashes["artifact/learner.safetensors"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--child", choices=WORKLOADS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return
+    rows = [processes_row(model) for model in ("mlp", "conv4")] + device_rows(options.repeats)
+    print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
+    from measure import save
+
+    save("parallel", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Devices: meshes, refusals, and two processes that train as one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metalr import devices
+from metalr.errors import ConfigError
+
+TRAIN = [
+    *(
+        "--tasks.way",
+        "3",
+        "--outer.steps",
+        "6",
+        "--outer.meta-batch",
+        "4",
+        "--outer.validate-every",
+        "3",
+        "--tasks.query",
+        "3",
+    ),
+    *("--evaluation.episodes", "8", "--evaluation.validation-episodes", "8", "--model.widths", "16"),
+]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 6, 7])
+def test_mesh_divides_the_tasks(tasks):
+    assert tasks % devices.task_mesh(tasks).size == 0
+
+
+def test_a_wrong_process_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES.*cannot join.*two"):
+        devices.join_processes()
+
+
+def train(out, **env):
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    call = [sys.executable, "-m", "metalr.cli", "train", *TRAIN, "--out", str(out)]
+    return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    both = [train(tmp_path / "two", **join, JAX_NUM_CPU_DEVICES="1", JAX_PROCESS_ID=str(i)) for i in (0, 1)]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert "accuracy" in printed[0][0]
+    assert "accuracy" not in "".join(printed[1]), "only the first process reports"
+    alone = train(tmp_path / "one", JAX_NUM_CPU_DEVICES="2")
+    assert alone.wait(timeout=300) == 0, alone.communicate()
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
+        assert one == two, name
+    assert np.size(list(tmp_path.glob("*/artifact"))) == 2
