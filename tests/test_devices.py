@@ -58,7 +58,8 @@ def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
     assert "accuracy" in printed[0][0]
     assert "accuracy" not in "".join(printed[1]), "only the first process reports"
     alone = train(tmp_path / "one", JAX_NUM_CPU_DEVICES="2")
-    assert alone.wait(timeout=300) == 0, alone.communicate()
+    printed = alone.communicate(timeout=300)
+    assert alone.returncode == 0, printed
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
         assert one == two, name
