@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import measure  # noqa: E402
 import numpy as np  # noqa: E402
 
-from metalr import config, models, outer, rates, runs, setup, train  # noqa: E402
+from metalr import config, models, outer, progress, rates, runs, setup, train  # noqa: E402
 from metalr.types import Episode  # noqa: E402
 
 Row = dict[str, Any]
@@ -198,7 +198,7 @@ def outer_section() -> list[Row]:
             if repeat == 0:
                 continue  # compiled only now; the loop below compiles every time, and takes that off
             with tempfile.TemporaryDirectory() as folder:
-                *_, facts = runs.meta_train(settings, parts, Path(folder), runs.ConsoleReporter(quiet=True))
+                *_, facts = runs.meta_train(settings, parts, Path(folder), progress.ConsoleReporter(quiet=True))
             looped.append(facts["seconds"] - facts["validation_seconds"] - facts["step_seconds"])
         step_seconds = float(np.median(alone[1:]))
         rows.append(

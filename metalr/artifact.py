@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
 import metalr
-from metalr import data, devices, factored, inner, models
+from metalr import data, devices, factored, folders, inner, models, sealed
 from metalr import rates as rates_lib
 from metalr.errors import ArtifactError, ConfigError, DataError, one_line
 from metalr.models import Model
@@ -35,7 +32,7 @@ from metalr.types import Params, Rates
 
 FORMAT = 1
 TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
-MAX_BYTES = {TENSORS: 1 << 32, FACTS: 1 << 24, CARD: 1 << 24}
+MAX_BYTES = {TENSORS: 1 << 32, FACTS: sealed.MANIFEST_BYTES, CARD: 1 << 24}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +190,8 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     """Write an artifact folder, whole or not at all; returns its path.
 
     Raises:
-      ArtifactError: the folder exists (and not overwrite), cannot be written, or a value is not finite.
+      ArtifactError: the folder exists (and not overwrite), or a value is not finite. StorageError: it cannot be
+        written.
     """
     path = Path(path).resolve()
     if path.exists() and not overwrite:
@@ -225,33 +223,8 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
     contents[CARD] = _card(learner, facts).encode()
-    facts["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    facts["sha256"] = _facts_sha256(facts)
-    contents[FACTS] = json.dumps(facts, indent=1).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            for name, content in contents.items():
-                (part / name).write_bytes(content)
-            part.chmod(0o755)
-            if path.exists():
-                old = part.with_name(f"{part.name}-old")
-                path.rename(old)
-                part.rename(path)
-                shutil.rmtree(old)
-            else:
-                part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written: {one_line(error)}") from error
+    sealed.write(path, contents, FACTS, facts)
     return path
-
-
-def _facts_sha256(facts: dict[str, Any]) -> str:
-    rest = {key: value for key, value in facts.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
@@ -278,7 +251,7 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
       ArtifactError: missing, damaged, of a newer format, or not fitting the model.
     """
     path = Path(path)
-    facts = _read_facts(path)
+    facts = sealed.read_manifest(path, FACTS, FORMAT)
     try:
         info = facts["model"]
         if model is None:
@@ -288,7 +261,7 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
         spec = RatesSpec(**facts["rates"])
         expected = jax.eval_shape(model.init, jax.random.key(0))
         raw = jax.eval_shape(functools.partial(rates_lib.initial_raw, spec), expected)
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path / FACTS}: does not describe a learner: {one_line(error)}") from error
     if (list(model.input_shape), model.way) != (list(info["input_shape"]), info["way"]):
         raise ArtifactError(
@@ -297,8 +270,9 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
         )
     if model.name == info["name"] and model.settings != info["settings"]:
         raise ArtifactError(f"{path}: expected model settings {info['settings']}, got {model.settings}")
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((expected, raw)))
     try:
-        tensors = parse_tensors(_read_checked(path, TENSORS, facts))
+        tensors = parse_tensors(sealed.read_file(path, TENSORS, facts, min(size + (1 << 20), MAX_BYTES[TENSORS])))
     except SafetensorError as error:
         raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(expected)
@@ -317,51 +291,18 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
     arrays = [jnp.asarray(tensors[f"init/{rates_lib.path_name(p)}"]) for p, _ in leaves]
     init = jax.tree.unflatten(jax.tree.structure(expected), arrays)
     rates = {group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw}
-    _read_checked(path, CARD, facts)
+    sealed.read_file(path, CARD, facts, MAX_BYTES[CARD])
     return Learner(model, spec, init, rates, facts.get("facts", {}))
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    if not (path / FACTS).is_file():
-        raise ArtifactError(f"{path}: expected an artifact folder with {FACTS}, found none")
-    try:
-        if (path / FACTS).stat().st_size > MAX_BYTES[FACTS]:
-            raise ArtifactError(f"{path / FACTS}: expected at most {MAX_BYTES[FACTS]} bytes")
-        facts = json.loads((path / FACTS).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path / FACTS}: damaged: {one_line(error)}") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
-        raise ArtifactError(f"{path / FACTS}: damaged: expected an object with a format number")
-    if facts["format"] > FORMAT:
-        raise ArtifactError(f"{path}: has format {facts['format']}, this metalr reads up to {FORMAT}; upgrade metalr")
-    if facts.get("sha256") != _facts_sha256(facts):
-        raise ArtifactError(f"{path / FACTS}: damaged: its content does not match its sha256")
-    return facts
-
-
-def _read_checked(path: Path, name: str, facts: dict[str, Any]) -> bytes:
-    file = path / name
-    if not file.is_file() or file.is_symlink():
-        raise ArtifactError(f"{file}: expected a regular file, found none")
-    if file.stat().st_size > MAX_BYTES[name]:
-        raise ArtifactError(f"{file}: expected at most {MAX_BYTES[name]} bytes, got {file.stat().st_size}")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read: {one_line(error)}") from error
-    if hashlib.sha256(content).hexdigest() != facts.get("files", {}).get(name):
-        raise ArtifactError(f"{file}: damaged: sha256 differs from the one in {FACTS}")
-    return content
 
 
 def write_params(path: Path, params: Params) -> None:
     """Write a params pytree as one .safetensors file of tensors under their path names.
 
-    Raises ArtifactError if it cannot be written.
+    Raises StorageError if it cannot be written.
     """
     tensors = {name.partition("/")[2]: value for name, value in named_arrays(params, "params").items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(tensor_bytes(tensors))
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written: {one_line(error)}") from error
+        folders.refuse(path, error)
+    folders.write_file(path, tensor_bytes(tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -13,14 +14,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from metalr.config import QUICKSTART, GridConfig, TrainConfig, from_json
-from metalr.errors import ConfigError, DataError, MetalrError
+from metalr import folders
+from metalr.config import QUICKSTART, GridConfig, TrainConfig, read_config
+from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
 
-EXIT_ERROR = 2
+EXIT_ERROR, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, the run was saved and can go on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a MetalrError becomes one line on stderr and exit code 2."""
+    """Run a command; a MetalrError becomes one line on stderr and exit code 2 (75: stopped by a signal, and saved)."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["data"]:
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         _guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
         return
+    train = _guard(lambda: _train_command(given)) if given[:1] == ["train"] else _train_command([])
     commands = {"quickstart": quickstart, "train": train, "evaluate": evaluate, "adapt": adapt, "data": data}
     about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
     _guard(lambda: _dispatch(commands, "metalr", about, given))
@@ -47,6 +50,9 @@ def data() -> None:
 def _guard(run: Callable[[], Any]) -> Any:
     try:
         return run()
+    except StoppedError as error:
+        print(f"metalr: {error}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except MetalrError as error:
         print(f"metalr: error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
@@ -75,26 +81,39 @@ def quickstart(config: Config = QUICKSTART, json_: Json = False) -> None:
     _train(config, "quickstart", json_)
 
 
-def train(config: Config = TrainConfig(), json_: Json = False) -> None:  # noqa: B008
-    """Meta-train and evaluate on held-out tasks; leave a run folder.
+def _train_command(argv: list[str]) -> Callable[..., None]:
+    """The command, whose defaults are the settings of the run to resume if there is one."""
+    resumed = next((b for a, b in itertools.pairwise(argv) if a == "--resume"), None)
+    resumed = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), resumed)
+    default = TrainConfig() if resumed is None else read_config(Path(resumed))
 
-    Args:
-      json_: print the results as JSON instead of a table.
-    """
-    _train(config, "train", json_)
+    def train(config: Config = default, resume: Path | None = None, json_: Json = False) -> None:
+        """Meta-train and evaluate on held-out tasks; leave a run folder.
+
+        Ctrl-C or SIGTERM saves at the next outer step (exit code 75); --resume goes on from there.
+
+        Args:
+          resume: a run folder: go on with that run, with its own settings.
+          json_: print the results as JSON instead of a table.
+        """
+        _train(config, "train", json_, resume)
+
+    return train
 
 
-def _train(config: TrainConfig, name: str, as_json: bool) -> None:
+def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = None) -> None:
+    folder = resume or config.out
+    if folder is not None:
+        folders.refuse_if_locked(folder)  # before the seconds that it takes to start
     _start_jax()
-    from metalr import devices, report, runs
+    from metalr import devices, progress, report, runs
 
     if devices.join_processes():  # one of the others: works along, leaves nothing
-        with tempfile.TemporaryDirectory() as folder:
-            runs.run(
-                dataclasses.replace(config, out=Path(folder)), name=name, reporter=runs.ConsoleReporter(quiet=True)
-            )
+        with tempfile.TemporaryDirectory() as temporary:
+            config = dataclasses.replace(config, out=Path(temporary))
+            runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
         return
-    results = runs.run(config, name=name)
+    results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
     print(json.dumps(results, indent=1) if as_json else report.text(results))
 
 
@@ -118,13 +137,7 @@ def evaluate(
     from metalr import artifact, compare, provenance, report
     from metalr.setup import set_up
 
-    file = run / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{run}: expected a run folder with config.json, found none")
-    try:
-        config = from_json(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: not the config of a run: {error}") from error
+    config = read_config(run)
     given = {"episodes": episodes, "steps": steps, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     asked = dataclasses.replace(config.evaluation, **changed)
@@ -272,9 +285,10 @@ def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2
             as_it_stands = (config, seeds) == (document, document_seeds)
             folder = Path(sys.argv[0]).parent if as_it_stands else Path("runs") / name
         _start_jax()
-        from metalr import report, runs
+        from metalr import report
+        from metalr.seeds import run_seeds
 
-        results = runs.run_seeds(config, name, seeds, folder)
+        results = run_seeds(config, name, seeds, folder)
         print(report.seeds_text(results))
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

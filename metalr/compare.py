@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,18 @@ def curve_rows(curve: Curve) -> list[dict[str, float]]:
 
 
 def compare(
-    config: TrainConfig, setup: Setup, learner: artifact.Learner, curve: Curve, report: Callable[[str], None]
+    config: TrainConfig,
+    setup: Setup,
+    learner: artifact.Learner,
+    curve: Curve,
+    report: Callable[[str], None],
+    known: Sequence[search.Cell] = (),
+    keep: Callable[[list[search.Cell]], None] = lambda cells: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The learned init and rates beside ablations, no search, and the best cells of the small grid.
 
     Every row is of the same tasks; a grid's best cell is the one that did best on these very tasks, which flatters it.
+    known, keep: as in search.run_grid.
 
     Returns:
       (rows, facts of the grid with all cells).
@@ -48,7 +55,9 @@ def compare(
     cells, costs = {}, {}
     for origin, init in (("random", None), ("learned", learner.init)):
         report(f"grid search from the {origin} init, {len(keys)} tasks")
-        cells[origin], costs[origin] = search.run_grid(grid, setup.model, pool, sample, support, keys, init=init)
+        cells[origin], costs[origin] = search.run_grid(
+            grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=keep
+        )
     reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
     rows: list[dict[str, Any]] = []
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Any, Literal
+
+from metalr.errors import ConfigError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,10 @@ class OuterConfig:
     """Largest global norm of the meta-gradient; None does not clip."""
     validate_every: int = 250
     """Outer steps between two validations on meta-validation tasks; the best init and rates are kept."""
+    checkpoint_every: int = 250
+    """Outer steps between two checkpoints, from which `metalr train --resume RUN` goes on."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """A step whose loss, gradient or result is not finite: stop with an error, or skip that update and log it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,32 +169,49 @@ class TrainConfig:
 
 
 def from_json(facts: dict[str, Any]) -> TrainConfig:
-    """The config that `to_json` gave. Raises ValueError for unknown fields or values of a wrong kind."""
+    """The config that `to_json` gave. Raises ConfigError for unknown fields or values of a wrong kind."""
 
-    def build(kind: Any, given: dict[str, Any]) -> Any:
+    def build(kind: Any, given: Any, prefix: str) -> Any:
         if not isinstance(given, dict):
-            raise ValueError(f"expected an object of settings, got {given!r}")
-        fields = {field.name: field for field in dataclasses.fields(kind)}
-        unknown = set(given) - set(fields)
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}; expected some of {sorted(fields)}")
+            raise ConfigError(f"{prefix or 'config'}: expected an object of settings, got {given!r}")
+        names = [field.name for field in dataclasses.fields(kind)]
         values = {}
         for name, value in given.items():
-            default = getattr(kind(), name)
-            if dataclasses.is_dataclass(default):
-                value = build(type(default), value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            elif name == "out" and value is not None:
-                value = Path(value)
-            elif default is not None and not isinstance(
-                value, (type(default), int) if isinstance(default, float) else type(default)
-            ):
-                raise ValueError(f"{name}: expected {type(default).__name__}, got {value!r}")
-            values[name] = value
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, 1, 0.5)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {names}"
+                raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
+            values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
         return kind(**values)
 
-    return build(TrainConfig, facts)
+    def convert(default: Any, value: Any, name: str) -> Any:
+        if dataclasses.is_dataclass(default):
+            return build(type(default), value, f"{name}.")
+        if name == "out" and value is not None:
+            return Path(value)
+        if isinstance(default, tuple):
+            if not isinstance(value, list):
+                raise ConfigError(f"{name}: expected a list, got {value!r}")
+            return tuple(convert(default[0], each, name) for each in value)
+        fitting = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (
+            not isinstance(value, fitting) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ConfigError(f"{name}: expected {type(default).__name__}, got {value!r}")
+        return value
+
+    return build(TrainConfig, facts, "")
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config of a run folder. Raises ConfigError: there is none, or it is damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: expected a run folder with config.json, found none")
+    try:
+        return from_json(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file}: not the config of a run: {one_line(error)}") from error
 
 
 QUICKSTART = TrainConfig(
@@ -195,3 +219,15 @@ QUICKSTART = TrainConfig(
     outer=OuterConfig(steps=1000, meta_batch=16),
     grid=GridConfig(run=True),
 )
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configs differ, by dotted name: (value in a, value in b)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(a):
+        one, other, name = getattr(a, field.name), getattr(b, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(one):
+            found |= differences(one, other, f"{name}.")
+        elif one != other:
+            found[name] = (one, other)
+    return found

@@ -17,6 +17,18 @@ class ArtifactError(MetalrError):
     """A saved learner is missing, damaged, or of a kind that this version cannot read."""
 
 
+class StorageError(MetalrError):
+    """A file or folder cannot be written: a full disk, missing rights, a folder that vanished."""
+
+
+class LockedError(ConfigError):
+    """Another run is using the folder."""
+
+
+class StoppedError(MetalrError):
+    """A signal asked the run to stop; it was saved and can be resumed."""
+
+
 def one_line(error: BaseException) -> str:
     """The error's own text as one line, for messages that pass on somebody else's error."""
     return " ".join(str(error).split()) or type(error).__name__

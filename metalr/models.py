@@ -22,6 +22,7 @@ from metalr.types import Params
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
 NORMS = ("batch", "instance", "none")
 CELLS = ("gru", "lstm")
+MOST_LAYERS = 64  # a model is built from an artifact's facts before those can be trusted
 DTYPES = ("float32", "bfloat16")
 
 
@@ -190,6 +191,8 @@ def mlp(
     dtype, here and below: "bfloat16" computes layers in it, with params, rates, norms, logits and loss in float32.
     """
     widths = tuple(widths)
+    if len(widths) > MOST_LAYERS:
+        raise ConfigError(f"model.widths: expected at most {MOST_LAYERS} layers, got {len(widths)}")
     if any(width < 1 for width in widths):
         raise ConfigError(f"model.widths: expected positive layer widths, got {widths}")
     if not 0 <= dropout < 1:
@@ -225,8 +228,10 @@ def conv4(
     """
     if norm not in NORMS:
         raise ConfigError(f"model.norm: expected one of {NORMS}, got {norm!r}")
-    if channels < 1 or layers < 1:
-        raise ConfigError(f"model.channels, model.layers: expected positive numbers, got {channels}, {layers}")
+    if channels < 1:
+        raise ConfigError(f"model.channels: expected a positive number, got {channels}")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ConfigError(f"model.layers: expected 1..{MOST_LAYERS}, got {layers}")
     settings = {"channels": channels, "layers": layers, "norm": norm} | _dtype_setting(dtype)
     plain, patched = (_Conv4(way, channels, layers, norm, dtype, patches) for patches in (False, True))
     return Model(

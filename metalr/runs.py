@@ -1,120 +1,126 @@
-"""From a config to a run folder: config.json, metrics.jsonl, results.json, artifact/.
+"""From a config to a run folder, and on from where a run was stopped.
 
-Everything that can be refused is refused before the folder is made.
+A run folder holds config.json, metrics.jsonl (a line an outer step), checkpoints/, artifact/, grid.jsonl (cells of the
+grid as they finish) and results.json, and while the run goes on, a lock. Everything that can be refused is refused
+before the folder is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metalr import artifact, compare, evaluate, train
+from metalr import artifact, checkpoints, compare, evaluate, folders, preemption, search, train
 from metalr import rates as rates_lib
-from metalr.config import TrainConfig
-from metalr.errors import ConfigError, MetalrError, one_line
+from metalr.config import TrainConfig, differences, read_config
+from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
-from metalr.types import Params, Rates
+from metalr.types import MetaParams, Params, Rates
 
-RUN_FILES = {"config.json", "metrics.jsonl", "results.json", "artifact"}
-CHUNK = 50  # outer steps a dispatch: progress moves, and little time passes outside the compiled program
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", folders.LOCK}
+MAY_CHANGE = ("out", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every")
+MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 
-
-class Reporter(Protocol):
-    """Where lines of progress go: a rich console, or plain lines."""
-
-    def line(self, text: str) -> None:
-        """Print a line."""
-        ...
-
-    def bar(self, text: str, total: int) -> Any:
-        """A context manager that gives `advance(count, note)`."""
-        ...
-
-
-class ConsoleReporter:
-    """Progress bar on a terminal, plain lines otherwise; `quiet` prints nothing."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-
-    def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-    @contextmanager
-    def bar(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console) as progress:
-                bar = progress.add_task(text, total=total, note="")
-                yield lambda count, note: progress.update(bar, advance=count, note=note)
-            return
-        done, shown = 0, -1
-
-        def advance(count: int, note: str) -> None:
-            nonlocal done, shown
-            done += count
-            if (tenth := 10 * done // total) > shown:  # ten lines at most in a log
-                shown = tenth
-                self.line(f"{text} {done}/{total}  {note}")
-
-        yield advance
+Asked = Callable[[], bool]
 
 
 def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> dict[str, Any]:
     """Meta-train, evaluate on held-out tasks, compare if asked to; leave a run folder; return its results.
 
+    SIGTERM and SIGINT save the run at the next outer step and raise StoppedError; `resume` goes on.
+
     Args:
       name: names the default folder runs/NAME.
 
     Raises:
-      MetalrError: a setting cannot work (nothing is written then), or training diverged.
+      MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
     """
     reporter = reporter or ConsoleReporter()
+    check_folder(config)
     setup = set_up(config)
     folder = make_folder(config, name)
+    with folders.locked(folder):
+        check_folder(dataclasses.replace(config, out=folder), locked=True)  # somebody may have been faster
+        folders.sweep(folder)
+        for old in RUN_FILES - {folders.LOCK}:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink()
+        folders.write_file(folder / "config.json", json.dumps(config.to_json(), indent=1).encode())
+        return _carry_out(config, setup, folder, name, reporter)
+
+
+def resume(folder: Path, config: TrainConfig | None = None, *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a stopped or killed run from its newest whole checkpoint; it ends as if it had never stopped.
+
+    Args:
+      folder: the run folder.
+      config: the run's config, with other values for MAY_CHANGE if wanted; default: the run's own.
+
+    Raises:
+      MetalrError: no run, a finished one, one in use, or a changed setting that the result depends on.
+    """
+    reporter = reporter or ConsoleReporter()
+    folders.refuse_if_locked(folder)
+    stored = read_config(folder)
+    config = dataclasses.replace(config or stored, out=folder)
+    for field, (old, new) in differences(stored, config).items():
+        if not any(field == free or field.startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or start a new run"
+            )
+    if (folder / "results.json").exists():
+        raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
+    setup = set_up(config)
+    with folders.locked(folder):
+        folders.sweep(folder)
+        folders.sweep(folder / "checkpoints")
+        return _carry_out(config, setup, folder, folder.name, reporter)
+
+
+def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     reporter.line(describe(config, setup))
-    init, rates, training = meta_train(config, setup, folder, reporter)
-    learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
-    artifact.save(folder / "artifact", learner, overwrite=True)
-    curve, seconds = compare.held_out(
-        learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed
-    )
-    results = {
-        "name": name,
-        "command": command(),
-        "config": config.to_json(),
-        "provenance": provenance(),
-        "data": {"name": setup.dataset.name, "source": setup.dataset.source, "sha256": setup.dataset.sha256},
-        "split_sha256": setup.splits.sha256,
-        "splits": [part.describe() for part in setup.splits],
-        "transductive": setup.model.transductive,
-        "training": training,
-        "rates": rates_lib.summary(setup.spec, rates),
-        "curve": compare.curve_rows(curve),
-        "evaluation_seconds": round(seconds, 3),
-    }
-    if config.grid.run:
-        results["comparison"], results["grid"] = compare.compare(config, setup, learner, curve, reporter.line)
+    with preemption.watch() as asked:
+        init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
+        learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
+        artifact.save(folder / "artifact", learner, overwrite=True)
+        curve, seconds = compare.held_out(
+            learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed
+        )
+        results = {
+            "name": training.pop("name"),
+            "command": command(),
+            "config": config.to_json(),
+            "provenance": provenance(),
+            "data": {"name": setup.dataset.name, "source": setup.dataset.source, "sha256": setup.dataset.sha256},
+            "split_sha256": setup.splits.sha256,
+            "splits": [part.describe() for part in setup.splits],
+            "transductive": setup.model.transductive,
+            "training": training,
+            "rates": rates_lib.summary(setup.spec, rates),
+            "curve": compare.curve_rows(curve),
+            "evaluation_seconds": round(seconds, 3),
+        }
+        if config.grid.run:
+            known, keep = _kept_cells(config, folder, asked)
+            results["comparison"], results["grid"] = compare.compare(
+                config, setup, learner, curve, reporter.line, known, keep
+            )
     results["seconds"] = round(time.perf_counter() - began, 2)
     results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
@@ -124,130 +130,200 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     return results
 
 
-def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Path) -> dict[str, Any]:
-    """The same run for several seeds of meta-training, on the same held-out tasks.
+def _kept_cells(
+    config: TrainConfig, folder: Path, asked: Asked
+) -> tuple[list[search.Cell], Callable[[list[search.Cell]], None]]:
+    """Cells of the grid that an earlier process finished, and what keeps those of this one."""
+    file, tasks = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
+    known = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut off
+            facts = json.loads(line)
+            if facts.pop("tasks_of") == tasks:
+                known.append(search.Cell(**facts | {"tasks": np.array(facts["tasks"])}))
 
-    Writes folder/results/NAME.json (rows averaged over seeds, every seed's own results) and
-    folder/artifacts/NAME (the first seed's).
+    def keep(cells: list[search.Cell]) -> None:
+        lines = [json.dumps(c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks}) for c in cells]
+        try:
+            whole = not file.exists() or file.read_bytes().endswith(b"\n")
+            with file.open("ab") as log:
+                log.write(("" if whole else "\n").encode() + "\n".join([*lines, ""]).encode())
+                log.flush()
+                os.fsync(log.fileno())
+        except OSError as error:
+            folders.refuse(file, error)
+        if asked():
+            raise _stopped(folder, "in the grid")
 
-    Raises:
-      MetalrError: as `run`; no seeds, or the same one twice.
-    """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: expected at least one, all different, got {seeds}")
-    parent = config.out or Path("runs") / name
-    configs = [dataclasses.replace(config, seed=seed, out=parent / f"seed{seed}") for seed in seeds]
-    for each in configs:
-        set_up(each)
-        check_folder(each)
-    try:
-        (folder / "results").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
-    per_seed = [run(each, name=name) for each in configs]
-    summary = {
-        "name": name,
-        "command": per_seed[0]["command"],
-        "seeds": list(seeds),
-        "provenance": per_seed[0]["provenance"],
-        "split_sha256": per_seed[0]["split_sha256"],
-        "transductive": per_seed[0]["transductive"],
-        "curve": over_seeds([r["curve"] for r in per_seed]),
-        "comparison": over_seeds([r["comparison"] for r in per_seed]) if config.grid.run else [],
-        "runs": [{k: v for k, v in r.items() if k not in ("folder", "splits", "provenance")} for r in per_seed],
-    }
-    for results in summary["runs"]:
-        results.get("grid", {}).pop("cells", None)  # hundreds of rows a seed; they stay in the run folder
-    write_json(folder / "results" / f"{name}.json", summary)
-    learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
-    artifact.save(folder / "artifacts" / name, learner, overwrite=True)
-    return summary
+    return known, keep
 
 
-def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows averaged over seeds, with the lowest and highest seed; what seeds chose differently is listed by seed."""
-    merged = []
-    for same in zip(*rows, strict=True):
-        accuracies = [row["accuracy"] for row in same]
-        row: dict[str, Any] = {}
-        for name, first in same[0].items():
-            values = [row[name] for row in same]
-            if isinstance(first, float):
-                row[name] = round(float(np.mean(values)), 6)
-            else:
-                row[name] = first if all(value == first for value in values) else values
-        merged.append(row | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
-    return merged
+def _stopped(folder: Path, where: str) -> StoppedError:
+    return StoppedError(f"stopped {where}, and saved; go on with: metalr train --resume {folder}")
 
 
 def meta_train(
-    config: TrainConfig, setup: Setup, folder: Path, reporter: Reporter
+    config: TrainConfig,
+    setup: Setup,
+    folder: Path,
+    reporter: Reporter,
+    asked: Asked = lambda: False,
+    *,
+    name: str = "",
 ) -> tuple[Params, Rates, dict[str, Any]]:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
-    Appends a line an outer step to folder/metrics.jsonl. Returns (init, actual rates, facts for results.json).
+    Goes on from the newest whole checkpoint in folder/checkpoints; appends a line an outer step to
+    folder/metrics.jsonl, which is first cut back to that step.
+
+    Args:
+      asked: whether to save and stop, asked between dispatches.
+
+    Returns:
+      (init, actual rates, facts for results.json).
+
+    Raises:
+      StoppedError, DivergedError (the last finite state is saved), StorageError.
     """
     key = jax.random.key(config.seed)
     pool, sample = setup.samplers["train"]
     val_pool, val_sample = setup.samplers["val"]
-    state = train.start(setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0))
+    parts = setup.model, setup.spec, setup.algorithm
     chunk = train.make_chunk(
-        setup.model,
-        setup.spec,
-        setup.algorithm,
+        *parts,
         setup.optimizer,
         sample,
         config.outer.meta_batch,
         remat=config.inner.remat,
+        on_divergence=config.outer.on_divergence,
     )
     validate = evaluate.make_evaluator(setup.model, setup.spec, val_sample, setup.spec.steps)
     val_keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
-    steps, every = config.outer.steps, min(CHUNK, config.outer.validate_every)
-    best: tuple[float, Params, Rates, int] | None = None
-    seconds: list[tuple[int, float]] = []
-    began, validating = time.perf_counter(), 0.0
-    with (folder / "metrics.jsonl").open("a") as log, reporter.bar("meta-training", steps) as advance:
-        done = validated = 0
-        note = ""
-        for part in train.run_chunks(chunk, state, pool, jax.random.fold_in(key, 1), steps, every):
-            count = len(part.metrics["loss"])
-            for i in range(count):
-                line = {"step": done + i} | {name: round(float(v[i]), 6) for name, v in part.metrics.items()}
-                log.write(json.dumps(line) + "\n")
-            done += count
-            seconds.append((count, part.seconds))
-            if done // config.outer.validate_every > validated or done == steps:
-                validated = done // config.outer.validate_every
-                since = time.perf_counter()
-                init, rates = train.learned(setup.spec, part.state.meta)
-                score = float(validate(val_pool, init, rates, val_keys).mean[-1])
-                validating += time.perf_counter() - since
-                facts = {"step": done, "validation_accuracy": round(score, 6)}
-                log.write(json.dumps(facts | {"rates": rates_lib.summary(setup.spec, rates)}) + "\n")
-                log.flush()
-                if best is None or score > best[0]:
-                    best = (score, init, rates, done)
-                note = f"validation {score:.3f}"
-            advance(
-                count,
-                f"loss {part.metrics['loss'].mean():.3f}  accuracy {part.metrics['accuracy'].mean():.3f}  {note}",
-            )
-    assert best is not None
-    score, init, rates, step = best
-    total = time.perf_counter() - began
-    warm = [s / n for n, s in seconds[1:]] or [seconds[0][1] / seconds[0][0]]
-    facts = {
-        "outer_steps": steps,
-        "best_step": step,
-        "validation_accuracy": round(score, 6),
-        "seconds": round(total, 4),
-        "step_seconds": round(sum(s for _, s in seconds), 4),
-        "validation_seconds": round(validating, 4),
-        "compile_seconds": round(max(0.0, seconds[0][1] - seconds[0][0] * float(np.median(warm))), 2),
-        "tasks_per_second": round(config.outer.meta_batch / float(np.median(warm)), 1),
-        "example_gradients": steps * config.outer.meta_batch * task_cost(config),
+    state = train.start(setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0))
+    best = train.learned(setup.spec, state.meta)
+    facts: dict[str, Any] = {
+        "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
+        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
+    }  # fmt: skip
+    store = folder / "checkpoints"
+    found = checkpoints.load(store, {"state": state, "best": best}, reporter.line)
+    if found is not None:
+        tree, facts = found
+        tree = jax.tree.map(jnp.asarray, tree)
+        state, best = tree["state"], tree["best"]
+        reporter.line(f"resumed at outer step {int(state.step)}")
+    steps = config.outer.steps
+    every = config.outer.validate_every, config.outer.checkpoint_every
+
+    def save(state: train.TrainState) -> None:
+        facts["metrics_bytes"] = _flush(log, folder)
+        checkpoints.save(store, int(state.step), {"state": state, "best": best}, facts)
+
+    with _open_log(folder, facts["metrics_bytes"]) as log:
+        in_a_row = 0
+        try:
+            with reporter.bar("meta-training", steps, int(state.step)) as advance:
+                chunks = train.run_chunks(chunk, state, pool, jax.random.fold_in(key, 1), steps, every, stop=asked)
+                note = ""
+                for part in chunks:
+                    began = time.perf_counter()
+                    state, count = part.state, len(part.metrics["loss"])
+                    done = int(state.step)
+                    for i in range(count):
+                        finite = bool(part.metrics["finite"][i])
+                        in_a_row = 0 if finite else in_a_row + 1
+                        facts["skipped"] += not finite
+                        _write_line(log, folder, _step_line(done - count + i, part.metrics, i))
+                        if in_a_row == MOST_SKIPPED:
+                            raise train.DivergedError(done - count + i, part.metrics, i, state)
+                    if not count:
+                        facts["compile_seconds"] += part.seconds
+                        continue
+                    facts["warm"] = [*facts["warm"][-99:], part.seconds / count]
+                    if done % every[0] == 0 or done == steps:
+                        init, rates = train.learned(setup.spec, state.meta)
+                        score = float(validate(val_pool, init, rates, val_keys).mean[-1])
+                        line = {"step": done, "validation_accuracy": round(score, 6)}
+                        _write_line(log, folder, line | {"rates": rates_lib.summary(setup.spec, rates)})
+                        if facts["score"] is None or score > facts["score"]:
+                            best, facts["score"], facts["best_step"] = (init, rates), score, done
+                        note = f"validation {score:.3f}"
+                        facts["validation_seconds"] += time.perf_counter() - began
+                    if done % every[1] == 0 or done == steps:
+                        save(state)
+                    facts["step_seconds"] += part.seconds
+                    facts["seconds"] += part.seconds + time.perf_counter() - began
+                    loss, accuracy = part.metrics["loss"].mean(), part.metrics["accuracy"].mean()
+                    advance(count, f"loss {loss:.3f}  accuracy {accuracy:.3f}  {note}")
+        except train.DivergedError as error:
+            state = error.state
+            save(state)
+            raise error.noted(_diagnosis(config, setup, state.meta, error.step)) from None
+        if int(state.step) < steps:
+            save(state)
+            raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps")
+    init, rates = best
+    return init, rates, _training_facts(config, facts)
+
+
+def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    warm = float(np.median(facts["warm"]))
+    numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
+    return {
+        "name": facts["name"],
+        "outer_steps": config.outer.steps,
+        "best_step": facts["best_step"],
+        "validation_accuracy": round(facts["score"], 6),
+        **numbers,
+        "tasks_per_second": round(config.outer.meta_batch / warm, 1),
+        "skipped_updates": facts["skipped"],
+        "example_gradients": config.outer.steps * config.outer.meta_batch * task_cost(config),
     }
-    return init, rates, facts
+
+
+def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, Any]:
+    values = {name: float(v[i]) for name, v in metrics.items() if name != "finite"}
+    line = {name: round(v, 6) if np.isfinite(v) else None for name, v in values.items()}
+    return {"step": step, **line} | ({} if metrics["finite"][i] else {"skipped": True})
+
+
+def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -> str:
+    """Which tasks of a step that was not finite are to blame, and the rates it had, in words."""
+    pool, sample = setup.samplers["train"]
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    keys = train.task_keys(key, step, config.outer.meta_batch)
+    local = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), meta)
+    bad = train.failing_tasks(setup.model, setup.spec, setup.algorithm, sample, local, pool, keys)
+    rates = rates_lib.summary(setup.spec, rates_lib.actual(setup.spec, local.rates))
+    blame = f"tasks {bad} of {config.outer.meta_batch}" if bad else "the update, no single task"
+    return f" ({blame}; rates {json.dumps(rates)})"
+
+
+def _open_log(folder: Path, size: int) -> BinaryIO:
+    """metrics.jsonl for appending, cut back to `size` bytes."""
+    try:
+        log = (folder / "metrics.jsonl").open("ab")
+        log.truncate(min(size, log.tell()))
+        return log
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
+
+
+def _write_line(log: BinaryIO, folder: Path, line: dict[str, Any]) -> None:
+    try:
+        log.write(json.dumps(line).encode() + b"\n")
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
+
+
+def _flush(log: BinaryIO, folder: Path) -> int:
+    """Bring the log to the disk; its size."""
+    try:
+        log.flush()
+        os.fsync(log.fileno())
+        return log.tell()
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
 
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
@@ -263,10 +339,10 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
     }
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Raises ConfigError if config.out cannot become the run folder: it is a file, or holds something already.
+def check_folder(config: TrainConfig, *, locked: bool = False) -> None:
+    """Raises ConfigError if config.out cannot become the run folder: it is a file, in use, or holds something already.
 
-    With config.overwrite it may hold a run, and nothing but a run.
+    With config.overwrite it may hold a run, and nothing but a run. locked: this process holds its lock.
     """
     folder = config.out
     try:
@@ -274,40 +350,34 @@ def check_folder(config: TrainConfig) -> None:
             return
         if not folder.is_dir():
             raise ConfigError(f"out: {folder}: expected a folder, found a file")
-        names = {path.name for path in folder.iterdir()}
+        if not locked:
+            folders.refuse_if_locked(folder)
+        names = {path.name for path in folder.iterdir()} - {folders.LOCK}
+        names -= {path.name for path in folders.leftovers(folder)}
     except OSError as error:
         raise ConfigError(f"out: {folder}: cannot be used: {one_line(error)}") from error
     if names and not config.overwrite:
-        raise ConfigError(f"out: {folder}: exists and is not empty; choose another, or pass --overwrite")
-    if names and not ("metrics.jsonl" in names and names <= RUN_FILES):
+        raise ConfigError(
+            f"out: {folder}: exists and is not empty; choose another, pass --overwrite, or go on with --resume {folder}"
+        )
+    if names and not ("config.json" in names and names <= RUN_FILES):
         raise ConfigError(f"out: {folder}: expected a run to overwrite, found other files: {sorted(names - RUN_FILES)}")
 
 
 def make_folder(config: TrainConfig, name: str) -> Path:
-    """Make the run folder, empty. Raises ConfigError as check_folder, or if it cannot be written."""
-    check_folder(config)
-    folder = config.out
-    if folder is None:
-        folder, count = Path("runs") / name, 2
-        while folder.exists():
-            folder, count = Path("runs") / f"{name}-{count}", count + 1
+    """Make the run folder, or find it there. Raises StorageError if it cannot be made."""
+    folder, count = config.out or Path("runs") / name, 2
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in RUN_FILES - {"artifact"}:
-            (folder / old).unlink(missing_ok=True)
-        shutil.rmtree(folder / "artifact", ignore_errors=True)
-        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=config.out is not None)
+                return folder
+            except FileExistsError:
+                folder, count = Path("runs") / f"{name}-{count}", count + 1
     except OSError as error:
-        raise ConfigError(f"out: {folder}: cannot be written: {one_line(error)}") from error
-    return folder
+        folders.refuse(folder, error)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all. Raises MetalrError if the disk refuses."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise MetalrError(f"{path}: cannot be written: {one_line(error)}") from error
+    """Write JSON whole or not at all. Raises StorageError if the disk refuses."""
+    folders.write_file(path, json.dumps(value, indent=1).encode() + b"\n")

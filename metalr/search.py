@@ -84,6 +84,8 @@ def run_grid(
     *,
     init: Params | None,
     report: Callable[[str], None] = lambda line: None,
+    known: Sequence[Cell] = (),
+    keep: Callable[[list[Cell]], None] = lambda cells: None,
 ) -> tuple[list[Cell], dict[str, float]]:
     """Score every cell on the tasks of `keys`.
 
@@ -94,13 +96,17 @@ def run_grid(
       support: number of support images of a task.
       init: start every task from these params; None draws a new random init for every task.
       report: called with a line of text after each optimizer and batch size.
+      known: cells of an earlier call with the same arguments, which are not run again.
+      keep: called with the cells of each trajectory (all its steps) as soon as they are there.
 
     Returns:
       (cells, cost): cost has, for one task, "naive_example_gradients" (each cell alone), "example_gradients" (as
       done), and for all tasks "seconds" with compilation.
     """
-    cells = []
+    cells: list[Cell] = []
     began = time.perf_counter()
+    origin = "random" if init is None else "learned"
+    found = {cell[:5]: cell for cell in known}
     batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
     start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
     for name, batch_size in itertools.product(grid.optimizers, batch_sizes):
@@ -113,10 +119,13 @@ def run_grid(
             random_init=init is None,
         )
         for rate in grid.learning_rates:
-            curve = evaluator(pool, start, np.float32(rate), keys)
-            for i, steps in enumerate(sorted(grid.steps)):
-                origin = "random" if init is None else "learned"
-                cells.append(Cell(origin, name, rate, batch_size, steps, curve.tasks[:, i], steps * batch_size))
+            wanted = [(origin, name, rate, batch_size, steps) for steps in sorted(grid.steps)]
+            if not all(key in found for key in wanted):
+                curve = evaluator(pool, start, np.float32(rate), keys)
+                fresh = [Cell(*key, curve.tasks[:, i], key[4] * batch_size) for i, key in enumerate(wanted)]
+                keep(fresh)
+                found |= {cell[:5]: cell for cell in fresh}
+            cells += [found[key] for key in wanted]
         report(f"{name}, batch {batch_size}")
     cost = {
         "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),

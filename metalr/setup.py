@@ -64,6 +64,8 @@ def set_up(config: TrainConfig) -> Setup:
         )
     if config.outer.validate_every < 1:
         raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
+    if config.outer.checkpoint_every < 1:
+        raise ConfigError(f"outer.checkpoint_every: expected at least 1, got {config.outer.checkpoint_every}")
     if config.outer.meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
     try:

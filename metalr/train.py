@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,9 @@ from metalr.tasks import Pool, Sampler
 from metalr.types import MetaParams, Params, Rates
 
 SCHEDULES = ("cosine", "constant")
+POLICIES = ("stop", "skip")
+CHUNK = 50  # most outer steps a dispatch
+DISPATCH_SECONDS = 1.0  # about how long a dispatch takes: progress moves, a signal is heard, and little is lost between
 
 
 class TrainState(NamedTuple):
@@ -39,8 +42,30 @@ class Chunk(NamedTuple):
     seconds: float
 
 
+ChunkFunction = Callable[[TrainState, Pool, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
 class DivergedError(MetalrError):
-    """The meta-loss or a meta-parameter became NaN or infinite."""
+    """The meta-loss, a meta-gradient or a meta-parameter became NaN or infinite.
+
+    Attributes: step (the outer step that failed) and state (the TrainState before it, all finite).
+    """
+
+    def __init__(self, step: int, metrics: dict[str, np.ndarray], at: int, state: TrainState, note: str = "") -> None:
+        self.step, self.metrics, self.at, self.state = step, metrics, at, state
+        super().__init__(
+            f"outer step {step}: loss {metrics['loss'][at]:.4g}, gradient norm {metrics['gradient_norm'][at]:.4g}; "
+            f"expected finite numbers{note}; lower outer.init_rate, outer.rates_rate or inner.rate, set outer.clip, or "
+            "set outer.on_divergence to skip"
+        )
+
+    def noted(self, note: str) -> DivergedError:
+        """The same error with more words."""
+        return DivergedError(self.step, self.metrics, self.at, self.state, note)
+
+
+class OutOfMemoryError(MetalrError):
+    """The device has not enough memory for a step."""
 
 
 def make_optimizer(
@@ -92,18 +117,23 @@ def make_chunk(
     meta_batch: int,
     *,
     remat: bool = False,
-) -> Callable[[TrainState, Pool, jax.Array, int], tuple[TrainState, dict[str, jax.Array]]]:
-    """A compiled `chunk(state, pool, key, count)`: `count` outer steps in one dispatch (one program a count).
+    on_divergence: str = "stop",
+) -> ChunkFunction:
+    """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
 
-    Outer step i draws its episodes from fold_in(key, i), so a run does not depend on how it is cut into chunks.
-    Tasks are split over the devices of all processes, as many as divide `meta_batch`.
+    Outer step i draws its episodes from fold_in(key, i), and one program serves every count, so a run ends with the
+    same bits however it is cut into chunks. Tasks are split over the devices of all processes, as many as divide
+    `meta_batch`. A step whose loss, gradient or result is not finite changes no parameter: "stop" stays at that step
+    (and fails it again until the chunk ends), "skip" goes on with the next.
 
     Returns:
-      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [count] float32, and
-      "finite", [count] bool: whether the new init and rates are.
+      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [CHUNK] float32, and
+      "finite", [CHUNK] bool: whether the step was; entries from `count` on mean nothing.
     """
     if meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
+    if on_divergence not in POLICIES:
+        raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
 
     def gradient(meta: MetaParams, pool: Pool, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
         episodes = jax.vmap(lambda key: sample(pool, key))(keys)
@@ -121,59 +151,114 @@ def make_chunk(
     mesh = devices.task_mesh(meta_batch, all_processes=True)
     split_gradient = devices.split_tasks(gradient, mesh, replicated=2, mean=True)
 
-    def chunk(state: TrainState, pool: Pool, key: jax.Array, count: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        def finite_after(meta: MetaParams) -> jax.Array:
-            """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
-            actual = rates_lib.actual(spec, meta.rates)
-            return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
+    def finite_after(meta: MetaParams) -> jax.Array:
+        """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
+        actual = rates_lib.actual(spec, meta.rates)
+        return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
 
-        def step(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
-            keys = jax.random.split(jax.random.fold_in(key, state.step), meta_batch)
-            grads, metrics = split_gradient(state.meta, pool, keys)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
-            meta = optax.apply_updates(state.meta, updates)
-            return TrainState(meta, opt_state, state.step + 1), metrics | {
-                "gradient_norm": optax.tree.norm(grads),
-                "finite": finite_after(meta),
-            }
+    def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        grads, metrics = split_gradient(state.meta, pool, task_keys(key, state.step, meta_batch))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
+        meta = optax.apply_updates(state.meta, updates)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & finite_after(meta)
+        new = TrainState(meta, opt_state, state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        if on_divergence == "skip":
+            kept = kept._replace(step=new.step)
+        return kept, metrics | {"gradient_norm": norm, "finite": finite}
 
-        return jax.lax.scan(step, state, None, length=count)
+    def chunk(
+        state: TrainState, pool: Pool, key: jax.Array, count: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def body(i: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> Any:
+            state, metrics = carry
+            state, now = step(state, pool, key)
+            return state, {name: metrics[name].at[i].set(value) for name, value in now.items()}
 
-    compiled = jax.jit(chunk, static_argnums=3, donate_argnums=0)
+        shapes = jax.eval_shape(step, state, pool, key)[1]
+        blank = {name: jnp.zeros((CHUNK, *v.shape), v.dtype) for name, v in shapes.items()}
+        return jax.lax.fori_loop(0, count, body, (state, blank))
+
+    compiled = jax.jit(chunk, donate_argnums=0)
     if jax.process_count() == 1:
         return compiled
     return lambda state, pool, key, count: compiled(*devices.replicate((state, pool, key), mesh), count)
 
 
+def task_keys(key: jax.Array, step: int | jax.Array, meta_batch: int) -> jax.Array:
+    """The keys of the tasks of one outer step: [meta_batch]."""
+    return jax.random.split(jax.random.fold_in(key, step), meta_batch)
+
+
+def failing_tasks(
+    model: Model,
+    spec: RatesSpec,
+    algorithm: Algorithm,
+    sample: Sampler,
+    meta: MetaParams,
+    pool: Pool,
+    keys: jax.Array,
+) -> list[int]:
+    """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed."""
+
+    @jax.jit
+    def finite(meta: MetaParams, pool: Pool, keys: jax.Array) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            episodes = jax.tree.map(lambda v: v[None], sample(pool, key))
+            grads, metrics = outer.meta_gradient(
+                model, spec, meta, episodes, jax.random.fold_in(key, 1)[None],
+                first_order=algorithm.first_order, meta_gradient=algorithm.meta_gradient,
+            )  # fmt: skip
+            return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+
+        return jax.lax.map(one, keys)
+
+    return np.flatnonzero(~np.asarray(finite(meta, pool, keys))).tolist()
+
+
 def run_chunks(
-    chunk: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    chunk: ChunkFunction,
     state: TrainState,
     pool: Pool,
     key: jax.Array,
     steps: int,
-    every: int,
+    every: Sequence[int],
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Chunk]:
-    """Outer steps state.step … steps, `every` at a time.
+    """Outer steps state.step ... `steps`, in chunks of about DISPATCH_SECONDS that end at all multiples of `every`.
+
+    stop: asked before every chunk; the iteration ends when it says so. The first chunk is of no steps: it compiles.
 
     Raises:
-      DivergedError: the loss or a parameter is not finite; says at which step, and what to lower.
+      DivergedError: a step was not finite; the steps before it were given, and it has the state after those.
+      OutOfMemoryError: with the settings to lower.
     """
-    done = int(state.step)
-    while done < steps:
-        count = min(every, steps - done)
+    done, count = int(state.step), 0
+    while done < steps and not stop():
         began = time.perf_counter()
-        state, measured = chunk(state, pool, key, count)
-        metrics = {name: np.asarray(value) for name, value in measured.items()}
-        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["gradient_norm"]) & metrics.pop("finite")
-        if not finite.all():
-            step = done + int(np.argmin(finite))
-            raise DivergedError(
-                f"outer step {step}: loss {metrics['loss'][step - done]:.4g}, gradient norm "
-                f"{metrics['gradient_norm'][step - done]:.4g}; expected finite numbers; lower outer.init_rate, "
-                "outer.rates_rate or inner.rate, or set outer.clip"
-            )
+        try:
+            state, measured = chunk(state, pool, key, np.int32(count))
+            metrics = {name: np.asarray(value)[:count] for name, value in measured.items()}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            raise OutOfMemoryError(
+                f"outer step {done}: not enough memory; lower outer.meta_batch or inner.steps, or set inner.remat"
+            ) from error
+        seconds = time.perf_counter() - began
+        moved = int(state.step) - done
+        if moved < count:
+            if moved:
+                yield Chunk(state, {name: value[:moved] for name, value in metrics.items()}, seconds)
+            raise DivergedError(done + moved, metrics, moved, state)
         done += count
-        yield Chunk(state, metrics, time.perf_counter() - began)
+        yield Chunk(state, metrics, seconds)
+        fitting = max(1, int(DISPATCH_SECONDS * count / seconds))  # 1 after the chunk that compiled
+        if jax.process_count() > 1:
+            fitting = CHUNK  # clocks differ, and all processes must do the same
+        count = min(fitting, CHUNK, steps - done, *(n - done % n for n in every))
 
 
 def learned(spec: RatesSpec, meta: MetaParams) -> tuple[Params, Rates]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import optax
 import pytest
 
 import metalr
-from metalr import artifact, inner, models, outer, rates
-from metalr.errors import ArtifactError, ConfigError, DataError
+from metalr import inner, models, outer, rates, sealed
+from metalr.errors import ArtifactError, ConfigError, DataError, StorageError
 from metalr.rates import RatesSpec
 
 RNG = np.random.default_rng(0)
@@ -153,14 +154,14 @@ def test_every_flipped_byte_is_refused(name, tmp_path):
         with pytest.raises(ArtifactError):
             metalr.load(path)
     (path / name).unlink()
-    with pytest.raises(ArtifactError, match="found none"):
+    with pytest.raises(ArtifactError, match="found none|cannot be read: No such file"):
         metalr.load(path)
 
 
 def rewrite(path, change):
     facts = json.loads((path / "metalr.json").read_text())
     change(facts)
-    facts["sha256"] = artifact._facts_sha256(facts)
+    facts["sha256"] = sealed._sha256_of(facts)
     (path / "metalr.json").write_text(json.dumps(facts))
 
 
@@ -172,7 +173,14 @@ def rewrite(path, change):
         (lambda f: f["model"].update(way=4), "expected float32"),
         (lambda f: f["rates"].update(granularity="neuron"), "rates.granularity"),
         (lambda f: f["rates"].update(per_step=True), r"rates/dense_0: expected float32 \[3\]"),
-        (lambda f: f["files"].clear(), "sha256 differs"),
+        (lambda f: f["files"].clear(), "its sha256 is not the one in the manifest"),
+        (lambda f: f.update(files=[]), "expected an object of files"),
+        (lambda f: f["model"].update(name="conv4", settings={"layers": 10**6}), "model.layers: expected 1..64"),
+        (lambda f: f["model"]["settings"].update(widths=[8] * 10**5), "model.widths: expected at most 64"),
+        (lambda f: f["model"]["settings"].update(widths=[10**7]), "expected"),
+        (lambda f: f["model"].update(way=10**12), "expected"),
+        (lambda f: f["model"].update(input_shape=[8, "8", 1]), "does not describe a learner"),
+        (lambda f: f["model"].update(name="../../etc"), "expected one of|custom"),
     ],
 )
 def test_consistent_but_wrong_facts(tmp_path, change, message):
@@ -180,6 +188,27 @@ def test_consistent_but_wrong_facts(tmp_path, change, message):
     rewrite(path, change)
     with pytest.raises(ArtifactError, match=message):
         metalr.load(path)
+
+
+@pytest.mark.parametrize("name", ["format1_mlp", "format1_conv4"])
+def test_artifacts_of_older_versions_load(name):
+    """Golden artifacts: written once, never again; expected.npz holds what they did then."""
+    golden = Path(__file__).parent / "golden" / name
+    learned, expected = metalr.load(golden), np.load(golden.with_suffix(".npz"))
+    logits = learned.apply(learned.adapt(expected["x"], expected["y"]), expected["x"])
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_links_are_refused(tmp_path):
+    path = metalr.save(tmp_path / "a", learner())
+    for name in ("learner.safetensors", "metalr.json", "README.md"):
+        (path / name).rename(tmp_path / name)
+        (path / name).symlink_to(tmp_path / name)
+        with pytest.raises(ArtifactError, match=f"{name}: expected a regular file"):
+            metalr.load(path)
+        (path / name).unlink()
+        (tmp_path / name).rename(path / name)
+    metalr.load(path)
 
 
 def test_saving_refuses(tmp_path):
@@ -196,7 +225,7 @@ def test_saving_refuses(tmp_path):
     with pytest.raises(ArtifactError, match="rates/dense_0: expected finite values"):
         metalr.save(tmp_path / "b", bad)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         metalr.save(tmp_path / "file" / "c", learner())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "mine"]
 

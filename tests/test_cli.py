@@ -10,6 +10,7 @@ import pytest
 
 import metalr
 from metalr import cli, config, data
+from metalr.errors import ConfigError
 
 SMALL = [
     "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.shot", "2", "--tasks.query", "3",
@@ -40,7 +41,7 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert first[0].startswith("data    blobs: 600 train + 300 test images")
     assert [line.split()[0] for line in first[1:4]] == ["device", "tasks", "time"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "artifact", "config.json", "metrics.jsonl", "results.json",
+        "artifact", "checkpoints", "config.json", "grid.jsonl", "metrics.jsonl", "results.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -95,6 +96,7 @@ def test_same_seed_same_artifact(blobs_npz, tmp_path):
         (["--outer.init-rate", "nan"], "outer.init_rate: expected a positive number"),
         (["--outer.optimizer", "adamm"], "outer.optimizer: expected an optax optimizer"),
         (["--outer.validate-every", "0"], "outer.validate_every"),
+        (["--outer.checkpoint-every", "0"], "outer.checkpoint_every"),
         (["--evaluation.episodes", "1"], "evaluation.episodes: expected at least 2"),
         (["--grid.run", "--grid.learning-rates", "0"], "grid.learning_rates: expected positive"),
         (["--outer.optimizer", "lbfgs"], "outer.optimizer: expected an optax optimizer"),
@@ -118,10 +120,10 @@ def test_bad_settings_are_one_line_and_nothing_is_written(blobs_npz, tmp_path, c
 def test_damaged_runs(tmp_path, capsys):
     assert "expected a run folder" in refused(capsys, "evaluate", tmp_path)
     (tmp_path / "config.json").write_text('{"datas": 1}')
-    assert "unknown fields ['datas']" in refused(capsys, "evaluate", tmp_path)
+    assert "datas: no such setting; did you mean data?" in refused(capsys, "evaluate", tmp_path)
     (tmp_path / "config.json").write_text('{"seed": "x"}')
     assert "seed: expected int, got 'x'" in refused(capsys, "evaluate", tmp_path)
-    assert "expected an artifact folder" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
+    assert "expected a folder with metalr.json" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
 
 
 def test_data_commands(blobs_npz, capsys):
@@ -133,6 +135,37 @@ def test_data_commands(blobs_npz, capsys):
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mnist12k", "mine"]
     assert "another name" in refused(capsys, "data", "import", blobs_npz, "--name", "mnist12k")
     assert "found none" in refused(capsys, "data", "prepare", "mnist", "--idx", "nowhere")
+
+
+def test_resume_from_the_command_line(blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "whole")
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "cut")
+    capsys.readouterr()
+    (tmp_path / "cut" / "results.json").unlink()  # as if it had been killed just before the end
+    assert "outer.steps: expected 6 as in" in refused(
+        capsys, "train", "--resume", tmp_path / "cut", "--outer.steps", "9"
+    )
+    assert "is finished" in refused(capsys, "train", "--resume", tmp_path / "whole")
+    assert "expected a run folder" in refused(capsys, "train", "--resume", tmp_path / "none")
+    call("train", f"--resume={tmp_path / 'cut'}", "--evaluation.episodes", "12", "--json")
+    assert json.loads(capsys.readouterr().out)["config"]["evaluation"]["episodes"] == 12
+
+
+def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
+    for mistyped, meant in (("--outer.stepps", "--outer.steps"), ("--inner.algoritm", "--inner.algorithm")):
+        with pytest.raises(SystemExit) as caught:
+            call("train", mistyped, "3")
+        assert caught.value.code == 2
+        assert meant in capsys.readouterr().err
+    for mistyped, message in (
+        ({"outer": {"metabatch": 3}}, r"outer.metabatch: no such setting; did you mean outer.meta_batch\?"),
+        ({"tasks": {"way": True}}, "tasks.way: expected int, got True"),
+        ({"grid": {"steps": 3}}, "grid.steps: expected a list, got 3"),
+        ({"grid": {"steps": ["a"]}}, "grid.steps: expected int, got 'a'"),
+        ({"model": 3}, "model.: expected an object of settings, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.from_json(mistyped)
 
 
 def test_config_round_trip():

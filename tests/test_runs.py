@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from metalr import runs
+from metalr import checkpoints, progress, runs, seeds, train
 from metalr.config import EvaluationConfig, GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, StoppedError
+from metalr.setup import set_up
 
 
 @pytest.fixture
@@ -22,7 +30,7 @@ def small(blobs_npz):
 
 
 def run(config, **changes):
-    return runs.run(dataclasses.replace(config, **changes), name="x", reporter=runs.ConsoleReporter(quiet=True))
+    return runs.run(dataclasses.replace(config, **changes), name="x", reporter=progress.ConsoleReporter(quiet=True))
 
 
 def test_only_a_run_is_overwritten(small, tmp_path):
@@ -58,18 +66,215 @@ def test_all_rows_of_a_comparison_follow_one_policy(small, dropout):
 
 
 def test_seeds_are_checked_before_any_is_trained(small, tmp_path):
-    for seeds, message in (((), "seeds: expected"), ((1, 1), "seeds: expected"), ((0, -1), "seed: expected 0 <= seed")):
+    for given, message in (((), "seeds: expected"), ((1, 1), "seeds: expected"), ((0, -1), "seed: expected 0 <= seed")):
         with pytest.raises(ConfigError, match=message):
-            runs.run_seeds(dataclasses.replace(small, out=tmp_path / "s"), "x", seeds, tmp_path)
+            seeds.run_seeds(dataclasses.replace(small, out=tmp_path / "s"), "x", given, tmp_path)
     assert not (tmp_path / "s").exists()
 
 
 def test_seeds_are_averaged_and_their_choices_listed(small, tmp_path):
     config = dataclasses.replace(small, out=tmp_path / "s", grid=GridConfig(run=True, steps=(1,), batch_sizes=(5,)))
-    results = runs.run_seeds(config, "x", (0, 1), tmp_path)
+    results = seeds.run_seeds(config, "x", (0, 1), tmp_path)
     assert json.loads((tmp_path / "results" / "x.json").read_text())["seeds"] == [0, 1]
     assert (tmp_path / "artifacts" / "x" / "metalr.json").is_file()
     for row, *each in zip(results["comparison"], *(r["comparison"] for r in results["runs"]), strict=True):
         assert row["accuracy"] == pytest.approx(sum(r["accuracy"] for r in each) / 2, abs=1e-5)
         cells = [r["cell"] for r in each]
         assert row["cell"] == (cells[0] if cells[0] == cells[1] else cells)
+
+
+QUIET = progress.ConsoleReporter(quiet=True)
+
+
+class Interrupted(Exception):
+    """Stands for a kill: nothing catches it."""
+
+
+class KillAfter(progress.ConsoleReporter):
+    """A reporter that ends the run once so many outer steps are done."""
+
+    def __init__(self, steps):
+        super().__init__(quiet=True)
+        self.left = steps
+
+    def bar(self, text, total, done=0):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def bar():
+            def advance(count, note):
+                self.left -= count
+                if self.left <= 0:
+                    raise Interrupted
+
+            yield advance
+
+        return bar()
+
+
+def everything(folder):
+    """What must be the same bits: metrics, artifact, and the last checkpoint's tensors."""
+    last = max((folder / "checkpoints").iterdir())
+    files = folder / "metrics.jsonl", folder / "artifact" / "learner.safetensors", last / checkpoints.TENSORS
+    return [file.read_bytes() for file in files]
+
+
+@pytest.fixture
+def longer(small):
+    outer = OuterConfig(steps=12, meta_batch=2, validate_every=5, checkpoint_every=3)
+    return dataclasses.replace(small, outer=outer)
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 4, 5, 11])
+def test_a_killed_run_resumes_to_the_same_bits(longer, tmp_path, killed_after):
+    whole = run(longer, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        runs.run(dataclasses.replace(longer, out=tmp_path / "cut"), name="x", reporter=KillAfter(killed_after))
+    (tmp_path / "cut" / ".results.json.1.part").write_text("left half-written")
+    resumed = runs.resume(tmp_path / "cut", reporter=QUIET)
+    assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
+    assert resumed["curve"] == whole["curve"]
+    assert resumed["name"] == "x" or killed_after < 3
+    assert not list((tmp_path / "cut").glob(".*"))
+    with pytest.raises(ConfigError, match="this run is finished"):
+        runs.resume(tmp_path / "cut", reporter=QUIET)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_only(longer, tmp_path, capsys):
+    run(longer, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        runs.run(dataclasses.replace(longer, out=tmp_path / "cut"), name="x", reporter=KillAfter(10))
+    last = max((tmp_path / "cut" / "checkpoints").iterdir())
+    (last / checkpoints.TENSORS).write_bytes(b"")
+    runs.resume(tmp_path / "cut", reporter=progress.ConsoleReporter())
+    assert f"{last.name} is passed over" in capsys.readouterr().err
+    assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
+
+
+def test_resume_refuses_changes_that_matter_and_takes_the_others(longer, tmp_path):
+    with pytest.raises(Interrupted):
+        runs.run(dataclasses.replace(longer, out=tmp_path / "cut"), name="x", reporter=KillAfter(4))
+    stored = dataclasses.replace(longer, out=tmp_path / "cut")
+    for changed, field in (
+        (dataclasses.replace(stored, seed=3), "seed"),
+        (dataclasses.replace(stored, outer=dataclasses.replace(stored.outer, meta_batch=4)), "outer.meta_batch"),
+        (dataclasses.replace(stored, model=ModelConfig(widths=(8,))), "model.widths"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{field}: expected .* as in .*; leave it out"):
+            runs.resume(tmp_path / "cut", changed, reporter=QUIET)
+    more = dataclasses.replace(stored.evaluation, episodes=9, steps=7)
+    results = runs.resume(tmp_path / "cut", dataclasses.replace(stored, evaluation=more), reporter=QUIET)
+    assert len(results["curve"]) == 8
+    with pytest.raises(ConfigError, match="expected a run folder with config.json"):
+        runs.resume(tmp_path / "nowhere", reporter=QUIET)
+
+
+def test_a_wish_to_stop_is_heard_at_the_next_step(longer, tmp_path):
+    run(longer, out=tmp_path / "whole")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    setup, asked = set_up(longer), iter([False, False, True, True])
+    with pytest.raises(StoppedError, match=r"stopped after 1 of 12 outer steps, and saved; go on with: .*--resume"):
+        runs.meta_train(longer, setup, folder, QUIET, lambda: next(asked), name="x")
+    with pytest.raises(StoppedError, match="stopped after 1 of 12"):
+        runs.meta_train(longer, setup, folder, QUIET, lambda: True)
+    (folder / "config.json").write_text(json.dumps(longer.to_json()))
+    assert runs.resume(folder, reporter=QUIET)["name"] == "x"
+    assert everything(tmp_path / "whole") == everything(folder)
+
+
+def test_the_grid_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
+    grid = GridConfig(run=True, learning_rates=(0.1, 0.2, 0.3), steps=(1, 2), batch_sizes=(5,))
+    config = dataclasses.replace(small, grid=grid)
+    whole = run(config, out=tmp_path / "whole")
+    real = runs._kept_cells
+
+    def stopping(config, folder, asked):
+        known, keep = real(config, folder, asked)
+        left = iter(range(4))
+
+        def once(cells):
+            keep(cells)
+            if next(left) == 3:
+                raise Interrupted
+
+        return known, once
+
+    monkeypatch.setattr(runs, "_kept_cells", stopping)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            runs.resume(tmp_path / "cut", reporter=QUIET) if (tmp_path / "cut").exists() else run(
+                config, out=tmp_path / "cut"
+            )
+    with (tmp_path / "cut" / "grid.jsonl").open("a") as log:
+        log.write('{"init": "rando')  # a line that a kill cut off
+    monkeypatch.undo()
+    resumed = runs.resume(tmp_path / "cut", reporter=QUIET)
+    assert resumed["grid"]["cells"] == whole["grid"]["cells"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "grid.jsonl").read_text().splitlines() if line[-1] == "}"]
+    keys = [tuple(line[k] for k in ("init", "optimizer", "learning_rate", "batch_size", "steps")) for line in lines]
+    assert len(keys) == len(set(keys)) == len(whole["grid"]["cells"])
+
+
+def poisoned(setup, chance):
+    """The same setup with a training sampler that now and then gives an episode of NaNs."""
+    pool, sample = setup.samplers["train"]
+
+    def sampler(pool, key):
+        import jax
+
+        bad = jax.random.bernoulli(jax.random.fold_in(key, 9), chance)
+        episode = sample(pool, key)
+        return episode._replace(support_x=jnp.where(bad, jnp.nan, episode.support_x))
+
+    return setup._replace(samplers=setup.samplers | {"train": (pool, sampler)})
+
+
+def test_divergence_stops_with_step_task_and_rates_and_saves_the_last_finite_state(longer, tmp_path):
+    setup = poisoned(set_up(longer), 0.2)
+    message = r"outer step (\d+): loss nan.*\(tasks \[\d.*\] of 2; rates {.*\); lower outer.init_rate"
+    with pytest.raises(train.DivergedError, match=message) as caught:
+        runs.meta_train(longer, setup, tmp_path, QUIET)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in line] == list(range(caught.value.step))
+    state = caught.value.state
+    like = {"state": state, "best": train.learned(setup.spec, state.meta)}
+    tree, _ = checkpoints.load(tmp_path / "checkpoints", like, print)
+    assert int(tree["state"].step) == caught.value.step
+
+
+def test_skipping_leaves_out_the_update_and_logs_it(longer, tmp_path):
+    config = dataclasses.replace(longer, outer=dataclasses.replace(longer.outer, on_divergence="skip"))
+    setup = poisoned(set_up(config), 0.2)
+    init, rates, facts = runs.meta_train(config, setup, tmp_path, QUIET)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(12))
+    skipped = [line for line in steps if line.get("skipped")]
+    assert 0 < len(skipped) == facts["skipped_updates"] < 12
+    assert all(line["loss"] is None for line in skipped)
+    assert all(np.isfinite(v).all() for v in (*map(np.asarray, rates.values()), np.asarray(init["head"]["bias"])))
+    (tmp_path / "b").mkdir()
+    everything_bad = dataclasses.replace(config, outer=dataclasses.replace(config.outer, steps=60))
+    with pytest.raises(train.DivergedError, match="outer step 49"):
+        runs.meta_train(everything_bad, poisoned(set_up(everything_bad), 1.0), tmp_path / "b", QUIET)
+
+
+@pytest.mark.smoke
+def test_sigterm_saves_and_exits_with_75(longer, blobs_npz, tmp_path):
+    outer = ["--outer.steps", "100000", "--outer.meta-batch", "2", "--model.widths", "16", "--evaluation.episodes", "4"]
+    tasks = ["--data", str(blobs_npz), "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.query", "3"]
+    call = [sys.executable, "-m", "metalr.cli", "train", *tasks, *outer, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        metrics, began = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+        while not metrics.exists() and time.monotonic() - began < 120:
+            time.sleep(0.05)
+        second = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert f"in use by the run with pid {process.pid}" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert process.returncode == 75, errors
+    assert "go on with: metalr train --resume" in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert not (tmp_path / "run" / "lock").exists()

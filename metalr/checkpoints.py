@@ -1,0 +1,95 @@
+"""Checkpoints of a run: everything that the next outer step needs, so that a resumed run ends with the same bits.
+
+A checkpoint is a sealed folder `step_N` with state.safetensors and manifest.json. The newest KEEP stay; a damaged one
+is refused by name and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_tensors
+from safetensors.numpy import save as tensor_bytes
+
+from metalr import sealed
+from metalr.artifact import named_arrays
+from metalr.errors import ArtifactError, one_line
+
+FORMAT, KEEP = 1, 2
+TENSORS, MANIFEST = "state.safetensors", "manifest.json"
+MAX_BYTES = 1 << 34
+
+
+def save(folder: Path, step: int, tree: Any, facts: dict[str, Any]) -> Path:
+    """Write folder/step_N, then remove all but the newest KEEP. `facts` are plain JSON values.
+
+    Raises:
+      ArtifactError: a value of the tree is not finite; nothing is written. StorageError: the disk refuses.
+    """
+    arrays = named_arrays(tree, "state")
+    for name, value in arrays.items():
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            raise ArtifactError(f"{folder}: {name}: expected finite values at step {step}, so nothing is written")
+    path = folder / f"step_{step:09d}"
+    if not path.exists():
+        facts = {"format": FORMAT, "step": step, "facts": facts}
+        sealed.write(path, {TENSORS: tensor_bytes(arrays)}, MANIFEST, facts)
+    for old in _newest_first(folder)[KEEP:]:
+        with contextlib.suppress(OSError):  # the manifest first: what is left of it is no checkpoint
+            (old / MANIFEST).unlink()
+            shutil.rmtree(old)
+    return path
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_" + "[0-9]" * 9), reverse=True)
+
+
+def load(folder: Path, like: Any, report: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, as (tree of numpy arrays, facts); None if there is none at all.
+
+    Args:
+      like: a tree of arrays or ShapeDtypeStructs with the structure to fill.
+      report: called with a line for each damaged checkpoint that is passed over.
+
+    Raises ArtifactError: there are checkpoints, and none is whole.
+    """
+    refused: ArtifactError | None = None
+    for path in _newest_first(folder):
+        try:
+            return _load_one(path, like)
+        except ArtifactError as error:
+            refused = error
+            report(f"checkpoint {path.name} is passed over: {error}")
+    if refused is not None:
+        raise ArtifactError(f"{folder}: no checkpoint is whole; the last reason: {refused}")
+    return None
+
+
+def _load_one(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    facts = sealed.read_manifest(path, MANIFEST, FORMAT)
+    try:
+        tensors = parse_tensors(sealed.read_file(path, TENSORS, facts, MAX_BYTES))
+    except SafetensorError as error:
+        raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
+    wanted = named_shapes(like)
+    found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    if wanted != found:
+        wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        raise ArtifactError(f"{path / TENSORS}: {wrong[0]}: expected {wanted.get(wrong[0])}, got {found.get(wrong[0])}")
+    return jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in wanted]), facts["facts"]
+
+
+def named_shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each leaf under the name that `save` gives it, in the tree's order."""
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree)
+    leaves = jax.tree_util.tree_leaves_with_path(empty)
+    names = [f"state/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in leaves]
+    return {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)}

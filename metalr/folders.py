@@ -1,0 +1,198 @@
+"""Files that survive a crash: written whole or not at all; and one run at a time in a folder.
+
+Everything goes to a temporary name, is flushed to the disk, and only then takes its real name, so that a reader sees
+the old or the new, whatever happens in between. Imports no jax, so that a run that cannot start says so at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from metalr.errors import LockedError, StorageError, one_line
+
+LOCK = "lock"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def refuse(path: Path, error: OSError, needed: int | None = None) -> NoReturn:
+    """Raise StorageError for an OSError: the path, the reason, and for a full disk the bytes needed and free."""
+    text = f"{path}: cannot be written: {error.strerror or one_line(error)}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with contextlib.suppress(OSError):
+            place = next(p for p in (path, *path.parents) if p.exists())
+            wanted = "" if needed is None else f"needed {needed:,} bytes, "
+            text += f"; {wanted}{shutil.disk_usage(place).free:,} free; make room, or choose another folder"
+    raise StorageError(text) from error
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises StorageError; nothing is left behind then."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.unlink(missing_ok=True)
+            _write_flushed(part, content)
+            os.rename(part, path)
+            _flush_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        refuse(path, error, len(content))
+
+
+def write_folder(path: Path, files: dict[str, bytes]) -> None:
+    """Write a folder of files whole or not at all, in the order given (a manifest last); replaces one that exists.
+
+    Raises StorageError; nothing is left behind then, and a folder that was there stays.
+    """
+    part: Path | None = None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
+            for name, content in files.items():
+                _write_flushed(part / name, content)
+            part.chmod(0o755)
+            _flush_folder(part)
+            if path.exists():
+                old = part.with_name(f"{part.name}-old")
+                os.rename(path, old)
+                try:
+                    os.rename(part, path)
+                except BaseException:
+                    os.rename(old, path)
+                    raise
+                shutil.rmtree(old)
+            else:
+                os.rename(part, path)
+            _flush_folder(path.parent)
+        finally:
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        refuse(path, error, sum(map(len, files.values())))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed process left half-written in `folder`."""
+    return [*folder.glob(".*.part"), *folder.glob(".*-tmp-*")]
+
+
+def sweep(folder: Path) -> None:
+    """Remove the leftovers. Call it with the lock held."""
+    for leftover in leftovers(folder):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who holds the lock of `folder`: {"pid", "host", "boot_id"}; None if nobody does."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _facts(file.read())
+            facts = _facts(file.read())
+            elsewhere = facts.get("host", socket.gethostname()) != socket.gethostname()
+            return facts if elsewhere else None
+    except OSError:
+        return None
+
+
+def refuse_if_locked(folder: Path) -> None:
+    """Raises LockedError if another run holds `folder`; takes no lock."""
+    found = holder(folder)
+    if found is not None:
+        _raise_locked(folder, found)
+
+
+def _raise_locked(folder: Path, facts: dict[str, Any]) -> NoReturn:
+    host = facts.get("host", "an unknown host")
+    hint = "" if host == socket.gethostname() else f", or delete {folder / LOCK} if that run is gone"
+    raise LockedError(
+        f"out: {folder}: in use by the run with pid {facts.get('pid', '?')} on {host}; choose another folder, or wait "
+        f"for it{hint}"
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`. The kernel lets go of it when the process ends, however that happens.
+
+    The file says who holds it; what a killed run of this host left in it is taken over.
+
+    Raises LockedError if another run holds it; StorageError if the folder cannot be written.
+    """
+    while True:
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            refuse(folder / LOCK, error)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_ino == (folder / LOCK).stat().st_ino:
+                    break  # and not the file that an ending run has just removed
+        except BlockingIOError:
+            facts = _facts(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
+            _raise_locked(folder, facts)
+        os.close(descriptor)
+    try:
+        found = _facts(os.pread(descriptor, 4096, 0))
+        if found.get("host", socket.gethostname()) != socket.gethostname():
+            _raise_locked(folder, found)  # a network folder whose locks may not reach us
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot}
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+        except OSError as error:
+            refuse(folder / LOCK, error)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
