@@ -1,6 +1,6 @@
 """Several devices: two CPU devices beside one, and two processes beside one process with two devices.
 
-    python benchmarks/parallel.py [--repeats N] [--json]
+    python benchmarks/parallel.py [--workload NAME ...] [--repeats N] [--json]
 
 Each cell runs in a process of its own, because the number of devices is fixed when JAX starts. Rows: tasks a second of
 the second-order meta-gradient on two single-threaded CPU devices, on one, on one with XLA's threads (what JAX does
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def seconds(workload: str, layout: dict[str, str]) -> float:
     return float(subprocess.run(call, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def device_rows(repeats: int) -> list[dict[str, Any]]:
+def device_rows(workloads: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     rows = []
-    for workload in WORKLOADS:
+    for workload in workloads:
         times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
         for _ in range(repeats):
             for name, layout in LAYOUTS.items():
@@ -120,6 +121,7 @@ def processes_row(model: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=WORKLOADS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--child", choices=WORKLOADS, help=argparse.SUPPRESS)
@@ -127,7 +129,7 @@ def main() -> None:
     if options.child:
         child(options.child)
         return
-    rows = [processes_row(model) for model in ("mlp", "conv4")] + device_rows(options.repeats)
+    rows = [processes_row(model) for model in ("mlp", "conv4")] + device_rows(options.workload, options.repeats)
     print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
     from measure import save
 

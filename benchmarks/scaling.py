@@ -176,11 +176,12 @@ def compile_child(workload: str) -> None:
 def outer_section() -> list[Row]:
     """The outer loop as `metalr train` runs it, beside the same steps in one dispatch."""
     rows = []
-    for workload, model, steps in (
-        ("quickstart", config.ModelConfig(), 200),
-        ("conv4", config.ModelConfig(name="conv4", channels=32), 100),
+    small = config.TaskConfig(family="digits", way=3, shot=1)
+    for workload, model, tasks, steps in (
+        ("quickstart", config.ModelConfig(), config.QUICKSTART.tasks, 200),
+        ("conv4", config.ModelConfig(name="conv4", channels=32), small, 60),
     ):
-        settings = dataclasses.replace(config.QUICKSTART, model=model, grid=config.GridConfig(), seed=0)
+        settings = dataclasses.replace(config.QUICKSTART, model=model, tasks=tasks, grid=config.GridConfig())
         settings = dataclasses.replace(
             settings, outer=dataclasses.replace(settings.outer, steps=steps, validate_every=steps)
         )

@@ -28,7 +28,7 @@ MAX_BYTES = 1 << 34
 
 
 def save(folder: Path, step: int, tree: Any, facts: dict[str, Any]) -> Path:
-    """Write folder/step_N, then remove all but the newest KEEP. `facts` are plain JSON values.
+    """Write step_N into a folder that exists, then remove all but the newest KEEP. `facts`: plain JSON values.
 
     Raises:
       ArtifactError: a value of the tree is not finite; nothing is written. StorageError: the disk refuses.

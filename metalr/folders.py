@@ -74,12 +74,13 @@ def write_file(path: Path, content: bytes) -> None:
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Write a folder of files whole or not at all, in the order given (a manifest last); replaces one that exists.
 
+    The folder that it goes into must exist: if it vanished during a run, nobody wants it back with one file in it.
+
     Raises StorageError; nothing is left behind then, and a folder that was there stays.
     """
     part: Path | None = None
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
             for name, content in files.items():
                 _write_flushed(part / name, content)

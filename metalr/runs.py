@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -16,8 +17,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +96,8 @@ def resume(folder: Path, config: TrainConfig | None = None, *, reporter: Reporte
 
 def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
-    reporter.line(describe(config, setup))
     with preemption.watch() as asked:
+        reporter.line(describe(config, setup))
         init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
         artifact.save(folder / "artifact", learner, overwrite=True)
@@ -205,7 +207,7 @@ def meta_train(
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
         "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
     }  # fmt: skip
-    store = folder / "checkpoints"
+    store = _checkpoint_folder(folder)
     found = checkpoints.load(store, {"state": state, "best": best}, reporter.line)
     if found is not None:
         tree, facts = found
@@ -266,6 +268,15 @@ def meta_train(
     return init, rates, _training_facts(config, facts)
 
 
+def _checkpoint_folder(folder: Path) -> Path:
+    store = folder / "checkpoints"
+    try:
+        store.mkdir(exist_ok=True)
+    except OSError as error:
+        folders.refuse(store, error)
+    return store
+
+
 def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
     warm = float(np.median(facts["warm"]))
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
@@ -299,27 +310,28 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     return f" ({blame}; rates {json.dumps(rates)})"
 
 
-def _open_log(folder: Path, size: int) -> BinaryIO:
+def _open_log(folder: Path, size: int) -> RawIOBase:
     """metrics.jsonl for appending, cut back to `size` bytes."""
     try:
-        log = (folder / "metrics.jsonl").open("ab")
+        log = (folder / "metrics.jsonl").open("ab", buffering=0)  # what a full disk refuses is known at once
         log.truncate(min(size, log.tell()))
         return log
     except OSError as error:
         folders.refuse(folder / "metrics.jsonl", error)
 
 
-def _write_line(log: BinaryIO, folder: Path, line: dict[str, Any]) -> None:
+def _write_line(log: RawIOBase, folder: Path, line: dict[str, Any]) -> None:
     try:
-        log.write(json.dumps(line).encode() + b"\n")
+        content = json.dumps(line).encode() + b"\n"
+        if log.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         folders.refuse(folder / "metrics.jsonl", error)
 
 
-def _flush(log: BinaryIO, folder: Path) -> int:
+def _flush(log: RawIOBase, folder: Path) -> int:
     """Bring the log to the disk; its size."""
     try:
-        log.flush()
         os.fsync(log.fileno())
         return log.tell()
     except OSError as error:

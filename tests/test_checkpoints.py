@@ -63,8 +63,10 @@ def test_every_flip_and_every_cut_is_refused(tmp_path):
 def test_non_finite_values_are_never_written(tmp_path):
     tree = TREE | {"best": [jnp.float32(jnp.nan)]}
     with pytest.raises(ArtifactError, match=r"state/best/0: expected finite values at step 3, so nothing is written"):
-        checkpoints.save(tmp_path / "c", 3, tree, {})
-    assert not (tmp_path / "c").exists()
+        checkpoints.save(tmp_path, 3, tree, {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StorageError, match="cannot be written: No such file"):
+        save(tmp_path / "vanished", 3)
 
 
 def test_another_structure_is_refused_by_the_first_name(tmp_path):

@@ -1,0 +1,226 @@
+"""Faults of runs in processes of their own: kills, signals, races. See faults.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fault_children import CONFIG
+from fault_trials import SEED, Row, count, expect
+
+from metalr import checkpoints, cli
+
+CHILD = Path(__file__).with_name("fault_children.py")
+
+
+def child(kind: str, *args: Any, **env: str) -> subprocess.Popen:
+    """A fresh process that runs one of fault_children.py's functions."""
+    call = [sys.executable, str(CHILD), kind, *map(str, args)]
+    log = subprocess.DEVNULL if not os.environ.get("FAULTS_DEBUG") else None
+    return subprocess.Popen(
+        call,
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_NUM_CPU_DEVICES": "1"} | env,
+    )
+
+
+def finish(process: subprocess.Popen, expected: tuple[int, ...] = (0,)) -> int:
+    code = process.wait(timeout=300)
+    expect(code in expected, f"exit code {code}")
+    return code
+
+
+def everything(folder: Path) -> list[bytes]:
+    """What must be the same bits: metrics, learned init and rates, the last checkpoint (with the optimizer's state)."""
+    last = max((folder / "checkpoints").glob("step_*"))
+    files = folder / "metrics.jsonl", folder / "artifact" / "learner.safetensors", last / checkpoints.TENSORS
+    return [file.read_bytes() for file in files]
+
+
+class Reference:
+    """One uninterrupted run, and how long it took: what all interrupted ones are compared with."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        finish(child("run", root / "warm-up"))  # fills the compilation cache
+        began = time.perf_counter()
+        finish(child("run", root / "reference"))
+        self.seconds = time.perf_counter() - began
+        self.files = everything(root / "reference")
+        self.trajectory = [json.loads(line) for line in (root / "reference" / "metrics.jsonl").read_text().splitlines()]
+
+    def same(self, folder: Path) -> None:
+        """Raise unless `folder` ended as the reference did."""
+        names = ("metrics", "artifact", "checkpoint")
+        wrong = [n for n, a, b in zip(names, self.files, everything(folder), strict=True) if a != b]
+        expect(not wrong, f"other bits: {wrong}")
+        expect((folder / "results.json").exists() and not list(folder.glob(".*")), "no results, or leftovers")
+        shutil.rmtree(folder)
+
+
+def sigkill(reference: Reference, n: int) -> Row:
+    rng = random.Random(SEED)
+    moments = [rng.uniform(0.3, reference.seconds) for _ in range(n)]
+
+    def trial(i: int, moment: float) -> None:
+        folder = reference.root / f"kill{i}"
+        process = child("run", folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        process.kill()
+        process.wait()
+        if not (folder / "results.json").exists():
+            finish(child("resume" if (folder / "config.json").exists() else "run", folder))
+        reference.same(folder)
+
+    trials = [lambda i=i, m=m: trial(i, m) for i, m in enumerate(moments)]
+    return count("SIGKILL at a random moment of a run, then resume", trials, 2, run_seconds=round(reference.seconds, 2))
+
+
+def resume_at_every_step(reference: Reference, n: int) -> Row:
+    steps = range(1, CONFIG.outer.steps, max(1, (CONFIG.outer.steps - 1) // n))
+
+    def trial(step: int) -> None:
+        folder = reference.root / f"step{step}"
+        finish(child("stop_after", folder, step), (cli.EXIT_STOPPED,))
+        finish(child("resume", folder))
+        reference.same(folder)
+
+    return count("stopped after every outer step, resumed in a fresh process", [lambda s=s: trial(s) for s in steps], 2)
+
+
+def sigterm(reference: Reference, n: int) -> Row:
+    """At random moments from the start of set-up to the end; SIGTERM and SIGINT in turn."""
+    rng = random.Random(SEED + 1)
+    saved = []
+
+    def trial(i: int) -> None:
+        folder = reference.root / f"term{i}"
+        process = child("run", folder)
+        while not (folder / "config.json").exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(0.05 + rng.random() * max(0.2, reference.seconds - 1.5))  # past the lines that install handlers
+        process.send_signal((signal.SIGTERM, signal.SIGINT)[i % 2])
+        code = finish(process, (0, cli.EXIT_STOPPED))
+        if code == cli.EXIT_STOPPED:
+            saved.append(i)
+            expect(bool(list((folder / "checkpoints").glob("step_*"))), "nothing saved")
+            finish(child("resume", folder))
+        reference.same(folder)
+
+    row = count(
+        "SIGTERM or SIGINT at a random moment, compiling and saving too", [lambda i=i: trial(i) for i in range(n)], 2
+    )
+    return row | {"stopped_and_resumed": len(saved)}
+
+
+def kill_at_every_call(root: Path) -> list[Row]:
+    """One checkpoint written over the one before, killed before and after its k-th call into the disk."""
+    probe = root / "probe"
+    finish(child("save_killed", probe, "none", 0))
+    calls = json.loads((probe / "calls.json").read_text())
+
+    def trial(kind: str, k: int, when: str) -> None:
+        folder = root / f"save-{when}-{kind}-{k}"
+        finish(child("save_killed", folder, f"{when}-{kind}", k), (-signal.SIGKILL,))
+        found = checkpoints.load(folder / "checkpoints", {"w": np.zeros(1000, np.float32)}, lambda line: None)
+        expect(found is not None, "no checkpoint")
+        assert found is not None
+        value = float(found[0]["w"][0])
+        expect(value in (1.0, 2.0) and bool((found[0]["w"] == value).all()), f"neither old nor new: {value}")
+        shutil.rmtree(folder)
+
+    def peer(kind: str, k: int, when: str) -> None:
+        folder = root / f"peer-{when}-{kind}-{k}"
+        finish(child("npz_killed", folder, f"{when}-{kind}", k), (-signal.SIGKILL, 0))
+        value = float(np.load(folder / "state.npz")["w"].mean())
+        expect(value in (1.0, 2.0), f"neither old nor new: {value}")
+
+    places = [(kind, k, when) for kind, n in calls.items() for k in range(1, n + 1) for when in ("before", "after")]
+    row = count(
+        "SIGKILL before and after every open, write, fsync, rename of one save",
+        [lambda p=p: trial(*p) for p in places],
+        2,
+        calls=calls,
+    )
+    moments = [("write", k, when) for k in range(1, 4) for when in ("before", "after")]
+    beside = count("", [lambda p=p: peer(*p) for p in moments], 2)
+    return [
+        row
+        | {
+            "peer": "numpy.savez over the old file, killed at its writes",
+            "peer_n": len(moments),
+            "peer_failures": beside["failures"],
+        }
+    ]
+
+
+def many_on_one_folder(root: Path, n: int) -> list[Row]:
+    rows = []
+    for runners in (2, 5, 10):
+        slowest = [0.0]
+
+        def trial(i: int, runners: int = runners, slowest: list[float] = slowest) -> None:
+            folder = root / f"race{runners}-{i}"
+            go = root / f"go{runners}-{i}"
+            processes = [child("race", folder, go, root / f"time{runners}-{i}-{j}") for j in range(runners)]
+            while sum((root / f"time{runners}-{i}-{j}.ready").exists() for j in range(runners)) < runners:
+                time.sleep(0.01)
+            go.touch()
+            codes = sorted(process.wait(timeout=300) for process in processes)
+            expect(codes == [0] + [cli.EXIT_ERROR] * (runners - 1), f"exit codes {codes}")
+            times = [float((root / f"time{runners}-{i}-{j}").read_text()) for j in range(runners)]
+            slowest[0] = max(slowest[0], *sorted(times)[:-1])
+            expect((folder / "results.json").exists(), "the winner did not finish")
+
+        row = count(
+            f"{runners} runs started at once on one folder: one winner, the others refused by name",
+            [lambda i=i: trial(i) for i in range(n)],
+        )
+        rows.append(row | {"slowest_refusal_seconds": round(slowest[0], 2)})
+    return rows
+
+
+def killed_search(reference: Reference, n: int) -> Row:
+    """Studies of 12 cells for each of 2 inits, killed three times each while cells are being written."""
+    rng = random.Random(SEED + 2)
+    cells = [0]
+
+    def trial(i: int) -> None:
+        folder = reference.root / f"search{i}"
+        log = folder / "grid.jsonl"
+        for goal in sorted(rng.sample(range(2, 23, 2), 3)):
+            process = child("search" if not (folder / "config.json").exists() else "resume", folder)
+            while process.poll() is None and (not log.exists() or len(log.read_bytes().splitlines()) < goal):
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+        if not (folder / "results.json").exists():
+            finish(child("resume", folder))
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        keys = [tuple(line[k] for k in ("init", "optimizer", "learning_rate", "batch_size", "steps")) for line in lines]
+        expect(len(keys) == len(set(keys)) == 24, f"{len(keys)} cells, {len(set(keys))} different")
+        shown = json.loads((folder / "results.json").read_text())["grid"]["cells"]
+        if not expected:
+            expected.extend(shown)
+        expect(shown == expected, "other results")
+        cells[0] += len(set(keys))
+
+    expected: list[Any] = []
+    row = count(
+        "search killed 3 times per study of 24 cells (12 for each init), then resumed",
+        [lambda i=i: trial(i) for i in range(n)],
+        2,
+    )
+    return row | {"cells": cells[0], "cells_expected": 24 * n}
