@@ -94,9 +94,9 @@ def task_mesh(tasks: int, *, all_processes: bool = False) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A pytree of arrays on every device of a mesh that spans processes; as it is otherwise."""
+    """A pytree of arrays on every device of a mesh, of other processes too; costs nothing if it is there already."""
     if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
-        return tree
+        return tree if mesh.size == 1 else jax.device_put(tree, NamedSharding(mesh, P()))
 
     def put(leaf: jax.Array) -> jax.Array:
         if not leaf.is_fully_addressable:  # there already

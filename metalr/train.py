@@ -181,9 +181,16 @@ def make_chunk(
         return jax.lax.fori_loop(0, count, body, (state, blank))
 
     compiled = jax.jit(chunk, donate_argnums=0)
-    if jax.process_count() == 1:
+    if mesh.size == 1:
         return compiled
-    return lambda state, pool, key, count: compiled(*devices.replicate((state, pool, key), mesh), count)
+
+    def placed(state: TrainState, pool: Pool, key: jax.Array, count: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The first state comes from one device and the next ones from all: placed alike, one program serves both."""
+        if jax.process_count() > 1:
+            pool, key = devices.replicate((pool, key), mesh)
+        return compiled(devices.replicate(state, mesh), pool, key, count)
+
+    return placed
 
 
 def task_keys(key: jax.Array, step: int | jax.Array, meta_batch: int) -> jax.Array:

@@ -137,7 +137,13 @@ pool, sample = tasks.make_sampler(tasks.make_splits(data.bundled(), "permuted").
 optimizer = train.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
 chunk = train.make_chunk(model, spec, outer.ALGORITHMS["meta_sgd_layer"], optimizer, sample, meta_batch=4)
 state = train.start(model, spec, optimizer, jax.random.key(0))
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+chunk(train.start(model, spec, optimizer, jax.random.key(0)), pool, jax.random.key(0), 0)
+first = sum("backend_compile" in name for name in compiled)
 state, metrics = chunk(state, pool, jax.random.key(0), 5)
+state, _ = chunk(state, pool, jax.random.key(0), 0)
+assert 0 < first == sum("backend_compile" in name for name in compiled), compiled
 print(jax.local_device_count(), *metrics["loss"][:5].tolist())
 """
 
