@@ -223,16 +223,9 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
     contents[CARD] = _card(learner, facts).encode()
-    _make_parent(path)
+    folders.make(path.parent, parents=True)
     sealed.write(path, contents, FACTS, facts)
     return path
-
-
-def _make_parent(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        folders.refuse(path, error)
 
 
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
@@ -309,5 +302,5 @@ def write_params(path: Path, params: Params) -> None:
     Raises StorageError if it cannot be written.
     """
     tensors = {name.partition("/")[2]: value for name, value in named_arrays(params, "params").items()}
-    _make_parent(path)
+    folders.make(path.parent, parents=True)
     folders.write_file(path, tensor_bytes(tensors))

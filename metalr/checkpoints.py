@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
+from metalr import rates as rates_lib
 from metalr import sealed
 from metalr.artifact import named_arrays
 from metalr.errors import ArtifactError, one_line
@@ -79,17 +80,12 @@ def _load_one(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         tensors = parse_tensors(sealed.read_file(path, TENSORS, facts, MAX_BYTES))
     except SafetensorError as error:
         raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
-    wanted = named_shapes(like)
+    wanted = {
+        f"state/{rates_lib.path_name(path)}": (leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    }
     found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
     if wanted != found:
         wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         raise ArtifactError(f"{path / TENSORS}: {wrong[0]}: expected {wanted.get(wrong[0])}, got {found.get(wrong[0])}")
     return jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in wanted]), facts["facts"]
-
-
-def named_shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of each leaf under the name that `save` gives it, in the tree's order."""
-    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree)
-    leaves = jax.tree_util.tree_leaves_with_path(empty)
-    names = [f"state/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in leaves]
-    return {name: (leaf.shape, leaf.dtype) for name, (_, leaf) in zip(names, leaves, strict=True)}

@@ -35,6 +35,14 @@ def refuse(path: Path, error: OSError, needed: int | None = None) -> NoReturn:
     raise StorageError(text) from error
 
 
+def make(path: Path, *, parents: bool = False) -> None:
+    """Make a folder, or find it there. Raises StorageError."""
+    try:
+        path.mkdir(parents=parents, exist_ok=True)
+    except OSError as error:
+        refuse(path, error)
+
+
 def _write_flushed(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:

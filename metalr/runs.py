@@ -137,19 +137,21 @@ def _kept_cells(
 ) -> tuple[list[search.Cell], Callable[[list[search.Cell]], None]]:
     """Cells of the grid that an earlier process finished, and what keeps those of this one."""
     file, tasks = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
-    known = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    content, known = file.read_bytes() if file.is_file() else b"", []
+    torn = b"" if content.endswith(b"\n") or not content else b"\n"  # ends a line that a kill cut off
+    for line in content.splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut off
             facts = json.loads(line)
             if facts.pop("tasks_of") == tasks:
                 known.append(search.Cell(**facts | {"tasks": np.array(facts["tasks"])}))
 
     def keep(cells: list[search.Cell]) -> None:
+        nonlocal torn
         lines = [json.dumps(c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks}) for c in cells]
         try:
-            whole = not file.exists() or file.read_bytes().endswith(b"\n")
             with file.open("ab") as log:
-                log.write(("" if whole else "\n").encode() + "\n".join([*lines, ""]).encode())
+                log.write(torn + "\n".join([*lines, ""]).encode())
+                torn = b""
                 log.flush()
                 os.fsync(log.fileno())
         except OSError as error:
@@ -207,7 +209,8 @@ def meta_train(
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
         "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
     }  # fmt: skip
-    store = _checkpoint_folder(folder)
+    store = folder / "checkpoints"
+    folders.make(store)
     found = checkpoints.load(store, {"state": state, "best": best}, reporter.line)
     if found is not None:
         tree, facts = found
@@ -266,15 +269,6 @@ def meta_train(
             raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps")
     init, rates = best
     return init, rates, _training_facts(config, facts)
-
-
-def _checkpoint_folder(folder: Path) -> Path:
-    store = folder / "checkpoints"
-    try:
-        store.mkdir(exist_ok=True)
-    except OSError as error:
-        folders.refuse(store, error)
-    return store
 
 
 def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
