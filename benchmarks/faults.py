@@ -227,7 +227,7 @@ def overhead(repeats: int) -> Row:
     """The share of time that the checks take: the step as it is, beside one whose results nobody checks."""
     parts = setup.set_up(dataclasses.replace(config.QUICKSTART, grid=config.GridConfig()))
     pool, sample = parts.samplers["train"]
-    chunk = train.make_chunk(parts.model, parts.spec, parts.algorithm, parts.optimizer, sample, 16)
+    chunk = train.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, 16)
 
     @jax.jit
     def unchecked(state: Any, pool: Any, key: jax.Array, steps: int) -> Any:

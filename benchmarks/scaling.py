@@ -58,11 +58,12 @@ def cost(
     """One meta-gradient of second-order per-layer Meta-SGD: seconds, seconds to compile, memory."""
     model = MODELS[workload](way, **settings)
     spec = rates.RatesSpec("layer", steps=steps, initial=0.01)
+    method = outer.Method(derivative="remat" if remat else "reverse")
     meta = outer.initial(model, spec, jax.random.key(0))
     mesh = devices.task_mesh(tasks)
     args = devices.place_tasks((random_episodes(tasks, way, shot), jax.random.split(jax.random.key(1), tasks)), mesh)
     gradient = jax.jit(
-        devices.split_tasks(lambda *a: outer.meta_gradient(model, spec, *a, remat=remat), mesh, replicated=1, mean=True)
+        devices.split_tasks(lambda *a: outer.meta_gradient(model, spec, *a, method), mesh, replicated=1, mean=True)
     )
     began = time.perf_counter()
     compiled = gradient.lower(meta, *args).compile()
@@ -188,7 +189,7 @@ def outer_section() -> list[Row]:
         parts = setup.set_up(settings)
         pool, sample = parts.samplers["train"]
         one = train.make_chunk(
-            parts.model, parts.spec, parts.algorithm, parts.optimizer, sample, settings.outer.meta_batch
+            parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch
         )
         alone, looped = [], []
         for repeat in range(4):

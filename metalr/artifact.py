@@ -23,14 +23,14 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
 import metalr
-from metalr import data, devices, factored, folders, inner, models, sealed
+from metalr import data, descent, devices, factored, folders, inner, models, sealed
 from metalr import rates as rates_lib
 from metalr.errors import ArtifactError, ConfigError, DataError, one_line
 from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
-FORMAT = 1
+FORMAT = 2  # 2: hyperparameters beside rates, schedules; 1 is read too
 TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
 MAX_BYTES = {TENSORS: 1 << 32, FACTS: sealed.MANIFEST_BYTES, CARD: 1 << 24}
 
@@ -43,7 +43,7 @@ class Learner:
       model: the network.
       spec: the static choices about the rates.
       init: the learned initialization, the model's params pytree.
-      rates: the learned learning rates (actual, not logarithms), group name -> array.
+      rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.rates.
       facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
     """
 
@@ -63,7 +63,8 @@ class Learner:
             present in every task.
           steps: inner steps; default: as many as were trained.
 
-        Dropout, if the model has it, is active in every step as it was in training, with a fixed key.
+        A schedule with knots is stretched over the steps. Minibatches, if training had them, and dropout, if the
+        model has it, are drawn in every step as they were in training, with a fixed key.
 
         Returns:
           Params as in `init` (with a leading axis [tasks] for many tasks).
@@ -90,12 +91,19 @@ class Learner:
             raise DataError(f"x: expected images for {jnp.shape(leaf)[0]} tasks, as params are, got {images.shape[0]}")
         return self._apply(params, images)
 
-    def as_optax(self) -> optax.GradientTransformation:
-        """Gradient descent with the learned rates, for any training loop over params named as `init`.
+    def as_optax(self, steps: int | None = None) -> optax.GradientTransformation:
+        """Gradient descent with the learned hyperparameters, for any training loop over params named as `init`.
 
-        Beyond the trained steps it goes on by spec.extend ("error" cannot be raised in a compiled loop: it holds).
+        Give params to its update(grads, state, params). What is not part of an update stays with your loop:
+        minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
+
+        Args:
+          steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
+
+        Beyond the trained steps, per-step rates go on by spec.extend ("error" cannot be raised in a compiled loop: it
+        holds).
         """
-        return rates_lib.optimizer(self.spec, self.rates)
+        return descent.optimizer(self.spec, self.rates, steps)
 
     @functools.cached_property
     def _adapt(self) -> Callable[..., Params]:
@@ -110,8 +118,10 @@ class Learner:
                 def one(task: tuple[jax.Array, jax.Array]) -> Params:
                     if fast:
                         return factored.adapt(init, rates, spec, *task, steps)
-                    optimizer, key = rates_lib.optimizer(spec, rates), jax.random.key(0)
-                    return inner.adapt(apply, init, *task, optimizer, steps, key=key, dropout=model.dropout)[0]
+                    return inner.adapt(
+                        apply, init, *task, descent.optimizer(spec, rates, steps), steps, key=jax.random.key(0),
+                        batch_size=spec.minibatch(y.shape[-1]), dropout=rates_lib.dropout(spec, rates, model.dropout),
+                    )[0]  # fmt: skip
 
                 return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
@@ -228,6 +238,33 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     return path
 
 
+def describe(learner: Learner) -> dict[str, Any]:
+    """What was learned, as plain JSON values: for `metalr show` and the model card.
+
+    Keys: model, rule, steps, rates and starts (name -> mean, or a list over time; and where training began),
+    rates_health, adapts (rate's name -> whether any of it is alive), fixed (tensors without a rate), facts.
+    """
+    spec, rates = learner.spec, learner.rates
+    begun = rates_lib.actual(spec, rates_lib.initial_raw(spec, learner.init))
+    starts = {name: float(np.ravel(value)[0]) for name, value in rates_lib.summary(spec, begun).items()}
+    health = rates_lib.health(spec, rates)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(learner.init)]
+    time = f"{spec.knots} knots over any number of steps" if spec.knots else "per step" if spec.per_step else "constant"
+    parts = [f"one rate a {spec.granularity}" if spec.granularity != "shared" else "one shared rate", time, spec.base]
+    parts += [f"minibatches of {spec.batch_size}"] * (spec.batch_size is not None)
+    return {
+        "model": learner.model.name,
+        "rule": ", ".join([*parts, "positive" if spec.positive else "signed"] + ["predicted"] * spec.predicted),
+        "steps": spec.steps,
+        "rates": rates_lib.summary(spec, rates),
+        "starts": starts,
+        "rates_health": health,
+        "adapts": {name: shares["dead"] < 1 for name, shares in health.items()},
+        "fixed": [rates_lib.path_name(path) for path in paths if rates_lib.group_of(spec, path) is None],
+        "facts": learner.facts,
+    }
+
+
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
     rows = "\n".join(f"| {g} | {v} |" for g, v in rates_lib.summary(learner.spec, learner.rates).items())
     norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
@@ -262,6 +299,8 @@ def load(path: Path | str, model: Model | None = None) -> Learner:
         spec = RatesSpec(**facts["rates"])
         expected = jax.eval_shape(model.init, jax.random.key(0))
         raw = jax.eval_shape(functools.partial(rates_lib.initial_raw, spec), expected)
+        if spec.dropout is not None and not model.learned_dropout:
+            raise ArtifactError(f"{path / FACTS}: expected no dropout rate for the model {info['name']!r}")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path / FACTS}: does not describe a learner: {one_line(error)}") from error
     if (list(model.input_shape), model.way) != (list(info["input_shape"]), info["way"]):

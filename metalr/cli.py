@@ -1,4 +1,4 @@
-"""The command line: `metalr quickstart | train | evaluate | adapt | data`. Imports jax only to run a command."""
+"""The command line: `metalr quickstart | train | evaluate | adapt | show | data`. Imports jax only to run a command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
         return
     train = _guard(lambda: _train_command(given)) if given[:1] == ["train"] else _train_command([])
-    commands = {"quickstart": quickstart, "train": train, "evaluate": evaluate, "adapt": adapt, "data": data}
+    commands = {"quickstart": quickstart, "train": train, "evaluate": evaluate, "adapt": adapt, "show": show}
+    commands["data"] = data
     about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
     _guard(lambda: _dispatch(commands, "metalr", about, given))
 
@@ -146,7 +147,7 @@ def evaluate(
     learner = artifact.load(run / "artifact")
     if learner.facts.get("split_sha256") != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
-    curve, seconds = compare.held_out(learner, setup, asked.episodes, asked.steps, asked.seed)
+    curve, seconds = compare.held_out(learner, setup, asked.episodes, config.curve_steps, asked.seed)
     results = {
         "run": str(run),
         "episodes": asked.episodes,
@@ -211,6 +212,21 @@ def adapt(
         print(f"accuracy    {result['accuracy']:.4f} after {result['steps']} steps")
     if out is not None:
         print(f"params      {out}")
+
+
+def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:
+    """Show what was learned: rates and other hyperparameters over steps, negative and dead ones, what does not adapt.
+
+    Args:
+      artifact: an artifact folder, or a run folder with one.
+      json_: print JSON.
+    """
+    from metalr import artifact as artifacts
+    from metalr import report
+
+    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
+    facts = {"artifact": str(folder), **artifacts.describe(artifacts.load(folder))}
+    print(json.dumps(facts, indent=1) if json_ else report.learned_text(facts))
 
 
 def data_list(json_: Json = False) -> None:

@@ -15,10 +15,14 @@ from metalr.types import Curve
 
 
 def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int) -> tuple[Curve, float]:
-    """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation."""
+    """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation.
+
+    Where rates alone were learned, every task starts from a random init of its own.
+    """
     began = time.perf_counter()
     pool, sample = setup.samplers["test"]
-    evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps)
+    random_init = setup.phases.fresh_init
+    evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps, random_init=random_init)
     curve = evaluator(pool, learner.init, learner.rates, evaluate.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
 
@@ -26,8 +30,8 @@ def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int,
 def curve_rows(curve: Curve) -> list[dict[str, float]]:
     """A curve as JSON rows: steps, accuracy, ci95."""
     return [
-        {"steps": i, "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
-        for i, (m, c) in enumerate(zip(curve.mean, curve.ci95, strict=True))
+        {"steps": int(n), "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
+        for n, m, c in zip(curve.steps, curve.mean, curve.ci95, strict=True)
     ]
 
 
@@ -53,12 +57,16 @@ def compare(
     pool, sample = setup.samplers["test"]
     keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     cells, costs = {}, {}
-    for origin, init in (("random", None), ("learned", learner.init)):
+    origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})
+    for origin, init in origins.items():
         report(f"grid search from the {origin} init, {len(keys)} tasks")
         cells[origin], costs[origin] = search.run_grid(
             grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=keep
         )
-    reference = curve.tasks[:, min(steps, curve.tasks.shape[1] - 1)]
+    taken = [int(n) for n in curve.steps]
+    reference = curve.tasks[:, taken.index(steps)]
+    per_step = min(config.inner.batch_size or support, support)
+    start = "random" if setup.phases.fresh_init else "learned"
     rows: list[dict[str, Any]] = []
 
     def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: search.Cell | None = None) -> None:
@@ -78,18 +86,14 @@ def compare(
             }
         )
 
-    add("learned init + learned rates", steps, reference, steps * support)
-    if curve.tasks.shape[1] - 1 > steps:
-        longest = curve.tasks.shape[1] - 1
-        add("learned init + learned rates", longest, curve.tasks[:, longest], longest * support)
-    random_rates = evaluate.make_baseline(setup.model, sample, lambda _: learner.as_optax(), [steps], random_init=True)
-    add(
-        "random init + learned rates",
-        steps,
-        random_rates(pool, learner.init, 0.0, keys).tasks[:, 0],
-        steps * support,
-    )
-    for origin in ("random", "learned"):
+    add(f"{start} init + learned rates", steps, reference, steps * per_step)
+    if taken[-1] > steps:
+        add(f"{start} init + learned rates", taken[-1], curve.tasks[:, -1], taken[-1] * per_step)
+    if start == "learned":
+        random = evaluate.make_evaluator(setup.model, learner.spec, sample, steps, random_init=True, at=[steps])
+        found = random(pool, learner.init, learner.rates, keys).tasks[:, 0]
+        add("random init + learned rates", steps, found, steps * per_step)
+    for origin in origins:
         same = search.best(cells[origin], steps)
         cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
         add(f"{origin} init + grid, best cell at {steps} steps", steps, same.tasks, cost, same)

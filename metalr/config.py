@@ -62,30 +62,56 @@ class ModelConfig:
 class InnerConfig:
     """The inner loop. `algorithm` is a row of choices; the settings that are None come from it."""
 
-    algorithm: Literal["maml", "fomaml", "reptile", "anil", "boil", "meta_sgd", "meta_sgd_layer", "lslr"] = (
-        "meta_sgd_layer"
-    )
+    algorithm: Literal[
+        "maml", "fomaml", "reptile", "imaml", "anil", "boil", "meta_sgd", "meta_sgd_layer", "lslr", "maml_pp", "alfa"
+    ] = "meta_sgd_layer"
     """Row of the algorithm table."""
     steps: int = 5
     """Inner steps that are trained."""
     rate: float = 0.1
     """Learning rate that meta-training starts from."""
-    granularity: Literal["shared", "layer", "tensor", "parameter"] | None = None
+    granularity: Literal["shared", "layer", "tensor", "channel", "parameter"] | None = None
     """What shares one learning rate."""
     per_step: bool | None = None
     """A rate of its own for every step."""
+    knots: int = 0
+    """A schedule of that many learned rates, stretched over any number of steps; 0: none."""
     learned: bool | None = None
-    """Learn the rates."""
+    """Learn the rates (and momentum, decay and so on)."""
     first_order: bool | None = None
     """Leave second derivatives out of the meta-gradient."""
     adapts: Literal["all", "head", "body"] | None = None
     """Which layers adapt."""
     signed: bool = False
     """Let rates turn negative, as Meta-SGD's paper does; otherwise their logarithm is learned."""
+    lowest: float | None = None
+    """Smallest rate, by projection; 0 with signed lets rates be exactly zero: a learned mask of what adapts."""
+    highest: float | None = None
+    """Largest rate, by projection."""
     extend: Literal["hold", "mean", "error"] = "hold"
     """Per-step rates beyond the trained steps."""
-    remat: bool = False
-    """Recompute inner steps in the backward pass: less memory, more time."""
+    base: Literal["sgd", "adam"] = "sgd"
+    """What rates scale: the gradient, or Adam's direction."""
+    momentum: float | None = None
+    """Start of a learned momentum a layer."""
+    decay: float | None = None
+    """Start of a learned weight decay a layer, a share of the weight in each step."""
+    clip: float | None = None
+    """Start of a learned largest gradient norm a layer."""
+    dropout: float | None = None
+    """Start of a learned dropout rate (mlp, as Gaussian noise)."""
+    proximal: float | None = None
+    """Start of a learned pull towards the init (imaml: fixed)."""
+    predicted: bool | None = None
+    """Predict rates and decay of each step from the task's gradients and weights."""
+    batch_size: int | None = None
+    """Minibatch of the support set in each step; None: all of it."""
+    derivative: Literal["auto", "reverse", "remat", "truncated", "forward"] = "auto"
+    """How the meta-gradient goes through the inner steps; auto picks by memory, see docs/long.md."""
+    last: int = 10
+    """truncated: how many steps, the last ones, are differentiated."""
+    solver_steps: int = 5
+    """imaml: steps of conjugate gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +122,12 @@ class OuterConfig:
     """Outer steps."""
     meta_batch: int = 16
     """Tasks an outer step."""
+    learns: Literal["both", "init", "rates"] = "both"
+    """What is learned; rates: every outer step draws a new random init, so that the rates stand alone."""
+    multi_step: float | None = None
+    """Share of the outer steps over which the losses after all inner steps count; None: the algorithm's."""
+    first_order_share: float | None = None
+    """Share of the outer steps, at the start, that are first order; None: the algorithm's."""
     init_rate: float = 1e-3
     """Outer learning rate of the init."""
     rates_rate: float = 1e-2
@@ -122,8 +154,8 @@ class EvaluationConfig:
     """Fixed meta-test tasks, the same for every method."""
     validation_episodes: int = 200
     """Fixed meta-validation tasks, for choosing among checkpoints."""
-    steps: int = 10
-    """Length of the adaptation curve, beyond the trained steps too."""
+    steps: int | None = None
+    """Length of the adaptation curve, beyond the trained steps too; None: 10, or more if more are trained."""
     seed: int = 0
     """Seed of those tasks."""
 
@@ -162,6 +194,11 @@ class TrainConfig:
     """Run folder; default runs/NAME, numbered if taken."""
     overwrite: bool = False
     """Replace a run folder that exists."""
+
+    @property
+    def curve_steps(self) -> int:
+        """Length of the adaptation curve."""
+        return max(10, self.inner.steps) if self.evaluation.steps is None else self.evaluation.steps
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

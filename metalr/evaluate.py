@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from metalr import devices, factored, inner
+from metalr import descent, devices, factored, inner
 from metalr import rates as rates_lib
 from metalr.errors import ConfigError
 from metalr.models import Apply, Model
@@ -32,10 +32,22 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
 
-def curve_of(tasks: Any) -> Curve:
-    """Mean and 95 % half-width over tasks. tasks: [tasks, steps + 1] accuracies, 0..1."""
+def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
+    """Mean and 95 % half-width over tasks.
+
+    tasks: [tasks, points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
+    """
     tasks = np.asarray(tasks, np.float64)
-    return Curve(tasks.mean(0), Z95 * tasks.std(0, ddof=1) / np.sqrt(len(tasks)), tasks)
+    at = np.arange(tasks.shape[1]) if steps is None else np.asarray(steps)
+    return Curve(at, tasks.mean(0), Z95 * tasks.std(0, ddof=1) / np.sqrt(len(tasks)), tasks)
+
+
+def points(steps: int, trained: int) -> list[int]:
+    """Where a curve of `steps` steps is looked at: everywhere up to 20, else at 0, 1, 2, 5, 10, 20, 50 … and both."""
+    if steps <= 20:
+        return list(range(steps + 1))
+    round_ones = [base * 10**power for power in range(7) for base in (1, 2, 5)]
+    return sorted({0, *(n for n in (*round_ones, trained) if n < steps), steps})
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -44,19 +56,52 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(Z95 * difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
-def make_evaluator(model: Model, spec: RatesSpec, sample: Sampler, steps: int) -> Evaluator:
+def make_evaluator(
+    model: Model,
+    spec: RatesSpec,
+    sample: Sampler,
+    steps: int,
+    *,
+    random_init: bool = False,
+    of_steps: int | None = None,
+    at: Sequence[int] | None = None,
+) -> Evaluator:
     """A compiled `evaluate(pool, init, rates, keys) -> Curve` for actual learned rates, to `steps` inner steps.
 
-    One compilation serves every call with the same number of keys. Raises ConfigError where spec.extend forbids
-    so many steps.
+    One compilation serves every call with the same number of keys.
+
+    Args:
+      random_init: ignore `init` and draw a new one for every task.
+      of_steps: over how many steps a schedule with knots is spread; default: the trained ones.
+      at: after which numbers of steps the curve has a point, ascending; default: as `points` says.
+
+    Raises ConfigError where spec.extend forbids so many steps.
     """
     rates_lib.check_steps(spec, steps)
+    at = points(steps, spec.steps) if at is None else list(at)
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
-        optimizer = rates_lib.optimizer(spec, rates)
-        return inner.adaptation_curve(apply, init, episode, optimizer, steps, key=key, dropout=model.dropout)
+        return inner.adaptation_curve(
+            apply,
+            init,
+            episode,
+            descent.optimizer(spec, rates, of_steps),
+            steps,
+            observe_at=at,
+            batch_size=spec.minibatch(episode.support_y.shape[0]),
+            key=key,
+            dropout=rates_lib.dropout(spec, rates, model.dropout),
+        )
 
-    return _compiled(model, spec, sample, plain, steps)
+    def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
+        data = episode.support_x, episode.support_y, episode.query_x
+        logits = factored.query_logits(init, rates, spec, *data, steps, every_step=True, of_steps=of_steps)
+        return jax.vmap(inner.accuracy, (0, None))(logits[np.asarray(at)], episode.query_y)
+
+    def fits(support: int) -> bool:
+        return factored.pays(model, spec, support, steps)
+
+    return _compiled(model, sample, plain, at, random_init, fast, fits)
 
 
 def make_baseline(
@@ -75,45 +120,52 @@ def make_baseline(
     """
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
-        init_key, step_key = jax.random.split(key)
-        start = model.init(init_key) if random_init else init
         return inner.adaptation_curve(
             apply,
-            start,
+            init,
             episode,
             optimizer(learning_rate),
             max(at),
             observe_at=at,
             batch_size=batch_size,
-            key=step_key,
+            key=key,
             dropout=model.dropout,
         )
 
-    return _compiled(model, None, sample, plain, max(at))
+    return _compiled(model, sample, plain, at, random_init)
 
 
 def _compiled(
-    model: Model, spec: RatesSpec | None, sample: Sampler, plain: Callable[..., jax.Array], steps: int
+    model: Model,
+    sample: Sampler,
+    plain: Callable[..., jax.Array],
+    at: Sequence[int],
+    random_init: bool,
+    fast: Callable[..., jax.Array] | None = None,
+    fits: Callable[[int], bool] = lambda support: False,
 ) -> Evaluator:
+    """plain(apply, episode, key, init, rates), or fast(episode, init, rates) where it fits the support set's size."""
+
     def curves(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> jax.Array:
-        episodes = jax.eval_shape(sample, pool, keys[0])
-        if spec is not None and factored.pays(model, spec, episodes.support_y.shape[0], steps):
+        def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
+            init_key, step_key = jax.random.split(jax.random.fold_in(key, 1))
+            return sample(pool, key), step_key, model.init(init_key) if random_init else init
 
-            def fast(key: jax.Array) -> jax.Array:
-                e = sample(pool, key)
-                logits = factored.query_logits(
-                    init, rates, spec, e.support_x, e.support_y, e.query_x, steps, every_step=True
-                )
-                return jax.vmap(inner.accuracy, (0, None))(logits, e.query_y)
-
-            return devices.map_tasks(fast, keys, min(32, len(keys)))
+        def in_fast_form(key: jax.Array) -> jax.Array:
+            episode, _, start = parts(key)
+            assert fast is not None
+            return fast(episode, start, rates)
 
         def by_tasks(apply: Apply, group: int, keys: jax.Array) -> jax.Array:
             def one(key: jax.Array) -> jax.Array:
-                return plain(apply, sample(pool, key), jax.random.fold_in(key, 1), init, rates)
+                episode, step_key, start = parts(key)
+                return plain(apply, episode, step_key, start, rates)
 
             return devices.map_tasks(one, keys, group)
 
+        episodes = jax.eval_shape(sample, pool, keys[0])
+        if fits(episodes.support_y.shape[0]):
+            return devices.map_tasks(in_fast_form, keys, min(32, len(keys)))
         return devices.by_platform(model, by_tasks, keys)
 
     compiled: dict[int, Callable[..., jax.Array]] = {}
@@ -122,6 +174,6 @@ def _compiled(
         if len(keys) not in compiled:
             mesh = devices.task_mesh(len(keys))
             compiled[len(keys)] = jax.jit(devices.split_tasks(curves, mesh, replicated=3, mean=False))
-        return curve_of(compiled[len(keys)](pool, init, rates, keys))
+        return curve_of(compiled[len(keys)](pool, init, rates, keys), at)
 
     return evaluate

@@ -5,7 +5,7 @@ activations that entered the layer in step j and B_j the rate times the errors t
 `x @ W0 - (x @ A^T) @ B`: W0 is shared by all tasks, whose rows go through one large matrix product, and the first
 layer, whose A is the support set itself in every step, multiplies by W0 once for all steps.
 
-`inner.adapt` with `rates.optimizer` is the plain form of the same computation and the oracle of its tests.
+`inner.adapt` with `descent.optimizer` is the plain form of the same computation and the oracle of its tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
     return (
         model.relu_stack
         and not model.dropout
-        and spec.granularity != "parameter"
+        and spec.only_rates
+        and spec.granularity not in ("channel", "parameter")
         and support <= first // 2
         and steps <= 16
     )
@@ -51,6 +52,7 @@ def query_logits(
     *,
     first_order: bool = False,
     every_step: bool = False,
+    of_steps: int | None = None,
 ) -> jax.Array:
     """Logits on the query set after adapting to the support set.
 
@@ -62,11 +64,12 @@ def query_logits(
       steps: static number of inner steps.
       first_order: as in `inner.adapt`.
       every_step: also give the logits before each step.
+      of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
 
     Returns:
       [query, way], or [steps + 1, query, way] if every_step.
     """
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps)
     query_x = query_x.reshape(query_x.shape[0], -1)
     on_query = stack.products(query_x)  # each set apart, because joining them would copy every image
     layers = stack.start()
@@ -81,8 +84,11 @@ def query_logits(
 def adapt(
     params: Params, rates: Rates, spec: RatesSpec, support_x: jax.Array, support_y: jax.Array, steps: int
 ) -> Params:
-    """Params after `steps` steps on the support set; the first kernel is built once, at the end. Arguments as above."""
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, False)
+    """Params after `steps` steps on the support set; the first kernel is built once, at the end. Arguments as above.
+
+    A schedule with knots is spread over these steps.
+    """
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps)
     first, rest = stack.start()
     layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
     for step in range(steps):
@@ -105,10 +111,12 @@ class _Stack:
         support_y: jax.Array,
         steps: int,
         first_order: bool,
+        of_steps: int | None,
     ) -> None:
         body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
         self.names = [*body, "head"]
         self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
+        self.of_steps = of_steps
         self.x = support_x.reshape(support_x.shape[0], -1)
         self.targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
         self.on_support = self.products(self.x)
@@ -133,7 +141,7 @@ class _Stack:
     def step(self, layers: _Layers, index: int) -> _Layers:
         """The layers after one more inner step."""
         first, rest = layers[0], list(layers[1])
-        now = rates_lib.at_step(self.spec, self.rates, index)
+        now = rates_lib.at_step(self.spec, self.rates, index, self.of_steps)
         logits, inputs = self.forward(layers, self.on_support)
         error = (jax.nn.softmax(logits) - self.targets) / len(self.x)
         for i in reversed(range(len(rest))):

@@ -1,7 +1,7 @@
 """The inner loop: fine-tune params on one task's support set, by any optax transformation.
 
-Learned rates and the optimizers of the search baselines go through this same code. All functions are pure and
-work under jit, vmap and grad; `factored` has the form for ReLU stacks that never builds the adapted kernels.
+Learned hyperparameters and the optimizers of the search baselines go through this same code. All functions are pure
+and work under jit, vmap and grad; `factored` has the form for ReLU stacks that never builds the adapted kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metalr.errors import ConfigError
@@ -19,6 +18,8 @@ from metalr.models import Apply
 from metalr.types import Episode, Params
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Carry = tuple[Params, Any]  # params and the optimizer's state
+Step = Callable[[Carry, "int | jax.Array"], Carry]  # (carry, number of the step) -> carry
 UNROLLED_STEPS = 8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
 
 
@@ -32,6 +33,63 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
 
 
+def make_step(
+    apply: Apply,
+    support_x: jax.Array,
+    support_y: jax.Array,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    *,
+    loss: Loss = cross_entropy,
+    batch_size: int | None = None,
+    key: jax.Array | None = None,
+    dropout: bool | jax.Array = False,
+    first_order: bool = False,
+) -> Step:
+    """One inner step, `step((params, state), number) -> (params, state)`, for numbers 0 … steps - 1. As in `adapt`."""
+    support = support_y.shape[0]
+    if batch_size is not None and not 1 <= batch_size <= support:
+        raise ConfigError(f"batch_size: expected 1..{support} (the support set's size), got {batch_size}")
+    if key is None and (dropout is not False or batch_size is not None):
+        raise ConfigError("key: expected a jax.random.key, because of dropout or minibatches; got None")
+    keys: Any = (None, None) if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+    batch_key, drop_key = keys
+    if batch_size is not None:
+        batches = support // batch_size
+        epochs = jnp.arange(max(1, -(-steps // batches)))  # all orders at once: a sort in every step costs more
+        orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(batch_key, epoch), support))(epochs)
+
+    def step(carry: Carry, number: int | jax.Array) -> Carry:
+        now, state = carry
+        x, y = support_x, support_y
+        if batch_size is not None:
+            start = number // batches, number % batches * batch_size
+            rows = jax.lax.dynamic_slice(orders, start, (1, batch_size))[0]
+            x, y = x[rows], y[rows]
+        drop: dict[str, Any] = {}
+        if dropout is not False:
+            drop["key"] = jax.random.fold_in(drop_key, number)
+        if not isinstance(dropout, bool):
+            drop["dropout"] = dropout
+        grads = jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
+        if first_order:
+            grads = jax.lax.stop_gradient(grads)
+        updates, state = optimizer.update(grads, state, now)
+        return optax.apply_updates(now, updates), state
+
+    return step
+
+
+def take(step: Step, carry: Carry, first: int, last: int, *, remat: bool = False) -> Carry:
+    """Steps number first … last - 1. remat: recompute each in the backward pass instead of keeping its activations."""
+    step = jax.checkpoint(step) if remat else step
+    if last - first > UNROLLED_STEPS:
+        return jax.lax.scan(lambda c, number: (step(c, number), None), carry, jnp.arange(first, last))[0]
+    for number in range(first, last):
+        carry = step(carry, number)
+    return carry
+
+
 def adapt(
     apply: Apply,
     params: Params,
@@ -40,14 +98,10 @@ def adapt(
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
-    loss: Loss = cross_entropy,
     observe: Callable[[Params], Any] | None = None,
     observe_at: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    key: jax.Array | None = None,
-    dropout: bool = False,
-    first_order: bool = False,
     remat: bool = False,
+    **options: Any,
 ) -> tuple[Params, Any]:
     """Take `steps` optimizer steps on the support set.
 
@@ -56,17 +110,17 @@ def adapt(
       params: where to start, a pytree of float arrays.
       support_x: [support, height, width, channels] float32.
       support_y: [support] int32.
-      optimizer: `rates.optimizer(...)`, or any optax transformation.
+      optimizer: `descent.optimizer(...)`, or any optax transformation.
       steps: static number of steps.
-      loss: (outputs of `apply`, labels) -> [] float.
       observe: called with the params after some steps; its results are stacked. Default: nothing.
       observe_at: after which numbers of steps, ascending. Default: 0, 1, …, steps.
+      remat: recompute each step in the backward pass: memory for one step's activations instead of all steps'.
+      loss: (outputs of `apply`, labels) -> [] float.
       batch_size: size of a minibatch; epochs are reshuffled, an incomplete last batch is left out. Default: all.
       key: for minibatches and dropout; needed by either.
-      dropout: give `apply` a key of its own in every step.
+      dropout: True gives `apply` a key of its own in every step; a rate ([] float) also gives it dropout=rate.
       first_order: treat the inner gradients as constants in the meta-gradient; the rates that scale them still
         learn (Finn et al. 2017, section 5.2).
-      remat: recompute each step in the backward pass: memory for one step's activations instead of all steps'.
 
     Returns:
       (params after the last step, observations with a leading axis as long as observe_at, or None).
@@ -74,61 +128,28 @@ def adapt(
     Raises:
       ConfigError: a batch size outside 1..support, or no key where one is needed.
     """
-    support = support_y.shape[0]
-    if batch_size is not None and not 1 <= batch_size <= support:
-        raise ConfigError(f"batch_size: expected 1..{support} (the support set's size), got {batch_size}")
-    if key is None and (dropout or batch_size is not None):
-        raise ConfigError("key: expected a jax.random.key, because of dropout or minibatches; got None")
-
-    keys = None if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))  # minibatches, dropout
-    wanted = np.arange(steps + 1) if observe_at is None else np.asarray(observe_at)
-
-    def step(carry: tuple[Params, Any], index: int | jax.Array) -> tuple[Params, Any]:
-        now, state = carry
-        x, y = support_x, support_y
-        if batch_size is not None and keys is not None:
-            epoch, batch = index // (support // batch_size), index % (support // batch_size)
-            order = jax.random.permutation(jax.random.fold_in(keys[0], epoch), support)
-            rows = jax.lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
-            x, y = x[rows], y[rows]
-        drop = {"key": jax.random.fold_in(keys[1], index)} if dropout and keys is not None else {}
-        grads = jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
-        if first_order:
-            grads = jax.lax.stop_gradient(grads)
-        updates, state = optimizer.update(grads, state, now)
-        return optax.apply_updates(now, updates), state
-
-    def look(carry: tuple[Params, Any], taken: int | jax.Array) -> Any:
-        """The observation after `taken` steps; zeros where none is wanted."""
-        if observe is None:
-            return None
-        if not isinstance(taken, jax.Array):
-            return observe(carry[0]) if taken in wanted else None
-        blank = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(observe, carry[0]))
-        if len(wanted) == steps + 1:
-            return observe(carry[0])
-        return jax.lax.cond((taken == wanted).any(), lambda: observe(carry[0]), lambda: blank)
-
-    if remat:
-        step = jax.checkpoint(step)
+    step = make_step(apply, support_x, support_y, optimizer, steps, **options)
     carry = (params, optimizer.init(params))
-    seen = [look(carry, 0)]
-    if steps <= UNROLLED_STEPS:
-        for index in range(steps):
-            carry = step(carry, index)
-            seen.append(look(carry, index + 1))
-        kept = [seen[i] for i in wanted]
-        return carry[0], jax.tree.map(lambda *v: jnp.stack(v), *kept) if observe else None
-
-    def body(carry: tuple[Params, Any], index: jax.Array) -> tuple[tuple[Params, Any], Any]:
-        carry = step(carry, index)
-        return carry, look(carry, index + 1)
-
-    carry, rest = jax.lax.scan(body, carry, jnp.arange(steps))
     if observe is None:
-        return carry[0], None
-    start = seen[0] if seen[0] is not None else jax.tree.map(lambda v: jnp.zeros_like(v[0]), rest)
-    return carry[0], jax.tree.map(lambda first, v: jnp.concatenate([first[None], v])[wanted], start, rest)
+        return take(step, carry, 0, steps, remat=remat)[0], None
+    stops = list(range(steps + 1)) if observe_at is None else [int(at) for at in observe_at]
+    dense = len(stops) == steps + 1
+    if dense and steps > UNROLLED_STEPS:
+        one = jax.checkpoint(step) if remat else step
+
+        def body(carry: Carry, number: jax.Array) -> tuple[Carry, Any]:
+            carry = one(carry, number)
+            return carry, observe(carry[0])
+
+        first = observe(params)
+        carry, rest = jax.lax.scan(body, carry, jnp.arange(steps))
+        return carry[0], jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+    seen, done = [], 0
+    for stop in stops:
+        carry, done = take(step, carry, done, stop, remat=remat), stop
+        seen.append(observe(carry[0]))
+    carry = take(step, carry, done, steps, remat=remat)
+    return carry[0], jax.tree.map(lambda *v: jnp.stack(v), *seen)
 
 
 def adaptation_curve(

@@ -43,6 +43,7 @@ class Model:
       relu_stack: True if the model is exactly Dense-ReLU-…-Dense on flattened images, with params
         {"dense_0": {"kernel", "bias"}, …, "head": {…}}; the factored inner loop may be used then.
       dropout: True if `apply` uses its key; the inner loop then gives one to every step.
+      learned_dropout: True if `apply` also takes dropout=rate ([] float), as a learned dropout rate needs.
       transductive: True if predictions for one image depend on the other images given with it.
     """
 
@@ -56,6 +57,7 @@ class Model:
     cpu_apply: Apply | None = None
     relu_stack: bool = False
     dropout: bool = False
+    learned_dropout: bool = False
     transductive: bool = False
 
 
@@ -66,11 +68,15 @@ class _Mlp(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, dropout: jax.Array | None = None) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):
             x = nn.relu(nn.Dense(width, dtype=_compute(self.dtype), name=f"dense_{i}")(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            if dropout is None:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            else:  # Gaussian noise of dropout's variance: its rate has a derivative
+                deviation = jnp.sqrt(dropout / (1 - dropout)).astype(x.dtype)
+                x = x * (1 + deviation * jax.random.normal(self.make_rng("dropout"), x.shape, x.dtype))
         return _logits(nn.Dense(self.way, dtype=_compute(self.dtype), name="head")(x), self.dtype)
 
 
@@ -170,10 +176,13 @@ def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax
 def _linen_apply(module: nn.Module) -> Apply:
     call: Any = module.apply
 
-    def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def apply(
+        params: Params, x: jax.Array, key: jax.Array | None = None, dropout: jax.Array | None = None
+    ) -> jax.Array:
         if key is None:
             return call({"params": params}, x)
-        return call({"params": params}, x, train=True, rngs={"dropout": key})
+        rate = {} if dropout is None else {"dropout": dropout}
+        return call({"params": params}, x, train=True, rngs={"dropout": key}, **rate)
 
     return apply
 
@@ -208,6 +217,7 @@ def mlp(
         settings=settings,
         relu_stack=dtype == "float32",
         dropout=dropout > 0,
+        learned_dropout=True,
     )
 
 

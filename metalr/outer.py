@@ -1,66 +1,67 @@
-"""Meta-gradients: how the init and the rates should change so that adapted params do better on the query set.
-
-An algorithm is a row of ALGORITHMS, a choice for each question; there are no subclasses.
-"""
+"""Meta-gradients: how the init and the rates should change so that adapted params do better on the query set."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from metalr import devices, factored, inner
+from metalr import devices, directions, factored, inner
 from metalr import rates as rates_lib
 from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
+DERIVATIVES = ("reverse", "remat", "truncated", "forward")
+AT_ONCE_STEPS = 16  # up to here "auto" keeps every step's activations
+AT_ONCE_BYTES = 1 << 28  # what "auto" lets the params of all steps take, with remat
+FORWARD_NUMBERS = 32  # learned numbers up to which "auto" prefers forward mode to truncation
 
-class Algorithm(NamedTuple):
-    """One row of choices.
+
+class Method(NamedTuple):
+    """How a meta-gradient is taken: static choices.
 
     Attributes:
-      granularity, per_step, adapts: as in RatesSpec.
-      learned: whether the outer loop changes the rates.
-      first_order: whether the meta-gradient treats inner gradients as constants.
-      meta_gradient: "query" (of the query loss after adaptation) or "reptile" (towards the adapted params).
-      source: paper and place.
+      meta_gradient, first_order: as in Algorithm.
+      derivative: through the inner steps: "reverse" keeps the activations of every step; "remat" only the params and
+        computes a step again; "truncated" does so for the `last` steps alone; "forward" carries derivatives along
+        (exact for the rates, first order for the init), with memory that does not grow with steps.
+      last: steps that "truncated" differentiates.
+      solver_steps: of conjugate gradient, for meta_gradient "implicit".
     """
 
-    granularity: str
-    per_step: bool
-    learned: bool
-    first_order: bool
-    adapts: str
-    meta_gradient: str
-    source: str
+    meta_gradient: str = "query"
+    first_order: bool = False
+    derivative: str = "reverse"
+    last: int = 10
+    solver_steps: int = 5
 
 
-ALGORITHMS = {
-    "maml": Algorithm("shared", False, False, False, "all", "query", "Finn et al. 2017, algorithm 2"),
-    "fomaml": Algorithm("shared", False, False, True, "all", "query", "Finn et al. 2017, section 5.2"),
-    "reptile": Algorithm("shared", False, False, True, "all", "reptile", "Nichol et al. 2018, algorithm 2"),
-    "anil": Algorithm("shared", False, False, False, "head", "query", "Raghu et al. 2020, section 4"),
-    "boil": Algorithm("shared", False, False, False, "body", "query", "Oh et al. 2021, section 3"),
-    "meta_sgd": Algorithm("parameter", False, True, False, "all", "query", "Li et al. 2017, algorithm 1"),
-    "meta_sgd_layer": Algorithm("layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"),
-    "lslr": Algorithm("tensor", True, True, False, "all", "query", "Antoniou et al. 2019, section 4"),
-}
+def choose_derivative(spec: RatesSpec, model: Model) -> str:
+    """The derivative that "auto" stands for: the fastest whose memory stays bounded, see docs/long.md."""
+    init = jax.eval_shape(model.init, jax.random.key(0))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(init))
+    if spec.steps <= AT_ONCE_STEPS:
+        return "reverse"
+    if spec.steps * size <= AT_ONCE_BYTES:
+        return "remat"
+    numbers = sum(leaf.size for leaf in initial_shapes(model, spec).rates.values())
+    return "forward" if numbers <= FORWARD_NUMBERS else "truncated"
 
 
-def algorithm_row(name: str) -> Algorithm:
-    """The row of that name. Raises ConfigError for an unknown one."""
-    if name not in ALGORITHMS:
-        raise ConfigError(f"inner.algorithm: expected one of {tuple(ALGORITHMS)}, got {name!r}")
-    return ALGORITHMS[name]
+def initial_shapes(model: Model, spec: RatesSpec) -> MetaParams:
+    """Shapes and dtypes of `initial`, which costs nothing. Raises ConfigError as it does."""
+    return jax.eval_shape(lambda: initial(model, spec, jax.random.key(0)))
 
 
 def initial(model: Model, spec: RatesSpec, key: jax.Array) -> MetaParams:
-    """Meta-parameters to start from: a random init of the model, and all rates at spec.initial."""
+    """Meta-parameters to start from: a random init of the model, and all hyperparameters at the spec's values."""
     if spec.head != model.head:
         raise ConfigError(f"rates.head: expected the model's head {model.head!r}, got {spec.head!r}")
+    if spec.dropout is not None and not model.learned_dropout:
+        raise ConfigError(f"inner.dropout: expected None with the model {model.name!r}, which takes no dropout rate")
     init = model.init(key)
     return MetaParams(init, rates_lib.initial_raw(spec, init))
 
@@ -70,29 +71,33 @@ def query_logits(
     spec: RatesSpec,
     meta: MetaParams,
     episode: Episode,
+    method: Method = Method(),  # noqa: B008 - a tuple
     *,
     loss: inner.Loss = inner.cross_entropy,
-    first_order: bool = False,
     dropout: bool = False,
-    remat: bool = False,
+    every_step: bool = False,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [query, way] of one episode after spec.steps steps from meta.init: the plain form."""
-    optimizer = rates_lib.optimizer(spec, rates_lib.actual(spec, meta.rates))
-    fast, _ = inner.adapt(
-        apply,
-        meta.init,
-        episode.support_x,
-        episode.support_y,
-        optimizer,
-        spec.steps,
-        loss=loss,
-        first_order=first_order,
-        dropout=dropout,
-        remat=remat,
-        key=key,
-    )
-    return apply(fast, episode.query_x)
+    """Logits [query, way] of one episode after spec.steps steps from meta.init: the plain form.
+
+    every_step: [steps + 1, query, way], before each step and after the last.
+    """
+    remat = method.derivative in ("remat", "truncated")
+    if not every_step:
+        last = method.last if method.derivative == "truncated" else None
+        options = {"loss": loss, "first_order": method.first_order}
+        fast = directions.adapted(apply, spec, meta, episode, key, dropout=dropout, remat=remat, last=last, **options)
+        return apply(fast, episode.query_x)
+    rates = rates_lib.actual(spec, meta.rates)
+    step, start = directions.step_of(
+        apply, spec, rates, episode, key, loss=loss, first_order=method.first_order,
+        dropout=rates_lib.dropout(spec, rates, dropout),
+    )  # fmt: skip
+    carry, seen = (meta.init, start(meta.init)), [apply(meta.init, episode.query_x)]
+    for number in range(spec.steps):
+        carry = inner.take(step, carry, number, number + 1, remat=remat)
+        seen.append(apply(carry[0], episode.query_x))
+    return jnp.stack(seen)
 
 
 def meta_gradient(
@@ -101,23 +106,22 @@ def meta_gradient(
     meta: MetaParams,
     episodes: Episode,
     keys: jax.Array,
+    method: Method = Method(),  # noqa: B008 - a tuple
     *,
     loss: inner.Loss = inner.cross_entropy,
-    first_order: bool = False,
-    meta_gradient: str = "query",
-    remat: bool = False,
+    step_weights: jax.Array | None = None,
     plain: bool = False,
 ) -> tuple[MetaParams, dict[str, jax.Array]]:
     """The mean meta-gradient over a batch of episodes.
 
     Args:
-      model, spec: static choices.
+      model, spec, method: static choices.
       meta: init and raw rates.
       episodes: with a leading axis [tasks].
-      keys: [tasks] keys, for dropout in the inner loop (active if the model has any).
+      keys: [tasks] keys, for minibatches and dropout in the inner loop (active if the model has any).
       loss: of support and query set alike.
-      first_order, meta_gradient: as in Algorithm.
-      remat: recompute inner steps in the backward pass instead of keeping them.
+      step_weights: [steps] float: the loss is the sum of these times the query losses after 1, 2, … steps, instead of
+        that after the last one (Antoniou et al. 2019, section 4).
       plain: never use the factored form (it gives the same gradients; tests compare).
 
     Returns:
@@ -125,58 +129,45 @@ def meta_gradient(
     """
     dropout = model.dropout
     support = episodes.support_y.shape[1]
-    fast = meta_gradient == "query" and loss is inner.cross_entropy and not plain
+    name = method.meta_gradient if method.meta_gradient != "query" else method.derivative
+    fast = name in ("reverse", "remat") and loss is inner.cross_entropy and not plain
     fast = fast and factored.pays(model, spec, support, spec.steps)
 
-    def one(apply: Apply, meta: MetaParams, episode: Episode, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(apply: Apply, meta: MetaParams, episode: Episode, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        every = step_weights is not None
         if fast:
             rates = rates_lib.actual(spec, meta.rates)
             data = episode.support_x, episode.support_y, episode.query_x
-            logits = factored.query_logits(meta.init, rates, spec, *data, spec.steps, first_order=first_order)
+            logits = factored.query_logits(
+                meta.init, rates, spec, *data, spec.steps, first_order=method.first_order, every_step=every
+            )
         else:
             logits = query_logits(
-                apply, spec, meta, episode, loss=loss, first_order=first_order, dropout=dropout, remat=remat, key=key
+                apply, spec, meta, episode, method, loss=loss, dropout=dropout, every_step=every, key=key
             )
-        return loss(logits, episode.query_y), inner.accuracy(logits, episode.query_y)
+        final = logits[-1] if every else logits
+        value = loss(final, episode.query_y)
+        metrics = {"loss": value, "accuracy": inner.accuracy(final, episode.query_y)}
+        if step_weights is not None:
+            value = step_weights @ jax.vmap(lambda each: loss(each, episode.query_y))(logits[1:])
+        return value, metrics
 
     def mean_of_group(apply: Apply, tasks: tuple[Episode, jax.Array]) -> tuple[MetaParams, dict[str, jax.Array]]:
-        if meta_gradient == "reptile":
-            each = jax.vmap(lambda task: reptile(apply, spec, meta, *task, loss=loss, dropout=dropout))(tasks)
+        if name in directions.DIRECTIONS:
+            options: Any = {"solver_steps": method.solver_steps} if name == "implicit" else {}
+            direction = directions.DIRECTIONS[name]
+            each = devices.vmap_group(
+                lambda task: direction(apply, spec, meta, *task, loss=loss, dropout=dropout, **options), tasks
+            )
             return jax.tree.map(lambda v: v.mean(0), each)
 
-        def mean_loss(meta: MetaParams) -> tuple[jax.Array, jax.Array]:
-            losses, accuracies = devices.vmap_group(lambda task: one(apply, meta, *task), tasks)
-            return losses.mean(), accuracies.mean()
+        def mean_loss(meta: MetaParams) -> tuple[jax.Array, dict[str, jax.Array]]:
+            losses, metrics = devices.vmap_group(lambda task: one(apply, meta, *task), tasks)
+            return losses.mean(), jax.tree.map(lambda v: v.mean(), metrics)
 
-        (value, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(meta)
-        return grads, {"loss": value, "accuracy": accuracy}
+        grads, metrics = jax.grad(mean_loss, has_aux=True)(meta)
+        return grads, metrics
 
     return devices.mean_over_tasks(
         model, mean_of_group, (episodes, keys), cpu_group=factored.cpu_group(support) if fast else 1
     )
-
-
-def reptile(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array,
-    *,
-    loss: inner.Loss = inner.cross_entropy,
-    dropout: bool = False,
-) -> tuple[MetaParams, dict[str, jax.Array]]:
-    """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2), as if it were a gradient.
-
-    Rates get a zero gradient: they do not learn. Returns (direction shaped like `meta`, {"loss", "accuracy"}).
-    """
-    optimizer = rates_lib.optimizer(spec, rates_lib.actual(spec, meta.rates))
-    x, y = episode.support_x, episode.support_y
-    fast, _ = inner.adapt(apply, meta.init, x, y, optimizer, spec.steps, loss=loss, dropout=dropout, key=key)
-    logits = apply(fast, episode.query_x)
-    direction = jax.tree.map(jnp.subtract, meta.init, fast)
-    metrics = {
-        "loss": loss(logits, episode.query_y),
-        "accuracy": inner.accuracy(logits, episode.query_y),
-    }
-    return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates)), metrics

@@ -1,37 +1,44 @@
-"""The learned inner-loop learning rates: which parameters share one, and how it changes over steps.
+"""The learned inner-loop hyperparameters: which parameters share one, and how it changes over steps.
 
-Rates are a flat dict, group name -> array. A group is the whole network ("all"), a layer ("dense_0") or a tensor
-("dense_0/kernel"); a tensor without a group does not adapt. The outer loop learns `raw` rates (logarithms if they
-must stay positive); everything else sees the actual ones.
+They are one flat dict, name -> array. A learning rate's name is its group: the whole network ("all"), a layer
+("dense_0") or a tensor ("dense_0/kernel"); a tensor without a group does not adapt. Everything else has its kind in
+front: "momentum:dense_0", "decay:dense_0", "clip:dense_0", "proximal:dense_0", "dropout:all", and "predict:…" for the
+weights of the network that predicts hyperparameters from the task. The outer loop learns `raw` values, free of
+constraints; everything else sees the actual ones. `metalr.descent` makes steps of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from metalr.errors import ConfigError
 from metalr.types import Params, Rates
 
-GRANULARITIES = ("shared", "layer", "tensor", "parameter")
+GRANULARITIES = ("shared", "layer", "tensor", "channel", "parameter")
 EXTENDS = ("hold", "mean", "error")
 ADAPTS = ("all", "head", "body")
+BASES = ("sgd", "adam")
 MAX_RATE = 1e3
+DEAD = 1e-3  # a rate below this share of the one it started from no longer adapts anything
 
 
 @dataclasses.dataclass(frozen=True)
 class RatesSpec:
-    """The static choices about rates.
+    """The static choices about the learned hyperparameters.
 
     Attributes:
       granularity: what shares one rate: "shared" (MAML, Finn et al. 2017, eq. 1), "layer", "tensor" (with per_step:
-        LSLR of MAML++, Antoniou et al. 2019, section 4), or "parameter" (Meta-SGD, Li et al. 2017, eq. 2).
+        LSLR of MAML++, Antoniou et al. 2019, section 4), "channel" (one for each output of a layer), or "parameter"
+        (Meta-SGD, Li et al. 2017, eq. 2).
       per_step: a rate of its own for every inner step.
+      knots: a schedule of that many rates instead, spread evenly over the steps of a fine-tune however many those
+        are, and interpolated between them (geometrically if positive). 0: no schedule.
       positive: learn the logarithm, so that rates stay above zero; otherwise rates may turn negative.
       steps: how many inner steps are trained.
       initial: the rate that training starts from.
@@ -39,6 +46,20 @@ class RatesSpec:
         Only matters with per_step.
       adapts: "all" layers, only the "head" (ANIL, Raghu et al. 2020), or only the "body" (BOIL, Oh et al. 2021).
       head: the output layer's name, for `adapts`.
+      lowest, highest: bounds that rates are projected to after every outer step; None is no bound. A lowest of 0 with
+        positive=False lets rates become exactly zero: a learned mask of what adapts.
+      base: the direction that rates scale: the gradient ("sgd"), or Adam's (Kingma & Ba 2015, algorithm 1).
+      momentum: start of a learned heavy-ball momentum a layer (Polyak 1964), or None for none.
+      decay: start of a learned weight decay a layer, the share that a step takes off a weight (decoupled, Loshchilov &
+        Hutter 2019; ALFA's 1 - beta, Baik et al. 2020, eq. 4), or None.
+      clip: start of a learned largest gradient norm a layer (Pascanu et al. 2013, algorithm 1), or None.
+      dropout: start of a learned dropout rate, as multiplicative Gaussian noise of the same variance, through which
+        gradients flow (Srivastava et al. 2014, section 10; Kingma et al. 2015, section 3), or None.
+      proximal: start of a learned pull a layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
+        (iMAML, Rajeswaran et al. 2019, eq. 3), or None.
+      predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the
+        layers' gradients and weights (ALFA, Baik et al. 2020, section 3.2).
+      batch_size: images of the support set in one step, reshuffled every epoch; None (or a smaller support set): all.
     """
 
     granularity: str = "layer"
@@ -49,15 +70,74 @@ class RatesSpec:
     extend: str = "hold"
     adapts: str = "all"
     head: str = "head"
+    knots: int = 0
+    lowest: float | None = None
+    highest: float | None = None
+    base: str = "sgd"
+    momentum: float | None = None
+    decay: float | None = None
+    clip: float | None = None
+    dropout: float | None = None
+    proximal: float | None = None
+    predicted: bool = False
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("granularity", GRANULARITIES), ("extend", EXTENDS), ("adapts", ADAPTS)):
+        choices = (("granularity", GRANULARITIES), ("extend", EXTENDS), ("adapts", ADAPTS), ("base", BASES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"rates.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         if self.steps < 1:
             raise ConfigError(f"inner.steps: expected at least 1, got {self.steps}")
         if not 0 < self.initial <= MAX_RATE:
             raise ConfigError(f"inner.rate: expected 0 < rate <= {MAX_RATE:g}, got {self.initial}")
+        if self.knots not in range(1025) or self.knots == 1:
+            raise ConfigError(f"inner.knots: expected 0 (no schedule) or 2..1024, got {self.knots}")
+        if self.knots and self.per_step:
+            raise ConfigError(
+                f"inner.knots: expected 0 with per_step, which has a rate for each step, got {self.knots}"
+            )
+        low, high = self.range
+        if not low <= self.initial <= high:
+            raise ConfigError(f"inner.rate: expected within the bounds {low:g}..{high:g}, got {self.initial}")
+        if self.positive and low <= 0 and self.lowest is not None:
+            raise ConfigError(f"inner.lowest: expected above 0 for positive rates (or signed), got {self.lowest}")
+        for name in ("momentum", "decay", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"inner.{name}: expected 0 < {name} < 1 (or None for none), got {value}")
+        for name in ("clip", "proximal"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"inner.{name}: expected a positive number (or None for none), got {value}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"inner.batch_size: expected at least 1 (or None for all), got {self.batch_size}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The bounds of an actual rate."""
+        low = -np.inf if self.lowest is None else self.lowest
+        return low, np.inf if self.highest is None else self.highest
+
+    @property
+    def only_rates(self) -> bool:
+        """Whether a step is -rate * gradient and nothing else."""
+        others = self.momentum, self.decay, self.clip, self.dropout, self.proximal, self.batch_size
+        return self.base == "sgd" and not self.predicted and all(v is None for v in others)
+
+    @property
+    def times(self) -> int:
+        """Length of a rate's time axis; 0: constant over steps."""
+        return self.steps if self.per_step else self.knots
+
+    def minibatch(self, support: int) -> int | None:
+        """Size of a minibatch of a support set of that size; None: all of it."""
+        return self.batch_size if self.batch_size is not None and self.batch_size < support else None
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as one string: "dense_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def group_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
@@ -68,53 +148,124 @@ def group_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
         return None
     if spec.granularity == "shared":
         return "all"
-    return tensor.rpartition("/")[0] or tensor if spec.granularity == "layer" else tensor
+    return layer_name(tensor) if spec.granularity == "layer" else tensor
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as one string: "dense_0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def layer_name(tensor: str) -> str:
+    """The layer of a tensor: "dense_0" of "dense_0/kernel"."""
+    return tensor.rpartition("/")[0] or tensor
+
+
+def layer_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
+    """What shares momentum, decay and clipping with the tensor at a path: its layer (or "all" if rates are shared)."""
+    group = group_of(spec, path)
+    return group if group in (None, "all") else layer_name(path_name(path))
+
+
+def layers(spec: RatesSpec, params: Params) -> list[str]:
+    """The layers (or "all") that adapt, in the order of `params`."""
+    found = (layer_of(spec, path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def initial_raw(spec: RatesSpec, params: Params) -> Rates:
-    """Raw rates to start meta-training from, all equal to spec.initial.
+    """Raw values to start meta-training from, standing for spec.initial, spec.momentum and so on.
 
-    Each value has the shape [] (or that of the tensor, for "parameter"), with [steps] in front if per_step; float32
-    or the dtype of the parameters.
+    A rate has the shape [] (that of the tensor for "parameter", its last axis for "channel"), with [steps] or [knots]
+    in front; float32 or the dtype of the parameters. Momentum, decay, clip and proximal are [] for each layer.
 
     Raises:
       ConfigError: nothing in `params` adapts (there is no layer of the name spec.head).
     """
     raw: Rates = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in paths:
         group = group_of(spec, path)
         if group is not None:
-            shape = (spec.steps,) * spec.per_step + (leaf.shape if spec.granularity == "parameter" else ())
+            own = {"parameter": leaf.shape, "channel": leaf.shape[-1:]}.get(spec.granularity, ())
             start = np.log(spec.initial) if spec.positive else spec.initial
-            raw[group] = jnp.full(shape, start, leaf.dtype)
-    names = {path_name(path).split("/")[0] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    has_head = any(path_name(p).startswith(f"{spec.head}/") for p, _ in jax.tree_util.tree_leaves_with_path(params))
-    if not raw or (spec.adapts != "all" and not has_head):
+            raw[group] = jnp.full((spec.times,) * bool(spec.times) + own, start, leaf.dtype)
+    names = {path_name(path).split("/")[0] for path, _ in paths}
+    if not raw or (spec.adapts != "all" and not any(path_name(p).startswith(f"{spec.head}/") for p, _ in paths)):
         raise ConfigError(f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}")
+    dtype, adapting = paths[0][1].dtype, layers(spec, params)
+    starts: dict[str, tuple[float | None, Callable[[float], float]]] = {
+        "momentum": (spec.momentum, _logit),
+        "decay": (spec.decay, np.log),
+        "clip": (spec.clip, np.log),
+        "proximal": (spec.proximal, np.log),
+    }
+    for kind, (value, free) in starts.items():
+        if value is not None:
+            raw |= {f"{kind}:{layer}": jnp.full((), free(value), dtype) for layer in adapting}
+    if spec.dropout is not None:
+        raw["dropout:all"] = jnp.full((), _logit(spec.dropout), dtype)
+    if spec.predicted:
+        wide = 2 * len(adapting)  # gradient and weight of each layer in, rate and decay out (Baik et al., section 4.1)
+        draw = jax.nn.initializers.he_normal()(jax.random.key(0), (wide, wide), dtype)
+        # A last layer of zeros predicts factors of one: training starts from the rates as they are.
+        raw |= {
+            "predict:hidden/kernel": draw,
+            "predict:hidden/bias": jnp.full(wide, 0.1, dtype),
+            "predict:out/kernel": jnp.zeros((wide, wide if spec.decay is not None else wide // 2), dtype),
+            "predict:out/bias": jnp.zeros(wide if spec.decay is not None else wide // 2, dtype),
+        }
     return raw
 
 
+def _logit(share: float) -> float:
+    return float(np.log(share / (1 - share)))
+
+
+def kind_of(name: str) -> str:
+    """What a value of the dict is: "rate", "momentum", "decay", "clip", "proximal", "dropout" or "predict"."""
+    kind, colon, _ = name.partition(":")
+    return kind if colon else "rate"
+
+
 def actual(spec: RatesSpec, raw: Rates) -> Rates:
-    """The learning rates that raw ones stand for. Same shapes."""
-    return {group: jnp.exp(value) if spec.positive else value for group, value in raw.items()}
+    """The hyperparameters that raw values stand for. Same names and shapes."""
+
+    def value(kind: str, raw: jax.Array) -> jax.Array:
+        if kind in ("momentum", "dropout"):
+            return jax.nn.sigmoid(raw)
+        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
+            return jnp.exp(raw)
+        return raw
+
+    return {name: value(kind_of(name), v) for name, v in raw.items()}
 
 
-def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array) -> Rates:
-    """The actual rates of one step (0-based; may be traced), without the step axis."""
-    if not spec.per_step:
+def project(spec: RatesSpec, raw: Rates) -> Rates:
+    """Raw values whose rates are within spec.lowest..spec.highest."""
+    if spec.lowest is None and spec.highest is None:
+        return raw
+    low, high = (np.log(b) if b > 0 else -np.inf for b in spec.range) if spec.positive else spec.range
+    return {name: jnp.clip(v, low, high) if kind_of(name) == "rate" else v for name, v in raw.items()}
+
+
+def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | None = None) -> Rates:
+    """The actual values of one step (0-based; may be traced), without the time axis.
+
+    of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
+    """
+    if not spec.times:
         return rates
-    last = jnp.minimum(step, spec.steps - 1)
 
     def pick(value: jax.Array) -> jax.Array:
-        held = value[last]
+        held = value[jnp.minimum(step, spec.steps - 1)]
         return jnp.where(step < spec.steps, held, value.mean(0)) if spec.extend == "mean" else held
 
-    return {group: pick(value) for group, value in rates.items()}
+    def between(value: jax.Array) -> jax.Array:
+        last = max((of_steps or spec.steps) - 1, 1)
+        place = jnp.minimum(step / last, 1.0) * (spec.knots - 1)
+        before = jnp.minimum(place.astype(jnp.int32), spec.knots - 2)
+        share = (place - before).astype(value.dtype)
+        one, other = value[before], value[before + 1]
+        return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
+
+    at = between if spec.knots else pick
+    return {name: at(value) if kind_of(name) == "rate" else value for name, value in rates.items()}
 
 
 def check_steps(spec: RatesSpec, steps: int) -> None:
@@ -127,43 +278,28 @@ def check_steps(spec: RatesSpec, steps: int) -> None:
         )
 
 
-class RatesState(NamedTuple):
-    """State of `optimizer`: how many steps were taken. steps: int32 []."""
-
-    steps: jax.Array
-
-
-def optimizer(spec: RatesSpec, rates: Rates) -> optax.GradientTransformation:
-    """Gradient descent with the given actual rates, as an optax transformation for any training loop.
-
-    Works on any pytree with the tensors' names that the rates were made for; differentiable in the rates.
-    """
-
-    def init(params: Params) -> RatesState:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            group = group_of(spec, path)
-            shape = jnp.shape(rates[group])[spec.per_step :] if group in rates else None
-            if group is not None and (shape is None or shape not in ((), leaf.shape)):
-                got = "none" if shape is None else f"one of shape {list(shape)}"
-                raise ConfigError(
-                    f"rates: expected a rate for {path_name(path)!r} of shape {list(leaf.shape)}, have {got}; "
-                    f"groups: {sorted(rates)}"
-                )
-        return RatesState(jnp.zeros((), jnp.int32))
-
-    def update(grads: Params, state: RatesState, params: Params | None = None) -> tuple[Params, RatesState]:
-        now = at_step(spec, rates, state.steps)
-
-        def scale(path: tuple[Any, ...], grad: jax.Array) -> jax.Array:
-            group = group_of(spec, path)
-            return jnp.zeros_like(grad) if group is None else -now[group] * grad
-
-        return jax.tree_util.tree_map_with_path(scale, grads), RatesState(state.steps + 1)
-
-    return optax.GradientTransformation(init, update)
+def dropout(spec: RatesSpec, rates: Rates, has_dropout: bool) -> bool | jax.Array:
+    """What the inner loop gives to the model's dropout: the learned rate, or whether it is active at all."""
+    return has_dropout if spec.dropout is None else rates["dropout:all"]
 
 
 def summary(spec: RatesSpec, rates: Rates) -> dict[str, float | list[float]]:
-    """Mean rate of each group (a list over steps if per_step), for logs and for people."""
-    axes = {group: tuple(range(int(spec.per_step), np.ndim(value))) for group, value in rates.items()}
-    return {group: np.asarray(value).mean(axis=axes[group]).tolist() for group, value in rates.items()}
+    """Mean of each hyperparameter (a list over time if it has a time axis), for logs and for people."""
+    found = {}
+    for name, value in rates.items():
+        if kind_of(name) != "predict":
+            timed = bool(spec.times) and kind_of(name) == "rate"
+            found[name] = np.asarray(value).mean(axis=tuple(range(timed, np.ndim(value)))).tolist()
+    return found
+
+
+def health(spec: RatesSpec, rates: Rates) -> dict[str, dict[str, float]]:
+    """Of each group of rates, the share that is "negative" and the share that is "dead" (|rate| < DEAD * initial)."""
+    values = {name: np.asarray(value) for name, value in rates.items() if kind_of(name) == "rate"}
+    return {
+        name: {"negative": float((v < 0).mean()), "dead": float((np.abs(v) < DEAD * spec.initial).mean())}
+        for name, v in values.items()
+    }
+
+
+SHOWN: dict[str, Callable[[RatesSpec, Rates], Any]] = {"rates": summary, "rates_health": health}  # in logs and results

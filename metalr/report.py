@@ -67,6 +67,37 @@ def _cell(cell: dict[str, Any] | list[dict[str, Any]]) -> str:
     return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in cell.values())
 
 
+def learned_text(facts: dict[str, Any]) -> str:
+    """What an artifact learned: hyperparameters over time, negative and dead shares, what no longer adapts."""
+    rates, health, adapts = facts["rates"], facts["rates_health"], facts["adapts"]
+    lines = [f"{facts['artifact']}: {facts['model']}, {facts['rule']}, trained for {facts['steps']} steps", ""]
+    rows: list[tuple[str, ...]] = [("hyperparameter", "start", "learned", "over time", "negative", "dead", "")]
+    for name, value in rates.items():
+        values = value if isinstance(value, list) else [value]
+        shares = health.get(name, {})
+        rows.append(
+            (
+                name,
+                f"{facts['starts'].get(name, float('nan')):.4g}",
+                f"{values[0]:.4g}" + (f" … {values[-1]:.4g}" if len(values) > 1 else ""),
+                bars(values) if len(values) > 1 else "",
+                *(f"{100 * shares[k]:.0f} %" if shares.get(k) else "" for k in ("negative", "dead")),
+                "" if adapts.get(name, True) else "not adapted",
+            )
+        )
+    lines += _aligned(rows, left=(0, 3, 6))
+    if facts["fixed"]:
+        lines += ["", f"without a rate, so not adapted: {', '.join(facts['fixed'])}"]
+    return "\n".join(lines)
+
+
+def bars(values: list[float]) -> str:
+    """A row of blocks whose heights go from 0 to the largest |value|; at most 40."""
+    picked = [abs(values[round(i * (len(values) - 1) / 39)]) for i in range(40)] if len(values) > 40 else values
+    top = max(map(abs, picked)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * abs(v) / top))] for v in picked)
+
+
 def curve_text(results: dict[str, Any]) -> str:
     """The adaptation curve of an evaluation."""
     head = f"{results['run']}: {results['episodes']} held-out tasks, split {results['split_sha256'][:12]}"

@@ -102,7 +102,7 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
         artifact.save(folder / "artifact", learner, overwrite=True)
         curve, seconds = compare.held_out(
-            learner, setup, config.evaluation.episodes, config.evaluation.steps, config.evaluation.seed
+            learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed
         )
         results = {
             "name": training.pop("name"),
@@ -114,7 +114,7 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
             "splits": [part.describe() for part in setup.splits],
             "transductive": setup.model.transductive,
             "training": training,
-            "rates": rates_lib.summary(setup.spec, rates),
+            **{name: of(setup.spec, rates) for name, of in rates_lib.SHOWN.items()},
             "curve": compare.curve_rows(curve),
             "evaluation_seconds": round(seconds, 3),
         }
@@ -192,16 +192,20 @@ def meta_train(
     key = jax.random.key(config.seed)
     pool, sample = setup.samplers["train"]
     val_pool, val_sample = setup.samplers["val"]
-    parts = setup.model, setup.spec, setup.algorithm
     chunk = train.make_chunk(
-        *parts,
+        setup.model,
+        setup.spec,
+        setup.method,
         setup.optimizer,
         sample,
         config.outer.meta_batch,
-        remat=config.inner.remat,
+        phases=setup.phases,
         on_divergence=config.outer.on_divergence,
     )
-    validate = evaluate.make_evaluator(setup.model, setup.spec, val_sample, setup.spec.steps)
+    validate = evaluate.make_evaluator(
+        setup.model, setup.spec, val_sample, setup.spec.steps, at=[setup.spec.steps],
+        random_init=setup.phases.fresh_init,
+    )  # fmt: skip
     val_keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     state = train.start(setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0))
     best = train.learned(setup.spec, state.meta)
@@ -248,8 +252,9 @@ def meta_train(
                     if done % every[0] == 0 or done == steps:
                         init, rates = train.learned(setup.spec, state.meta)
                         score = float(validate(val_pool, init, rates, val_keys).mean[-1])
-                        line = {"step": done, "validation_accuracy": round(score, 6)}
-                        _write_line(log, folder, line | {"rates": rates_lib.summary(setup.spec, rates)})
+                        line: dict[str, Any] = {"step": done, "validation_accuracy": round(score, 6)}
+                        line |= {name: of(setup.spec, rates) for name, of in rates_lib.SHOWN.items()}
+                        _write_line(log, folder, line)
                         if facts["score"] is None or score > facts["score"]:
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         note = f"validation {score:.3f}"
@@ -298,7 +303,7 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     keys = train.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), meta)
-    bad = train.failing_tasks(setup.model, setup.spec, setup.algorithm, sample, local, pool, keys)
+    bad = train.failing_tasks(setup.model, setup.spec, setup.method, sample, local, pool, keys)
     rates = rates_lib.summary(setup.spec, rates_lib.actual(setup.spec, local.rates))
     blame = f"tasks {bad} of {config.outer.meta_batch}" if bad else "the update, no single task"
     return f" ({blame}; rates {json.dumps(rates)})"

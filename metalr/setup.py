@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalr import data, models, outer, search, tasks, train
+from metalr import algorithms, data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError
 from metalr.models import Model
-from metalr.outer import Algorithm
+from metalr.outer import Method
 from metalr.rates import RatesSpec
 from metalr.tasks import Pool, Sampler, Splits
 
@@ -29,7 +29,8 @@ class Setup(NamedTuple):
     splits: Splits
     model: Model
     spec: RatesSpec
-    algorithm: Algorithm
+    method: Method
+    phases: train.Phases
     optimizer: optax.GradientTransformation
     samplers: dict[str, tuple[Pool, Sampler]]
 
@@ -40,28 +41,49 @@ def set_up(config: TrainConfig) -> Setup:
     Raises:
       MetalrError: naming the setting, what was expected and what came.
     """
-    row = outer.algorithm_row(config.inner.algorithm)
-    given = {k: v for k, v in dataclasses.asdict(config.inner).items() if k in row._fields and v is not None}
-    row = row._replace(**given)
+    row = algorithms.algorithm_row(config.inner.algorithm)
+    given = dataclasses.asdict(config.inner)
+    shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
+    row = row._replace(**{k: v for k, v in (given | shares).items() if k in row._fields and v is not None})
+    if config.outer.learns == "init":
+        row = row._replace(learned=False)
+    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps"}
     spec = RatesSpec(
-        granularity=row.granularity,
-        per_step=row.per_step,
+        **{name: getattr(row, name, given[name]) for name in same},
         positive=not config.inner.signed,
         steps=config.inner.steps,
         initial=config.inner.rate,
-        extend=config.inner.extend,
-        adapts=row.adapts,
     )
     for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{name}: expected 0 <= seed < 2^32, got {seed}")
-    if row.meta_gradient == "reptile" and row.learned:
-        raise ConfigError("inner.learned: expected False with reptile, whose direction does not move rates, got True")
-    if config.grid.run and config.evaluation.steps < config.inner.steps:
+    if row.meta_gradient != "query" and row.learned:
+        raise ConfigError(
+            f"inner.learned: expected False with {config.inner.algorithm}, whose meta-gradient does not move rates, "
+            "got True"
+        )
+    if config.outer.learns == "rates" and not row.learned:
+        raise ConfigError(
+            f"outer.learns: expected both or init with fixed rates ({config.inner.algorithm}), got 'rates'"
+        )
+    if row.meta_gradient == "implicit" and row.proximal is None:
+        raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
+    if config.grid.run and config.curve_steps < config.inner.steps:
         raise ConfigError(
             f"evaluation.steps: expected at least inner.steps ({config.inner.steps}) to compare with a grid, "
-            f"got {config.evaluation.steps}"
+            f"got {config.curve_steps}"
         )
+    for name in ("multi_step", "first_order_share"):
+        if not 0 <= getattr(row, name) <= 1:
+            raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")
+    if row.multi_step and (row.meta_gradient != "query" or config.inner.derivative in ("truncated", "forward")):
+        raise ConfigError(
+            f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative "
+            f"{config.inner.derivative}, which see the last step only, got {row.multi_step}"
+        )
+    for name in ("last", "solver_steps"):
+        if getattr(config.inner, name) < 1:
+            raise ConfigError(f"inner.{name}: expected at least 1, got {getattr(config.inner, name)}")
     if config.outer.validate_every < 1:
         raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
     if config.outer.checkpoint_every < 1:
@@ -69,7 +91,7 @@ def set_up(config: TrainConfig) -> Setup:
     if config.outer.meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
     try:
-        rates_lib.check_steps(spec, config.evaluation.steps)
+        rates_lib.check_steps(spec, config.curve_steps)
     except ConfigError as error:
         raise ConfigError(f"evaluation.{error}") from error
     for name in ("episodes", "validation_episodes"):
@@ -79,8 +101,8 @@ def set_up(config: TrainConfig) -> Setup:
         grid_of(config)
     optimizer = train.make_optimizer(
         steps=config.outer.steps,
-        init_rate=config.outer.init_rate,
-        rates_rate=config.outer.rates_rate if row.learned and row.meta_gradient == "query" else None,
+        init_rate=None if config.outer.learns == "rates" else config.outer.init_rate,
+        rates_rate=config.outer.rates_rate if row.learned else None,
         clip=config.outer.clip,
         schedule=config.outer.schedule,
         base=optax_by_name(config.outer.optimizer),
@@ -88,9 +110,23 @@ def set_up(config: TrainConfig) -> Setup:
     dataset = data.load(config.data)
     splits = tasks.make_splits(dataset, config.tasks.family)
     model = models.build(config.model.name, config.tasks.way, dataset.shape, **config.model.settings())
+    outer.initial_shapes(model, spec)
+    derivative = config.inner.derivative
+    method = Method(
+        row.meta_gradient,
+        row.first_order,
+        outer.choose_derivative(spec, model) if derivative == "auto" else derivative,
+        config.inner.last,
+        config.inner.solver_steps,
+    )
+    phases = train.Phases(
+        round(row.first_order_share * config.outer.steps),
+        round(row.multi_step * config.outer.steps),
+        config.outer.learns == "rates",
+    )
     shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
     samplers = {part.part: tasks.make_sampler(part, *shape) for part in splits}
-    return Setup(dataset, splits, model, spec, row, optimizer, samplers)
+    return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
 
 
 def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
@@ -120,7 +156,7 @@ def grid_of(config: TrainConfig) -> search.Grid:
 def task_cost(config: TrainConfig) -> int:
     """Example-gradients of one task's adaptation and query gradient, second derivatives counted as one more each."""
     support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
-    return 2 * config.inner.steps * support + query
+    return 2 * config.inner.steps * min(config.inner.batch_size or support, support) + query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

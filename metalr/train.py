@@ -15,13 +15,14 @@ from metalr import devices, outer
 from metalr import rates as rates_lib
 from metalr.errors import ConfigError, MetalrError
 from metalr.models import Model
-from metalr.outer import Algorithm
+from metalr.outer import Method
 from metalr.rates import RatesSpec
 from metalr.tasks import Pool, Sampler
 from metalr.types import MetaParams, Params, Rates
 
 SCHEDULES = ("cosine", "constant")
 POLICIES = ("stop", "skip")
+LEARNS = ("both", "init", "rates")
 CHUNK = 50  # most outer steps a dispatch
 DISPATCH_SECONDS = 1.0  # about how long a dispatch takes: progress moves, a signal is heard, and little is lost between
 
@@ -32,6 +33,21 @@ class TrainState(NamedTuple):
     meta: MetaParams
     opt_state: Any
     step: jax.Array
+
+
+class Phases(NamedTuple):
+    """What changes over the outer steps, and what an outer step leaves alone.
+
+    Attributes:
+      first_order_until: outer steps before this one are first order (derivative-order annealing).
+      multi_step_until: up to this outer step the query losses after all inner steps count, with weights that fade into
+        the last one's.
+      fresh_init: draw a new random init for every outer step instead of learning one, so that the rates stand alone.
+    """
+
+    first_order_until: int = 0
+    multi_step_until: int = 0
+    fresh_init: bool = False
 
 
 class Chunk(NamedTuple):
@@ -111,12 +127,12 @@ def start(model: Model, spec: RatesSpec, optimizer: optax.GradientTransformation
 def make_chunk(
     model: Model,
     spec: RatesSpec,
-    algorithm: Algorithm,
+    method: Method,
     optimizer: optax.GradientTransformation,
     sample: Sampler,
     meta_batch: int,
     *,
-    remat: bool = False,
+    phases: Phases = Phases(),  # noqa: B008 - a tuple
     on_divergence: str = "stop",
 ) -> ChunkFunction:
     """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
@@ -135,21 +151,31 @@ def make_chunk(
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
 
-    def gradient(meta: MetaParams, pool: Pool, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
+    def gradient(
+        meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array
+    ) -> tuple[MetaParams, dict[str, jax.Array]]:
         episodes = jax.vmap(lambda key: sample(pool, key))(keys)
-        return outer.meta_gradient(
-            model,
-            spec,
-            meta,
-            episodes,
-            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
-            first_order=algorithm.first_order,
-            meta_gradient=algorithm.meta_gradient,
-            remat=remat,
-        )
+        inner_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+
+        def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            return outer.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
+
+        def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            if not phases.first_order_until or method.first_order:
+                return of(method, weights)
+            first = number < phases.first_order_until
+            return jax.lax.cond(
+                first, lambda: of(method._replace(first_order=True), weights), lambda: of(method, weights)
+            )
+
+        if not phases.multi_step_until:
+            return of_order(None)
+        faded = jnp.minimum(number / phases.multi_step_until, 1.0)
+        weights = jnp.full(spec.steps, (1 - faded) / spec.steps).at[-1].add(faded)
+        return jax.lax.cond(faded < 1, lambda: of_order(weights), lambda: of_order(None))
 
     mesh = devices.task_mesh(meta_batch, all_processes=True)
-    split_gradient = devices.split_tasks(gradient, mesh, replicated=2, mean=True)
+    split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
 
     def finite_after(meta: MetaParams) -> jax.Array:
         """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
@@ -157,9 +183,15 @@ def make_chunk(
         return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
 
     def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = split_gradient(state.meta, pool, task_keys(key, state.step, meta_batch))
+        now = state.meta
+        if phases.fresh_init:
+            now = now._replace(init=model.init(jax.random.fold_in(jax.random.fold_in(key, 2), state.step)))
+        grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
+        if phases.fresh_init:  # the init that stays in the state is another one
+            grads = grads._replace(init=jax.tree.map(jnp.zeros_like, grads.init))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
         meta = optax.apply_updates(state.meta, updates)
+        meta = meta._replace(rates=rates_lib.project(spec, meta.rates))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & finite_after(meta)
         new = TrainState(meta, opt_state, state.step + 1)
@@ -199,13 +231,7 @@ def task_keys(key: jax.Array, step: int | jax.Array, meta_batch: int) -> jax.Arr
 
 
 def failing_tasks(
-    model: Model,
-    spec: RatesSpec,
-    algorithm: Algorithm,
-    sample: Sampler,
-    meta: MetaParams,
-    pool: Pool,
-    keys: jax.Array,
+    model: Model, spec: RatesSpec, method: Method, sample: Sampler, meta: MetaParams, pool: Pool, keys: jax.Array
 ) -> list[int]:
     """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed."""
 
@@ -213,10 +239,7 @@ def failing_tasks(
     def finite(meta: MetaParams, pool: Pool, keys: jax.Array) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
             episodes = jax.tree.map(lambda v: v[None], sample(pool, key))
-            grads, metrics = outer.meta_gradient(
-                model, spec, meta, episodes, jax.random.fold_in(key, 1)[None],
-                first_order=algorithm.first_order, meta_gradient=algorithm.meta_gradient,
-            )  # fmt: skip
+            grads, metrics = outer.meta_gradient(model, spec, meta, episodes, jax.random.fold_in(key, 1)[None], method)
             return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
 
         return jax.lax.map(one, keys)
@@ -252,7 +275,8 @@ def run_chunks(
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
             raise OutOfMemoryError(
-                f"outer step {done}: not enough memory; lower outer.meta_batch or inner.steps, or set inner.remat"
+                f"outer step {done}: not enough memory; lower outer.meta_batch or inner.steps, or set inner.derivative "
+                "to remat, truncated or forward"
             ) from error
         seconds = time.perf_counter() - began
         moved = int(state.step) - done

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 Params = Any  # a pytree of float arrays, as flax makes them
-Rates = dict[str, jax.Array]  # group name -> learning rate(s); see metalr.rates
+Rates = dict[str, jax.Array]  # name -> learned hyperparameter; see metalr.rates
 
 
 class Episode(NamedTuple):
@@ -21,15 +21,16 @@ class Episode(NamedTuple):
 
 
 class MetaParams(NamedTuple):
-    """What the outer loop learns. `rates` are raw: metalr.rates.actual turns them into learning rates."""
+    """What the outer loop learns. `rates` are raw: metalr.rates.actual turns them into hyperparameters."""
 
     init: Params
     rates: Rates
 
 
 class Curve(NamedTuple):
-    """Accuracy on held-out tasks after 0, 1, 2 … inner steps."""
+    """Accuracy on held-out tasks after some numbers of inner steps."""
 
-    mean: np.ndarray  # [steps + 1] float, 0..1
-    ci95: np.ndarray  # [steps + 1] float, half-width over tasks
-    tasks: np.ndarray  # [tasks, steps + 1] float64, each task's own query accuracy
+    steps: np.ndarray  # [points] int, ascending: after how many steps
+    mean: np.ndarray  # [points] float, 0..1
+    ci95: np.ndarray  # [points] float, half-width over tasks
+    tasks: np.ndarray  # [tasks, points] float64, each task's own query accuracy

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from metalr import config, models, outer, rates, tasks
+from metalr import algorithms, config, models, outer, rates, tasks, train
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in (ROOT / "metalr").glob("*.py") if path.stem != "__init__"}
@@ -56,7 +56,10 @@ def test_choices_on_the_command_line_are_those_of_the_tables():
     assert choices(config.ModelConfig, "name") == set(models.MODELS)
     assert choices(config.ModelConfig, "norm") == set(models.NORMS)
     assert choices(config.ModelConfig, "cell") == set(models.CELLS)
-    assert choices(config.InnerConfig, "algorithm") == set(outer.ALGORITHMS)
+    assert choices(config.InnerConfig, "algorithm") == set(algorithms.ALGORITHMS)
     assert choices(config.InnerConfig, "granularity") == set(rates.GRANULARITIES)
     assert choices(config.InnerConfig, "adapts") == set(rates.ADAPTS)
     assert choices(config.InnerConfig, "extend") == set(rates.EXTENDS)
+    assert choices(config.InnerConfig, "base") == set(rates.BASES)
+    assert choices(config.InnerConfig, "derivative") == {"auto", *outer.DERIVATIVES}
+    assert choices(config.OuterConfig, "learns") == set(train.LEARNS)

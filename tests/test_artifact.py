@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import metalr
-from metalr import inner, models, outer, rates, sealed
+from metalr import algorithms, descent, inner, models, outer, rates, sealed
 from metalr.errors import ArtifactError, ConfigError, DataError, StorageError
 from metalr.rates import RatesSpec
 
@@ -21,9 +21,12 @@ Y = np.arange(9) % 3
 
 
 def learner(algorithm="meta_sgd_layer", model=None, **settings):
-    row = outer.ALGORITHMS[algorithm]
+    row = algorithms.ALGORITHMS[algorithm]
     model = model or models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0)
-    spec = RatesSpec(row.granularity, per_step=row.per_step, adapts=row.adapts, steps=3, initial=0.4, **settings)
+    spec = RatesSpec(
+        row.granularity, per_step=row.per_step, adapts=row.adapts, predicted=row.predicted, decay=row.decay,
+        proximal=row.proximal, steps=3, initial=0.4, **settings,
+    )  # fmt: skip
     meta = outer.initial(model, spec, jax.random.key(0))
     noisy = {k: v + 0.1 * jax.random.normal(jax.random.key(1), v.shape) for k, v in meta.rates.items()}
     return metalr.Learner(model, spec, meta.init, rates.actual(spec, noisy), {"split_sha256": "abc"})
@@ -34,7 +37,7 @@ def leaves(tree):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("algorithm", list(outer.ALGORITHMS))
+@pytest.mark.parametrize("algorithm", list(algorithms.ALGORITHMS))
 def test_round_trip_is_exact_for_every_algorithm(algorithm, tmp_path):
     saved = learner(algorithm)
     loaded = metalr.load(metalr.save(tmp_path / "a", saved))
@@ -59,7 +62,9 @@ def test_other_models_round_trip(model, tmp_path):
 def test_adapt_is_the_plain_inner_loop():
     learned = learner()
     x = jnp.asarray(X, jnp.float32)[..., None] / 255
-    expected, _ = inner.adapt(learned.model.apply, learned.init, x, Y, rates.optimizer(learned.spec, learned.rates), 4)
+    expected, _ = inner.adapt(
+        learned.model.apply, learned.init, x, Y, descent.optimizer(learned.spec, learned.rates), 4
+    )
     for a, b in zip(leaves(learned.adapt(X, Y, steps=4)), leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -96,7 +101,7 @@ def test_as_optax_in_an_own_training_loop():
     params, state = learned.init, tx.init(learned.init)
     for _ in range(5):
         grads = jax.grad(lambda p: inner.cross_entropy(learned.apply(p, x), Y))(params)
-        updates, state = tx.update(grads, state)
+        updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     for a, b in zip(leaves(params), leaves(learned.adapt(X, Y, steps=5)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -168,7 +173,7 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.update(format=2), "has format 2, this metalr reads up to 1; upgrade metalr"),
+        (lambda f: f.update(format=3), "has format 3, this metalr reads up to 2; upgrade metalr"),
         (lambda f: f.pop("model"), "does not describe a learner"),
         (lambda f: f["model"].update(way=4), "expected float32"),
         (lambda f: f["rates"].update(granularity="neuron"), "rates.granularity"),

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalr import evaluate, inner, models, outer, rates, tasks
+from metalr import descent, evaluate, inner, models, outer, rates, tasks
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
@@ -27,7 +27,7 @@ def test_curve_is_the_mean_of_single_episodes(blobs, model):
     keys = evaluate.episode_keys(3, 6)
     curve = evaluate.make_evaluator(model, spec, sample, 7)(pool, meta.init, actual, keys)
     assert curve.tasks.shape == (6, 8)
-    optimizer = rates.optimizer(spec, actual)
+    optimizer = descent.optimizer(spec, actual)
     single = jax.jit(lambda key: inner.adaptation_curve(model.apply, meta.init, sample(pool, key), optimizer, 7))
     one_by_one = np.array([single(key) for key in keys])
     np.testing.assert_allclose(curve.tasks, one_by_one, atol=0.034)  # one prediction of 30 may round over

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import factored, inner, models, rates
+from metalr import descent, factored, inner, models, rates
 from metalr.rates import RatesSpec
 
 
@@ -35,7 +35,7 @@ def test_same_gradients_as_the_plain_form(granularity, per_step, first_order, ad
             return inner.cross_entropy(logits, qy)
 
         def plain(params, raw):
-            optimizer = rates.optimizer(spec, rates.actual(spec, raw))
+            optimizer = descent.optimizer(spec, rates.actual(spec, raw))
             adapted, _ = inner.adapt(model.apply, params, sx, sy, optimizer, 3, first_order=first_order)
             return inner.cross_entropy(model.apply(adapted, qx), qy)
 
@@ -53,7 +53,7 @@ def test_both_ways_to_keep_a_layer_and_every_step(share, widths, monkeypatch):
         values = rates.actual(spec, rates.initial_raw(spec, params))
         ours = factored.query_logits(params, values, spec, sx, sy, qx, 4, every_step=True)
         for step in range(5):
-            fast, _ = inner.adapt(model.apply, params, sx, sy, rates.optimizer(spec, values), step)
+            fast, _ = inner.adapt(model.apply, params, sx, sy, descent.optimizer(spec, values), step)
             np.testing.assert_allclose(ours[step], model.apply(fast, qx), rtol=1e-9, atol=1e-12)
 
 
@@ -67,7 +67,7 @@ def test_adapted_params_are_those_of_the_plain_form(widths, adapts):
         spec = RatesSpec("tensor", per_step=True, steps=4, initial=0.3, adapts=adapts)
         values = rates.actual(spec, rates.initial_raw(spec, params))
         ours = factored.adapt(params, values, spec, sx, sy, 4)
-        plain, _ = inner.adapt(model.apply, params, sx, sy, rates.optimizer(spec, values), 4)
+        plain, _ = inner.adapt(model.apply, params, sx, sy, descent.optimizer(spec, values), 4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), ours, plain)
 
 

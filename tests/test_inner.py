@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalr import inner, models, rates
+from metalr import descent, inner, models, rates
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
@@ -19,7 +19,7 @@ PARAMS = MODEL.init(jax.random.key(0))
 
 def sgd(rate):
     spec = RatesSpec("shared", initial=rate)
-    return rates.optimizer(spec, rates.actual(spec, rates.initial_raw(spec, PARAMS)))
+    return descent.optimizer(spec, rates.actual(spec, rates.initial_raw(spec, PARAMS)))
 
 
 def same(a, b, **tolerance):

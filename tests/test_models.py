@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metalr import inner, models, outer, rates
+from metalr import descent, inner, models, outer, rates
 from metalr.errors import ConfigError
 
 X = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
@@ -100,7 +100,7 @@ def adapts(model):
     meta = outer.initial(model, spec, jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (3, *model.input_shape))
     fast, _ = inner.adapt(
-        model.apply, meta.init, x, jnp.arange(3), rates.optimizer(spec, rates.actual(spec, meta.rates)), 2
+        model.apply, meta.init, x, jnp.arange(3), descent.optimizer(spec, rates.actual(spec, meta.rates)), 2
     )
     before, after = (inner.cross_entropy(model.apply(p, x), jnp.arange(3)) for p in (meta.init, fast))
     return bool(after < before)

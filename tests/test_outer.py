@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import evaluate, inner, models, outer, rates, tasks, train
+from metalr import algorithms, evaluate, inner, models, outer, rates, tasks, train
 from metalr.errors import ConfigError
+from metalr.outer import Method
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
@@ -34,7 +35,7 @@ def quadratic_gradient(steps, rate, **options):
     spec = RatesSpec("shared", steps=steps, initial=rate)
     meta = outer.initial(QUADRATIC, spec, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 1)
-    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, loss=quadratic_loss, **options)
+    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, Method(**options), loss=quadratic_loss)
     return np.asarray(meta.init["layer"]["w"]), np.asarray(grads.init["layer"]["w"]), float(grads.rates["all"])
 
 
@@ -63,7 +64,14 @@ def test_reptile_points_from_the_adapted_params():
 
 
 def spec_of(row, **settings):
-    return RatesSpec(row.granularity, per_step=row.per_step, adapts=row.adapts, steps=2, initial=0.3, **settings)
+    return RatesSpec(
+        row.granularity, per_step=row.per_step, adapts=row.adapts, predicted=row.predicted, decay=row.decay,
+        proximal=row.proximal, steps=2, initial=0.3, **settings,
+    )  # fmt: skip
+
+
+def method_of(row):
+    return Method(row.meta_gradient, row.first_order)
 
 
 def toy_episodes(dtype=jnp.float32):
@@ -92,13 +100,13 @@ def _along(t):
     return lambda value, step: value + t * step
 
 
-SECOND_ORDER = [n for n, row in outer.ALGORITHMS.items() if not row.first_order]
+SECOND_ORDER = [n for n, row in algorithms.ALGORITHMS.items() if not row.first_order]
 
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 @pytest.mark.parametrize("positive", [True, False])
 def test_finite_differences_for_init_and_rates(name, positive):
-    row = outer.ALGORITHMS[name]
+    row = algorithms.ALGORITHMS[name]
     with jax.enable_x64(True):
         spec = spec_of(row, positive=positive)
         meta = jax.tree.map(lambda v: v.astype(jnp.float64), outer.initial(SMOOTH, spec, jax.random.key(0)))
@@ -119,19 +127,18 @@ def test_finite_differences_for_init_and_rates(name, positive):
             np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", list(outer.ALGORITHMS))
+@pytest.mark.parametrize("name", list(algorithms.ALGORITHMS))
 def test_batched_tasks_are_a_python_loop(name):
-    row, spec = outer.ALGORITHMS[name], spec_of(outer.ALGORITHMS[name])
-    options = {"first_order": row.first_order, "meta_gradient": row.meta_gradient}
+    row, spec = algorithms.ALGORITHMS[name], spec_of(algorithms.ALGORITHMS[name])
     for model in (SMOOTH, models.mlp(2, (4, 4, 1), widths=(6,), dropout=0.0)):
         with jax.enable_x64(True):
             meta = jax.tree.map(lambda v: v.astype(jnp.float64), outer.initial(model, spec, jax.random.key(0)))
             episodes, keys = toy_episodes(jnp.float64), jax.random.split(jax.random.key(0), 3)
-            together, metrics = outer.meta_gradient(model, spec, meta, episodes, keys, **options)
+            together, metrics = outer.meta_gradient(model, spec, meta, episodes, keys, method_of(row))
             alone = [
                 outer.meta_gradient(
                     model, spec, meta, jax.tree.map(lambda v, i=i: v[i : i + 1], episodes), keys[i : i + 1],
-                    plain=True, **options,
+                    method_of(row), plain=True,
                 )
                 for i in range(3)
             ]  # fmt: skip
@@ -140,10 +147,10 @@ def test_batched_tasks_are_a_python_loop(name):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), metrics, mean[1])
 
 
-@pytest.mark.parametrize("name", list(outer.ALGORITHMS))
+@pytest.mark.parametrize("name", list(algorithms.ALGORITHMS))
 def test_contract_of_every_algorithm(name, blobs):
     """Learns on a toy family; compiles once; every leaf that should move does; works in evaluation."""
-    row = outer.ALGORITHMS[name]
+    row = algorithms.ALGORITHMS[name]
     spec = dataclasses.replace(spec_of(row), steps=3)
     splits = tasks.make_splits(blobs, "permuted")
     model = models.mlp(10, blobs.shape, widths=(32,), dropout=0.0)
@@ -152,7 +159,7 @@ def test_contract_of_every_algorithm(name, blobs):
     optimizer = train.make_optimizer(steps=120, init_rate=2e-3, rates_rate=learned_rates, schedule="constant")
     state = train.start(model, spec, optimizer, jax.random.key(0))
     first = jax.tree.map(np.asarray, state.meta)
-    chunk = train.make_chunk(model, spec, row, optimizer, sample, meta_batch=8)
+    chunk = train.make_chunk(model, spec, method_of(row), optimizer, sample, meta_batch=8)
     before = chunk._cache_size()
     for _ in range(6):
         state, _ = chunk(state, pool, jax.random.key(1), 20)
@@ -186,7 +193,10 @@ def test_remat_changes_nothing():
     spec = RatesSpec("layer", steps=10)
     meta = outer.initial(SMOOTH, spec, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 3)
-    a, b = (outer.meta_gradient(SMOOTH, spec, meta, toy_episodes(), keys, remat=r) for r in (False, True))
+    a, b = (
+        outer.meta_gradient(SMOOTH, spec, meta, toy_episodes(), keys, Method(derivative=d))
+        for d in ("reverse", "remat")
+    )
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-6), a, b)
 
 
@@ -198,4 +208,4 @@ def test_meta_params_is_a_pytree_of_init_and_rates():
 
 def test_unknown_algorithm():
     with pytest.raises(ConfigError, match=r"inner.algorithm: expected one of .*'maml'.*got 'mamml'"):
-        outer.algorithm_row("mamml")
+        algorithms.algorithm_row("mamml")

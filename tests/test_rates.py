@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalr import rates
+from metalr import descent, rates
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
@@ -46,7 +46,9 @@ def test_only_adapting_layers_have_rates(adapts, groups):
     spec = RatesSpec("layer", adapts=adapts)
     raw = rates.initial_raw(spec, PARAMS)
     assert set(raw) == groups
-    updates, _ = rates.optimizer(spec, rates.actual(spec, raw)).update(PARAMS, rates.optimizer(spec, raw).init(PARAMS))
+    updates, _ = descent.optimizer(spec, rates.actual(spec, raw)).update(
+        PARAMS, descent.optimizer(spec, raw).init(PARAMS)
+    )
     moved = {layer for layer in PARAMS if bool((updates[layer]["kernel"] != 0).any())}
     assert moved == groups
 
@@ -79,7 +81,7 @@ def test_error_is_an_explicit_rule():
 def test_optimizer_is_gradient_descent_in_any_loop():
     spec = RatesSpec("tensor", per_step=True, steps=2)
     values = {group: jnp.array([i + 1.0, 10.0 * (i + 1)]) for i, group in enumerate(sorted(GROUPS["tensor"]))}
-    tx = optax.chain(rates.optimizer(spec, values))
+    tx = optax.chain(descent.optimizer(spec, values))
     state, params = tx.init(PARAMS), PARAMS
     for step in range(3):
         updates, state = jax.jit(tx.update)(PARAMS, state, params)
@@ -90,7 +92,7 @@ def test_optimizer_is_gradient_descent_in_any_loop():
 
 def test_optimizer_refuses_other_params():
     spec = RatesSpec("tensor")
-    tx = rates.optimizer(spec, rates.actual(spec, rates.initial_raw(spec, PARAMS)))
+    tx = descent.optimizer(spec, rates.actual(spec, rates.initial_raw(spec, PARAMS)))
     with pytest.raises(ConfigError, match="expected a rate for 'other/kernel'"):
         tx.init({"other": {"kernel": jnp.ones(2)}})
 

@@ -12,7 +12,7 @@ from metalr import models, outer, tasks, train
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
-ROW = outer.ALGORITHMS["meta_sgd_layer"]
+METHOD = outer.Method()
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def parts(blobs):
     model, spec = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
     pool, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
     optimizer = train.make_optimizer(steps=12, init_rate=1e-2, rates_rate=1e-2)
-    chunk = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=4)
+    chunk = train.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=4)
     return model, spec, pool, optimizer, chunk
 
 
@@ -64,7 +64,7 @@ def test_a_part_without_a_rate_does_not_move(parts, blobs):
     optimizer = train.make_optimizer(steps=4, init_rate=None, rates_rate=1e-2)
     state = train.start(model, spec, optimizer, jax.random.key(0))
     before = jax.tree.map(np.asarray, state.meta)
-    state, _ = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=2)(state, pool, jax.random.key(0), 4)
+    state, _ = train.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2)(state, pool, jax.random.key(0), 4)
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (before.init, state.meta.init)), strict=True))
     assert all((a != b).all() for a, b in zip(*map(jax.tree.leaves, (before.rates, state.meta.rates)), strict=True))
 
@@ -74,7 +74,7 @@ def test_divergence_names_the_step(parts, blobs):
     _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
     optimizer = train.make_optimizer(steps=20, init_rate=1e30, rates_rate=1e-2, clip=None)
     state = train.start(model, spec, optimizer, jax.random.key(0))
-    chunk = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=2)
+    chunk = train.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2)
     with pytest.raises(train.DivergedError, match=r"outer step \d+: loss .*lower outer.init_rate"):
         list(train.run_chunks(chunk, state, pool, jax.random.key(0), 20, (10,)))
 
@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_changes_nothing(parts, blobs):
 
     results = {}
     for policy in train.POLICIES:
-        chunk = train.make_chunk(model, spec, ROW, optimizer, sample, meta_batch=2, on_divergence=policy)
+        chunk = train.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2, on_divergence=policy)
         state = train.start(model, spec, optimizer, jax.random.key(0))
         state, metrics = chunk(state, pool, jax.random.key(0), 12)
         finite = np.asarray(metrics["finite"])[:12]
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing(parts, blobs):
     assert not results["stop"][1][first:].any()
     keys = train.task_keys(jax.random.key(0), first, 2)
     state = train.start(model, spec, optimizer, jax.random.key(0))
-    bad = train.failing_tasks(model, spec, ROW, sample, state.meta, pool, keys)
+    bad = train.failing_tasks(model, spec, METHOD, sample, state.meta, pool, keys)
     assert bad == np.flatnonzero(jax.vmap(lambda key: jax.random.bernoulli(key, 0.2))(keys)).tolist()
 
 
@@ -120,7 +120,7 @@ def test_a_full_device_names_the_settings_to_lower(parts):
 def test_unknown_policy(parts):
     model, spec, _, optimizer, _ = parts
     with pytest.raises(ConfigError, match="outer.on_divergence: expected one of"):
-        train.make_chunk(model, spec, ROW, optimizer, lambda *_: None, 2, on_divergence="ignore")
+        train.make_chunk(model, spec, METHOD, optimizer, lambda *_: None, 2, on_divergence="ignore")
 
 
 DEVICES = """
@@ -135,7 +135,7 @@ from metalr.rates import RatesSpec
 model, spec = models.mlp(10, widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
 pool, sample = tasks.make_sampler(tasks.make_splits(data.bundled(), "permuted").train, 10, 2, 3)
 optimizer = train.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
-chunk = train.make_chunk(model, spec, outer.ALGORITHMS["meta_sgd_layer"], optimizer, sample, meta_batch=4)
+chunk = train.make_chunk(model, spec, outer.Method(), optimizer, sample, meta_batch=4)
 state = train.start(model, spec, optimizer, jax.random.key(0))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

@@ -1,0 +1,164 @@
+"""Meta-gradients of one task that are not the plain derivative of its query loss through all inner steps.
+
+Each is a function (apply, spec, meta, episode, key, …) -> (direction shaped like `meta`, {"loss", "accuracy"}), where
+loss and accuracy are those of the query set after adaptation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from metalr import descent, inner
+from metalr import rates as rates_lib
+from metalr.models import Apply
+from metalr.rates import RatesSpec
+from metalr.types import Episode, MetaParams, Params, Rates
+
+Direction = tuple[MetaParams, dict[str, jax.Array]]
+
+
+def step_of(
+    apply: Apply, spec: RatesSpec, rates: Rates, episode: Episode, key: jax.Array | None, **options: Any
+) -> tuple[inner.Step, Any]:
+    """The inner step of an episode with actual rates, and the function that starts the optimizer's state."""
+    optimizer = descent.optimizer(spec, rates)
+    x, y = episode.support_x, episode.support_y
+    size = spec.minibatch(y.shape[0])
+    step = inner.make_step(apply, x, y, optimizer, spec.steps, batch_size=size, key=key, **options)
+    return step, optimizer.init
+
+
+def adapted(
+    apply: Apply,
+    spec: RatesSpec,
+    meta: MetaParams,
+    episode: Episode,
+    key: jax.Array | None,
+    *,
+    dropout: bool = False,
+    remat: bool = False,
+    last: int | None = None,
+    **options: Any,
+) -> Params:
+    """Params after spec.steps steps from meta.init.
+
+    dropout: whether the model has some; a learned rate replaces it. remat: as in inner.take.
+    last: differentiate only that many steps, the last ones (truncated back-propagation, Shaban et al. 2019, section
+    2); the ones before move the params as if by a constant, so the init still gets a gradient, of first order.
+    """
+    stopped = jax.lax.stop_gradient(meta)
+    before = 0 if last is None else max(spec.steps - last, 0)
+
+    def steps(meta: MetaParams) -> tuple[inner.Step, Any]:
+        rates = rates_lib.actual(spec, meta.rates)
+        drop = rates_lib.dropout(spec, rates, dropout)
+        return step_of(apply, spec, rates, episode, key, dropout=drop, **options)
+
+    step, start = steps(meta)
+    carry = meta.init, start(meta.init)
+    if before:
+        constant_step, start = steps(stopped)
+        params, state = inner.take(constant_step, (stopped.init, start(stopped.init)), 0, before)
+        moved = jax.tree.map(lambda now, then, init: init + (now - then), params, stopped.init, meta.init)
+        carry = moved, jax.lax.stop_gradient(state)
+    return inner.take(step, carry, before, spec.steps, remat=remat)[0]
+
+
+def reptile(
+    apply: Apply,
+    spec: RatesSpec,
+    meta: MetaParams,
+    episode: Episode,
+    key: jax.Array,
+    *,
+    loss: inner.Loss = inner.cross_entropy,
+    dropout: bool = False,
+) -> Direction:
+    """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2); rates get zeros: they do not learn."""
+    fast = adapted(apply, spec, meta, episode, key, loss=loss, dropout=dropout)
+    direction = jax.tree.map(jnp.subtract, meta.init, fast)
+    _, metrics = on_query(apply, fast, episode, loss)
+    return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates)), metrics
+
+
+def on_query(apply: Apply, fast: Params, episode: Episode, loss: inner.Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The query loss of adapted params, and the metrics."""
+    logits = apply(fast, episode.query_x)
+    value = loss(logits, episode.query_y)
+    return value, {"loss": value, "accuracy": inner.accuracy(logits, episode.query_y)}
+
+
+def implicit(
+    apply: Apply,
+    spec: RatesSpec,
+    meta: MetaParams,
+    episode: Episode,
+    key: jax.Array,
+    *,
+    loss: inner.Loss = inner.cross_entropy,
+    dropout: bool = False,
+    solver_steps: int = 5,
+) -> Direction:
+    """The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, lemma 1 and algorithm 2).
+
+    If adaptation ends in a minimum of support loss + lambda/2 |w - init|^2, the init's gradient is the g of
+    (H + lambda) g = lambda * (query gradient), with H the support loss's Hessian there; solved by `solver_steps` of
+    conjugate gradient. Costs no memory for the path that adaptation took. Rates get zeros: they do not learn.
+    """
+    fast = adapted(apply, spec, meta, episode, key, loss=loss, dropout=dropout)
+    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, loss), has_aux=True)(fast)
+    rates = rates_lib.actual(spec, meta.rates)
+
+    def pulled(tree: Params) -> Params:
+        def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            layer = rates_lib.layer_of(spec, path)
+            return leaf if layer is None else rates[f"proximal:{layer}"] * leaf  # where nothing adapts, g = query
+
+        return jax.tree_util.tree_map_with_path(scale, tree)
+
+    def gradient(params: Params) -> Params:
+        grads = jax.grad(lambda p: loss(apply(p, episode.support_x), episode.support_y))(params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, g: jnp.zeros_like(g) if rates_lib.group_of(spec, path) is None else g, grads
+        )
+
+    def system(v: Params) -> Params:
+        curved = jax.jvp(gradient, (fast,), (v,))[1]
+        return jax.tree.map(jnp.add, curved, pulled(v))
+
+    solved, _ = jax.scipy.sparse.linalg.cg(system, pulled(query), x0=query, maxiter=solver_steps)
+    return MetaParams(solved, jax.tree.map(jnp.zeros_like, meta.rates)), metrics
+
+
+def forward(
+    apply: Apply,
+    spec: RatesSpec,
+    meta: MetaParams,
+    episode: Episode,
+    key: jax.Array,
+    *,
+    loss: inner.Loss = inner.cross_entropy,
+    dropout: bool = False,
+) -> Direction:
+    """The exact gradient of the rates by forward mode (Franceschi et al. 2017, section 3.2); the init's is first order.
+
+    Carries one derivative of the params for every learned number instead of the path, so memory does not grow with
+    steps; time grows with the number of learned numbers.
+    """
+    flat, restore = ravel_pytree(meta.rates)
+
+    def final(flat: jax.Array) -> Params:
+        return adapted(apply, spec, MetaParams(meta.init, restore(flat)), episode, key, loss=loss, dropout=dropout)
+
+    push = jax.vmap(lambda one: jax.jvp(final, (flat,), (one,)), out_axes=(None, 0))
+    fast, changes = push(jnp.eye(flat.size, dtype=flat.dtype))
+    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, loss), has_aux=True)(fast)
+    each = jax.tree.map(lambda change, g: change.reshape(flat.size, -1) @ g.reshape(-1), changes, query)
+    return MetaParams(query, restore(jnp.stack(jax.tree.leaves(each)).sum(0))), metrics
+
+
+DIRECTIONS = {"reptile": reptile, "implicit": implicit, "forward": forward}
