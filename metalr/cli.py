@@ -311,5 +311,31 @@ def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2
     _guard(lambda: tyro.cli(main, description=sys.modules["__main__"].__doc__))
 
 
+def study(variants: dict[str, TrainConfig], name: str, seeds: tuple[int, ...] = (0, 1, 2), **options: Any) -> None:
+    """Run a study document: variants of a config, once a seed; options as seeds.run_study takes them.
+
+    With the document's seeds, the results go to results/NAME.json beside the calling script; otherwise to runs/NAME.
+    """
+    document = seeds
+
+    def main(seeds: tuple[int, ...] = document) -> None:
+        """Run the study.
+
+        Args:
+          seeds: seeds of meta-training, each reported.
+        """
+        _start_jax()
+        from metalr import report, search
+        from metalr.seeds import run_study
+
+        if "grid" in options:
+            options["grid"] = search.Grid(**options["grid"])
+        folder = Path(sys.argv[0]).parent if seeds == document else Path("runs") / name
+        print(report.study_text(run_study(variants, name, seeds, folder, **options)))
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _guard(lambda: tyro.cli(main, description=sys.modules["__main__"].__doc__))
+
+
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,59 @@ def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int,
     evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps, random_init=random_init)
     curve = evaluator(pool, learner.init, learner.rates, evaluate.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
+
+
+def horizons(
+    learner: artifact.Learner,
+    setup: Setup,
+    config: TrainConfig,
+    lengths: Sequence[int],
+    grid: search.Grid,
+    random_grid: dict[int, search.Cell] | None = None,
+) -> tuple[list[dict[str, Any]], dict[int, search.Cell]]:
+    """A learner's fine-tunes of several lengths, each beside the best fixed rate found by grid at that very length.
+
+    Schedules with knots are stretched over each length. The grid runs on the same meta-test tasks, with the learner's
+    minibatches, and its best cell is chosen on them, which flatters it; grid.steps are not used.
+
+    Args:
+      random_grid: the second result of an earlier call with the same tasks, to save its time.
+
+    Returns:
+      (rows: horizon, method, accuracy, ci95, learned_minus_this and its ci95, cell; best cells from a random init).
+    """
+    pool, sample = setup.samplers["test"]
+    keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.episodes)
+    support, random_init = config.tasks.way * config.tasks.shot, setup.phases.fresh_init
+    spec, model = learner.spec, learner.model
+    size = min(spec.minibatch(support) or support, support)
+    grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
+    best: dict[str, dict[int, search.Cell]] = {}
+    for origin, init in (("random", None), ("learned", learner.init)):
+        if origin == "random" and random_grid is not None:
+            best[origin] = random_grid
+        elif origin == "random" or not random_init:
+            cells, _ = search.run_grid(grid, model, pool, sample, support, keys, init=init)
+            best[origin] = {steps: search.best(cells, steps) for steps in lengths}
+    rows = []
+    for steps in lengths:
+        evaluator = evaluate.make_evaluator(
+            model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init
+        )
+        ours = evaluator(pool, learner.init, learner.rates, keys).tasks[:, 0]
+        named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
+            (f"{'random' if random_init else 'learned'} init + learned rates", ours, {})
+        ]
+        for origin, at in best.items():
+            cell = at[steps]
+            chosen = {"optimizer": cell.optimizer, "learning_rate": cell.learning_rate}
+            named.append((f"{origin} init + grid, best fixed rate", cell.tasks, chosen))
+        for method, tasks, chosen in named:
+            (mean, ci95), (less, less_ci95) = evaluate.paired(tasks, 0 * tasks), evaluate.paired(ours, tasks)
+            numbers = {"accuracy": mean, "ci95": ci95, "learned_minus_this": less, "difference_ci95": less_ci95}
+            rounded = {name: round(value, 6) for name, value in numbers.items()}
+            rows.append({"horizon": steps, "method": method, **rounded, "cell": chosen})
+    return rows, best["random"]
 
 
 def curve_rows(curve: Curve) -> list[dict[str, float]]:

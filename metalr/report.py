@@ -41,6 +41,25 @@ def seeds_text(results: dict[str, Any]) -> str:
     return "\n".join([head, *(table(results["comparison"]) or curve_lines(results["curve"]))])
 
 
+def study_text(results: dict[str, Any]) -> str:
+    """The table of a study: a row a variant; then, if it has them, the horizons."""
+    head = ("variant", "family", "accuracy", "95 % CI", "lowest and highest seed", "seconds")
+    rows: list[tuple[str, ...]] = [head]
+    longer: list[tuple[str, ...]] = [
+        ("variant", "family", "steps", "method", "accuracy", "95 % CI", "learned is above by")
+    ]
+    for r in results["rows"]:
+        shown = f"{100 * r['accuracy']:.2f} %", f"± {100 * r['ci95']:.2f}"
+        seeds = f"{100 * r['lowest_seed']:.2f} … {100 * r['highest_seed']:.2f}"
+        rows.append((r["variant"], r["family"], *shown, seeds, f"{r['seconds']:.0f}"))
+        for h in r["horizons"]:
+            difference = f"{100 * h['learned_minus_this']:+.2f} ± {100 * h['difference_ci95']:.2f}"
+            shown = f"{100 * h['accuracy']:.2f} %", f"± {100 * h['ci95']:.2f}"
+            longer.append((r["variant"], r["family"], str(h["horizon"]), h["method"], *shown, difference))
+    lines = [f"\n{results['name']}: means over seeds {results['seeds']}\n", *_aligned(rows, left=(0, 1))]
+    return "\n".join([*lines, *(["", *_aligned(longer, left=(0, 1, 3))] if len(longer) > 1 else [])])
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The comparison as aligned lines."""
     head = ("method", "steps", "accuracy", "95 % CI", "cost a task", "cell")

@@ -1,17 +1,19 @@
-"""The same run for several seeds of meta-training: what an experiment document reports."""
+"""The same run for several seeds of meta-training, and for several variants: what experiment documents report."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metalr import artifact
+from metalr import artifact, compare, search
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, one_line
-from metalr.runs import check_folder, run, write_json
+from metalr.runs import check_folder, resume, run, write_json
 from metalr.setup import set_up
 
 
@@ -53,6 +55,85 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
     artifact.save(folder / "artifacts" / name, learner, overwrite=True)
     return summary
+
+
+def run_study(
+    variants: dict[str, TrainConfig],
+    name: str,
+    seeds: tuple[int, ...],
+    folder: Path,
+    *,
+    horizons: Sequence[int] = (),
+    grid: search.Grid | None = None,
+) -> dict[str, Any]:
+    """Variants of a run, each for several seeds, at the steps they were trained for; a row each.
+
+    Runs that finished in runs/NAME are not run again, and one that was stopped goes on, so a study can be stopped too.
+    Writes folder/results/NAME.json.
+
+    Args:
+      horizons, grid: also compare fine-tunes of these lengths with the best cell of a grid; see compare.horizons.
+
+    Raises:
+      MetalrError: as `run`; checked for all variants before any is trained.
+    """
+    for config in variants.values():
+        for seed in seeds:
+            set_up(dataclasses.replace(config, seed=seed))
+    rows: list[dict[str, Any]] = []
+    random_grids: dict[Any, Any] = {}
+    for variant, base in variants.items():
+        found, lengths = [], []
+        for seed in seeds:
+            out = Path("runs") / name / variant.replace(" ", "_").replace("/", "_") / f"seed{seed}"
+            config = dataclasses.replace(base, seed=seed, out=out)
+            results = _run_once(config, name)
+            found.append(results)
+            if horizons:
+                setup = set_up(config)
+                key = (config.tasks, config.evaluation, config.inner.batch_size)
+                learner = artifact.load(out / "artifact")
+                at, random_grids[key] = compare.horizons(
+                    learner, setup, config, horizons, grid or search.Grid(), random_grids.get(key)
+                )
+                lengths.append(at)
+        at_trained = [next(p for p in r["curve"] if p["steps"] == base.inner.steps) for r in found]
+        training = [r["training"] for r in found]
+        rows.append(
+            {
+                "variant": variant,
+                "family": base.tasks.family,
+                **over_seeds([[point] for point in at_trained])[0],
+                "accuracy_of_seeds": [point["accuracy"] for point in at_trained],
+                "example_gradients": training[0]["example_gradients"],
+                "seconds": round(float(np.median([t["seconds"] for t in training])), 1),
+                "rates": found[0]["rates"],
+                "rates_health": found[0]["rates_health"],
+                "horizons": over_seeds(lengths) if horizons else [],
+            }
+        )
+    summary = {
+        "name": name,
+        "command": found[0]["command"],
+        "seeds": list(seeds),
+        "provenance": found[0]["provenance"],
+        "split_sha256": found[0]["split_sha256"],
+        "rows": rows,
+    }
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results" / f"{name}.json", summary)
+    return summary
+
+
+def _run_once(config: TrainConfig, name: str) -> dict[str, Any]:
+    assert config.out is not None
+    finished = config.out / "results.json"
+    if not finished.is_file():
+        return resume(config.out) if (config.out / "config.json").is_file() else run(config, name=name)
+    results = json.loads(finished.read_text())
+    if results["config"] != config.to_json():
+        raise ConfigError(f"{config.out}: expected a run with this study's settings, found another; move it away")
+    return results
 
 
 def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import checkpoints, progress, runs, seeds, train
+import metalr
+from metalr import checkpoints, progress, report, runs, search, seeds, train
 from metalr.config import EvaluationConfig, GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError, StoppedError
 from metalr.setup import set_up
@@ -81,6 +83,37 @@ def test_seeds_are_averaged_and_their_choices_listed(small, tmp_path):
         assert row["accuracy"] == pytest.approx(sum(r["accuracy"] for r in each) / 2, abs=1e-5)
         cells = [r["cell"] for r in each]
         assert row["cell"] == (cells[0] if cells[0] == cells[1] else cells)
+
+
+def test_a_study_compares_variants_and_horizons_and_goes_on(small, tmp_path, monkeypatch):
+    inner = InnerConfig(steps=3, knots=2, batch_size=5, momentum=0.5)
+    variants = {
+        "both": dataclasses.replace(small, inner=inner),
+        "rates / alone": dataclasses.replace(
+            small, inner=inner, outer=dataclasses.replace(small.outer, learns="rates")
+        ),
+    }
+    options = {"horizons": (3, 12), "grid": search.Grid(learning_rates=(0.1, 1.0), optimizers=("sgd",))}
+    results = seeds.run_study(variants, "x", (0, 1), tmp_path, **options)
+    assert [row["variant"] for row in results["rows"]] == list(variants)
+    assert results["rows"][0]["steps"] == 3
+    methods = {(h["horizon"], h["method"]) for h in results["rows"][1]["horizons"]}
+    expected = {"random init + learned rates", "random init + grid, best fixed rate"}
+    assert methods == {(n, method) for n in (3, 12) for method in expected}
+    assert "learned init + grid, best fixed rate" in str(results["rows"][0]["horizons"])
+    assert "rates / alone" in report.study_text(results)
+    init = metalr.load("runs/x/rates___alone/seed0/artifact").init
+    fresh = train.start(*(s := set_up(variants["both"]))[2:4], s.optimizer, jax.random.fold_in(jax.random.key(0), 0))
+    jax.tree.map(np.testing.assert_array_equal, init, fresh.meta.init)  # the init did not learn
+
+    def no_run(*_, **__):
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(seeds, "run", no_run)
+    again = seeds.run_study(variants, "x", (0, 1), tmp_path, **options)
+    assert again["rows"] == results["rows"]
+    with pytest.raises(ConfigError, match="expected a run with this study's settings"):
+        seeds.run_study({"both": dataclasses.replace(small, inner=InnerConfig(steps=2))}, "x", (0,), tmp_path)
 
 
 QUIET = progress.ConsoleReporter(quiet=True)
