@@ -4,9 +4,9 @@
 
 Families `permuted` and `rotated`, all ten digits with 50 images each (minibatches of 32), the reference MLP 784-128-10
 without dropout. Learned a layer: a schedule of 4 knots, stretched over each fine-tune, for Adam's direction or for
-momentum SGD. Beside it, at every length, the best of 9 fixed rates for Adam and SGD, chosen on the same 40 meta-test
+momentum SGD. Beside it, at every length, the best of 9 fixed rates for Adam and SGD, chosen on the same 30 meta-test
 tasks.
-Expected: see results/long_horizon.json and docs/long.md; about 20 minutes on 2 CPU cores.
+Expected: see results/long_horizon.json and docs/long.md; about 12 minutes on 2 CPU cores.
 """
 
 from metalr.cli import study
@@ -20,8 +20,8 @@ VARIANTS = {
     f"{family}: {rule}": TrainConfig(
         tasks=TaskConfig(family=family, way=10, shot=50, query=20),
         inner=inner,
-        outer=OuterConfig(steps=80, meta_batch=4, validate_every=20, checkpoint_every=20, rates_rate=5e-2),
-        evaluation=EvaluationConfig(episodes=40, validation_episodes=20, steps=200),
+        outer=OuterConfig(steps=50, meta_batch=4, validate_every=10, checkpoint_every=10, rates_rate=5e-2),
+        evaluation=EvaluationConfig(episodes=30, validation_episodes=20, steps=200),
     )
     for family in ("permuted", "rotated")
     for rule, inner in RULES.items()
