@@ -211,13 +211,13 @@ def meta_train(
     best = train.learned(setup.spec, state.meta)
     facts: dict[str, Any] = {
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
-        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
+        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0, "validations": [],
     }  # fmt: skip
     store = folder / "checkpoints"
     folders.make(store)
     found = checkpoints.load(store, {"state": state, "best": best}, reporter.line)
     if found is not None:
-        tree, facts = found
+        tree, facts = found[0], facts | found[1]
         tree = jax.tree.map(jnp.asarray, tree)
         state, best = tree["state"], tree["best"]
         reporter.line(f"resumed at outer step {int(state.step)}")
@@ -257,6 +257,8 @@ def meta_train(
                         _write_line(log, folder, line)
                         if facts["score"] is None or score > facts["score"]:
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
+                        spent = round(facts["seconds"] + part.seconds, 2)
+                        facts["validations"].append([done, round(score, 6), spent])
                         note = f"validation {score:.3f}"
                         facts["validation_seconds"] += time.perf_counter() - began
                     if done % every[1] == 0 or done == steps:
@@ -284,6 +286,7 @@ def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any
         "outer_steps": config.outer.steps,
         "best_step": facts["best_step"],
         "validation_accuracy": round(facts["score"], 6),
+        "validations": facts["validations"],
         **numbers,
         "tasks_per_second": round(config.outer.meta_batch / warm, 1),
         "skipped_updates": facts["skipped"],

@@ -195,7 +195,7 @@ def test_consistent_but_wrong_facts(tmp_path, change, message):
         metalr.load(path)
 
 
-@pytest.mark.parametrize("name", ["format1_mlp", "format1_conv4"])
+@pytest.mark.parametrize("name", ["format1_mlp", "format1_conv4", "format2_mlp"])
 def test_artifacts_of_older_versions_load(name):
     """Golden artifacts: written once, never again; expected.npz holds what they did then."""
     golden = Path(__file__).parent / "golden" / name

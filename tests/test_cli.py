@@ -74,6 +74,49 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert "exists and is not empty" in refused(capsys, "train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
 
 
+def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
+    inner = ["--inner.steps", "12", "--inner.knots", "3", "--inner.batch-size", "5", "--inner.momentum", "0.5"]
+    inner += ["--inner.signed", "--inner.lowest", "0", "--inner.highest", "1", "--inner.derivative", "forward"]
+    call("train", "--data", blobs_npz, *SMALL, *inner, "--out", tmp_path / "run")
+    assert "12" in capsys.readouterr().out
+    call("show", tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "3 knots over any number of steps" in shown
+    assert "momentum:dense_0" in shown
+    call("show", tmp_path / "run" / "artifact", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["rates"]["head"]) == 3
+    assert facts["rates_health"]["head"] == {"negative": 0.0, "dead": 0.0}
+    learned = metalr.load(tmp_path / "run" / "artifact")
+    x = np.zeros((20, 8, 8), np.uint8)
+    learned.apply(learned.adapt(x, np.arange(20) % 10, steps=30), x)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["rates"]["momentum:head"] > 0
+
+
+def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--inner.algorithm", "anil", "--out", tmp_path / "run")
+    capsys.readouterr()
+    call("show", tmp_path / "run")
+    assert "without a rate, so not adapted: dense_0/bias, dense_0/kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inner.algorithm", "imaml", "--inner.learned", "True"], "inner.learned: expected False with imaml"),
+        (["--inner.algorithm", "maml", "--outer.learns", "rates"], "outer.learns: expected both or init"),
+        (["--model.name", "conv4", "--inner.dropout", "0.1"], "inner.dropout: expected None with the model 'conv4'"),
+        (["--outer.multi-step", "0.5", "--inner.derivative", "forward"], "outer.multi_step: expected 0"),
+        (["--outer.first-order-share", "2"], "outer.first_order_share: expected a share"),
+        (["--inner.knots", "1"], "inner.knots: expected 0"),
+    ],
+)
+def test_choices_that_do_not_go_together(flags, message, capsys, tmp_path):
+    assert message in refused(capsys, "train", *SMALL, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_same_seed_same_artifact(blobs_npz, tmp_path):
     for name in ("a", "b"):
         call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / name)

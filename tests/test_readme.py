@@ -12,7 +12,10 @@ from metalr import data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*.json")}
+ALL = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*.json")}
+RESULTS = {name: results for name, results in ALL.items() if "comparison" in results}
+STUDIES = {name: results for name, results in ALL.items() if "rows" in results}
+OMNIGLOT = {name: results for name, results in ALL.items() if name.startswith("omniglot_")}
 
 
 def test_snippet_runs():
@@ -61,3 +64,48 @@ def test_experiment_documents_expect_what_was_measured(name):
     row = next(r for r in RESULTS[name]["comparison"] if r["method"] == "learned init + learned rates")
     text = (ROOT / "experiments" / f"{name}.py").read_text()
     assert f"Expected: {100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f} % after 5 steps" in text
+
+
+def test_numbers_of_the_studies_are_those_of_their_results():
+    """Rows of docs/choosing.md and docs/long.md: study | variant | … | accuracy ± ci."""
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+\.\d) ± (\d+\.\d) \|", text, re.M)
+    shown = {(study, variant): (float(a), float(ci)) for study, variant, a, ci in rows}
+    measured = {
+        (name, row["variant"]): (round(100 * row["accuracy"], 1), round(100 * row["ci95"], 1))
+        for name, results in STUDIES.items()
+        for row in results["rows"]
+        if not row["horizons"]
+    }
+    assert shown == measured
+    assert all((ROOT / "experiments" / f"{name}.py").is_file() for name in STUDIES)
+
+
+def test_numbers_of_long_fine_tunes_are_those_of_their_results():
+    rows = re.findall(
+        r"^\| ([^|]+) \| (\d+) \| ([^|]+) \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "long.md").read_text(), re.M
+    )
+    shown = {(variant, int(steps), method): (float(a), float(ci)) for variant, steps, method, a, ci in rows}
+    measured = {
+        (row["variant"], at["horizon"], at["method"]): (round(100 * at["accuracy"], 1), round(100 * at["ci95"], 1))
+        for results in STUDIES.values()
+        for row in results["rows"]
+        for at in row["horizons"]
+    }
+    assert shown == measured
+
+
+@pytest.mark.parametrize("name", sorted(OMNIGLOT))
+def test_omniglot_artifacts_adapt_and_match_the_docs(name):
+    path, results = ROOT / "experiments" / "artifacts" / name, OMNIGLOT[name]
+    learned = metalr.load(path)
+    assert learned.facts["split_sha256"] == results["split_sha256"]
+    assert sum(f.stat().st_size for f in path.iterdir()) < 10**6
+    best = next(p for p in results["curve"] if p["steps"] == results["config"]["inner"]["steps"])
+    row = re.search(rf"^\| `{name}` \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "choosing.md").read_text(), re.M)
+    assert row
+    assert tuple(map(float, row.groups())) == (round(100 * best["accuracy"], 1), round(100 * best["ci95"], 1))
+    way = learned.model.way
+    images = np.random.default_rng(0).integers(0, 256, (2 * way, 28, 28), dtype=np.uint8)
+    fast = learned.adapt(images[:way], np.arange(way))
+    assert learned.apply(fast, images).shape == (2 * way, way)

@@ -69,6 +69,50 @@ def test_a_part_without_a_rate_does_not_move(parts, blobs):
     assert all((a != b).all() for a, b in zip(*map(jax.tree.leaves, (before.rates, state.meta.rates)), strict=True))
 
 
+def after(parts, blobs, steps, spec=None, method=METHOD, **phases):
+    """Meta-parameters after some outer steps."""
+    model, own_spec, pool, _, _ = parts
+    spec = spec or own_spec
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    optimizer = train.make_optimizer(steps=9, init_rate=1e-2, rates_rate=1e-1, schedule="constant")
+    chunk = train.make_chunk(model, spec, method, optimizer, sample, meta_batch=2, phases=train.Phases(**phases))
+    state, _ = chunk(train.start(model, spec, optimizer, jax.random.key(0)), pool, jax.random.key(0), steps)
+    return jax.tree.map(np.asarray, state.meta)
+
+
+def same(a, b):
+    return all(np.allclose(x, y, rtol=1e-5, atol=1e-7) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_derivative_order_annealing(parts, blobs):
+    first = outer.Method(first_order=True)
+    assert same(after(parts, blobs, 3, first_order_until=3), after(parts, blobs, 3, method=first))
+    assert same(after(parts, blobs, 3, first_order_until=0), after(parts, blobs, 3))
+    mixed = after(parts, blobs, 3, first_order_until=1)
+    assert not same(mixed, after(parts, blobs, 3))
+    assert not same(mixed, after(parts, blobs, 3, method=first))
+
+
+def test_multi_step_loss_fades_out(parts, blobs):
+    assert not same(after(parts, blobs, 1, multi_step_until=2), after(parts, blobs, 1))
+    one_step = RatesSpec("layer", steps=1)
+    assert same(after(parts, blobs, 3, one_step, multi_step_until=9), after(parts, blobs, 3, one_step))
+
+
+def test_a_fresh_init_in_every_step_teaches_the_rates_alone(parts, blobs):
+    start, end = after(parts, blobs, 0, fresh_init=True), after(parts, blobs, 5, fresh_init=True)
+    assert same(start.init, end.init)
+    assert not same(start.rates, end.rates)
+    assert not same(end.rates, after(parts, blobs, 5).rates)
+
+
+def test_rates_stay_within_their_bounds(parts, blobs):
+    spec = RatesSpec("layer", steps=2, positive=False, lowest=0.0, highest=0.12)
+    rates = after(parts, blobs, 9, spec).rates
+    assert all(0 <= float(value) <= 0.12 for value in rates.values())
+    assert any(float(value) in (0.0, pytest.approx(0.12)) for value in rates.values())
+
+
 def test_divergence_names_the_step(parts, blobs):
     model, spec, pool, _, _ = parts
     _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
