@@ -211,7 +211,8 @@ def meta_train(
     best = train.learned(setup.spec, state.meta)
     facts: dict[str, Any] = {
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
-        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0, "validations": [],
+        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
+        "validations": [],
     }  # fmt: skip
     store = folder / "checkpoints"
     folders.make(store)
