@@ -34,6 +34,7 @@ def damaged_files(root: Path, flips: int, cuts: int) -> list[Row]:
     rng = random.Random(SEED + 3)
     artifact = metalr.save(root / "artifact", small_learner())
     tree = {"w": np.arange(1000, dtype=np.float32)}
+    (root / "checkpoints").mkdir()
     step = checkpoints.save(root / "checkpoints", 1, tree, {})
     targets = [(artifact, name) for name in ("learner.safetensors", "metalr.json", "README.md")]
     targets += [(step, name) for name in (checkpoints.TENSORS, checkpoints.MANIFEST)]

@@ -9,6 +9,7 @@ from typing import Any
 from metalr import progress
 
 Row = dict[str, Any]
+SEED = 0
 QUIET = progress.ConsoleReporter(quiet=True)
 
 

@@ -265,6 +265,13 @@ def overhead(repeats: int) -> Row:
     }
 
 
+def can_mount(root: Path) -> bool:
+    """Whether this process may mount a small file system, as the faults of disks need."""
+    point = tempfile.mkdtemp(dir=root)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", point], capture_output=True, check=False)
+    return mounted.returncode == 0 and subprocess.run(["umount", point], check=False).returncode == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small n of everything; writes no results file")
@@ -283,13 +290,7 @@ def main() -> None:
                 made.append(Reference(root))
             return made[0]
 
-        can_mount = (
-            os.geteuid() == 0
-            and subprocess.run(
-                ["mount", "-t", "tmpfs", "tmpfs", tempfile.mkdtemp(dir=root)], capture_output=True, check=False
-            ).returncode
-            == 0
-        )
+        mounts = can_mount(root)
         groups: dict[str, Callable[[], Row | list[Row]]] = {
             "files": lambda: damaged_files(root, 100 if few else 1000, 50 if few else 300),
             "hostile": lambda: hostile(root),
@@ -297,8 +298,8 @@ def main() -> None:
             "typos": lambda: typos(1 if few else 10),
             "divergence": lambda: divergence(root, 8 if few else 100),
             "overhead": lambda: overhead(3 if few else 9),
-            "disk": lambda: full_disk(root, 4 if few else 20) if can_mount else [],
-            "vanished": lambda: vanished(root, 6) if can_mount else [],
+            "disk": lambda: full_disk(root, 4 if few else 20) if mounts else [],
+            "vanished": lambda: vanished(root, 6) if mounts else [],
             "calls": lambda: kill_at_every_call(root),
             "sigkill": lambda: sigkill(reference(), 4 if few else 200),
             "resume": lambda: resume_at_every_step(reference(), 3 if few else CONFIG.outer.steps),
@@ -319,7 +320,6 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        subprocess.run(["umount", "-q", *map(str, root.glob("tmp*"))], capture_output=True, check=False)
     if options.json:
         print(json.dumps(rows, indent=1))
     if not options.quick and not options.only:

@@ -288,6 +288,8 @@ def build(name: str, way: int, input_shape: tuple[int, int, int], **settings: An
     """The model of that name. Raises ConfigError for an unknown name or setting."""
     if name not in MODELS:
         raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ConfigError(f"input_shape: expected [height, width, channels], all positive, got {list(input_shape)}")
     if way < 2:
         raise ConfigError(f"way: expected at least 2 classes, got {way}")
     try:

@@ -185,6 +185,7 @@ def rewrite(path, change):
         (lambda f: f["model"]["settings"].update(widths=[10**7]), "expected"),
         (lambda f: f["model"].update(way=10**12), "expected"),
         (lambda f: f["model"].update(input_shape=[8, "8", 1]), "does not describe a learner"),
+        (lambda f: f["model"].update(input_shape=[8, 8, 1, 1, 1]), "input_shape: expected"),
         (lambda f: f["model"].update(name="../../etc"), "expected one of|custom"),
     ],
 )
