@@ -100,6 +100,8 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
         reporter.line(describe(config, setup))
         init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
+        if not (folder / "config.json").is_file():
+            folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
         artifact.save(folder / "artifact", learner, overwrite=True)
         curve, seconds = compare.held_out(
             learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed
