@@ -5,7 +5,7 @@
 Families `permuted` and `rotated`, all ten digits with 50 images each (minibatches of 32), the reference MLP 784-128-10
 without dropout. Learned a layer: a schedule of 4 knots for Adam's direction, stretched over each fine-tune. Beside it,
 at every length, the best of 7 fixed rates for Adam and SGD, chosen on the same 30 meta-test tasks.
-Expected: see results/long_horizon.json and docs/long.md; about 12 minutes on 2 CPU cores.
+Expected: see results/long_horizon.json and docs/long.md; about 15 minutes on 2 CPU cores.
 """
 
 from metalr.cli import study
