@@ -8,8 +8,8 @@ at every length, the best of 7 fixed rates for Adam and SGD, chosen on the same 
 Expected: see results/long_horizon.json and docs/long.md; about 15 minutes on 2 CPU cores.
 """
 
-from metalr.cli import study
 from metalr.config import EvaluationConfig, InnerConfig, OuterConfig, TaskConfig, TrainConfig
+from metalr.documents import study
 
 INNER = InnerConfig(steps=200, batch_size=32, base="adam", rate=3e-3, knots=4)
 VARIANTS = {

@@ -14,8 +14,8 @@ class Algorithm(NamedTuple):
       granularity, per_step, adapts: as in RatesSpec.
       learned: whether the outer loop changes the rates (and all other inner hyperparameters).
       first_order: whether the meta-gradient treats inner gradients as constants.
-      meta_gradient: "query" (of the query loss after adaptation), "reptile" (towards the adapted params) or "implicit"
-        (of the query loss, as if adaptation had ended in a minimum).
+      meta_gradient: "query" (of the query loss after adaptation), "reptile" (towards the adapted params), "implicit"
+        (of the query loss, as if adaptation had ended in a minimum) or "joint" (of the loss with no adaptation).
       source: paper and place.
       predicted, decay, proximal: as in RatesSpec.
       multi_step: over which share of the outer steps the query loss after every inner step counts, fading into that
@@ -39,6 +39,7 @@ class Algorithm(NamedTuple):
 
 
 ALGORITHMS = {
+    "joint": Algorithm("shared", False, False, True, "all", "joint", "pre-training on all tasks, with no inner loop"),
     "maml": Algorithm("shared", False, False, False, "all", "query", "Finn et al. 2017, algorithm 2"),
     "fomaml": Algorithm("shared", False, False, True, "all", "query", "Finn et al. 2017, section 5.2"),
     "reptile": Algorithm("shared", False, False, True, "all", "reptile", "Nichol et al. 2018, algorithm 2"),

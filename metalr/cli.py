@@ -1,8 +1,9 @@
-"""The command line: `metalr quickstart | train | evaluate | adapt | show | data`. Imports jax only to run a command."""
+"""The command line, `metalr --help`. Imports jax only to run a command."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -10,14 +11,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from metalr import folders
-from metalr.config import QUICKSTART, GridConfig, TrainConfig, read_config
+from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig, read_config
 from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
 
+COMPARISON = CompareConfig()
 EXIT_ERROR, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, the run was saved and can go on
 
 
@@ -31,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             "prepare": data_prepare,
             "import": data_import,
         }
-        _guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
+        guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
         return
-    train = _guard(lambda: _train_command(given)) if given[:1] == ["train"] else _train_command([])
-    commands = {"quickstart": quickstart, "train": train, "evaluate": evaluate, "adapt": adapt, "show": show}
-    commands["data"] = data
+    resumable = {"train": _train_command, "search": _search_command}
+    made = {
+        name: guard(functools.partial(make, given)) if given[:1] == [name] else make([])
+        for name, make in resumable.items()
+    }
+    commands = {"quickstart": quickstart, "train": made["train"], "evaluate": evaluate, "adapt": adapt, "show": show}
+    commands |= {"search": made["search"], "compare": compare, "data": data}
     about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
-    _guard(lambda: _dispatch(commands, "metalr", about, given))
+    guard(lambda: _dispatch(commands, "metalr", about, given))
 
 
 def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, argv: list[str]) -> None:
@@ -48,7 +54,7 @@ def data() -> None:
     """List the datasets, prepare or import one: see `metalr data --help`."""
 
 
-def _guard(run: Callable[[], Any]) -> Any:
+def guard(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except StoppedError as error:
@@ -62,7 +68,7 @@ def _guard(run: Callable[[], Any]) -> Any:
         sys.exit(130)
 
 
-def _start_jax() -> None:
+def start_jax() -> None:
     from metalr import data, devices
 
     devices.use_all_cores()
@@ -82,11 +88,15 @@ def quickstart(config: Config = QUICKSTART, json_: Json = False) -> None:
     _train(config, "quickstart", json_)
 
 
-def _train_command(argv: list[str]) -> Callable[..., None]:
-    """The command, whose defaults are the settings of the run to resume if there is one."""
+def _default(argv: list[str], kind: Any) -> Any:
+    """A command's default settings: those of the run to resume, if there is one."""
     resumed = next((b for a, b in itertools.pairwise(argv) if a == "--resume"), None)
     resumed = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), resumed)
-    default = TrainConfig() if resumed is None else read_config(Path(resumed))
+    return kind() if resumed is None else read_config(Path(resumed), kind)
+
+
+def _train_command(argv: list[str]) -> Callable[..., None]:
+    default = _default(argv, TrainConfig)
 
     def train(config: Config = default, resume: Path | None = None, json_: Json = False) -> None:
         """Meta-train and evaluate on held-out tasks; leave a run folder.
@@ -106,7 +116,7 @@ def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = 
     folder = resume or config.out
     if folder is not None:
         folders.refuse_if_locked(folder)  # before the seconds that it takes to start
-    _start_jax()
+    start_jax()
     from metalr import devices, progress, report, runs
 
     if devices.join_processes():  # one of the others: works along, leaves nothing
@@ -134,7 +144,7 @@ def evaluate(
       seed: seed of the tasks; default: as in the run.
       json_: print JSON instead of a table.
     """
-    _start_jax()
+    start_jax()
     from metalr import artifact, compare, provenance, report
     from metalr.setup import set_up
 
@@ -176,7 +186,7 @@ def adapt(
       out: also write the fine-tuned params to this .safetensors file.
       json_: print JSON.
     """
-    _start_jax()
+    start_jax()
     import numpy as np
 
     from metalr import artifact as artifacts
@@ -227,6 +237,59 @@ def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:
     folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
     facts = {"artifact": str(folder), **artifacts.describe(artifacts.load(folder))}
     print(json.dumps(facts, indent=1) if json_ else report.learned_text(facts))
+
+
+def _search_command(argv: list[str]) -> Callable[..., None]:
+    default = _default(argv, SearchConfig)
+
+    def search(
+        searcher: tyro.conf.Positional[Literal["grid", "random", "tpe", "asha"]] = default.searcher,
+        config: Annotated[SearchConfig, tyro.conf.arg(name="")] = default,
+        resume: Path | None = None,
+        json_: Json = False,
+    ) -> None:
+        """Search learning rate, batch size and epochs, for a dataset or one held-out task; leave all trials.
+
+        Ctrl-C or SIGTERM stops at the next epoch (exit code 75); --resume goes on, with no trial lost or doubled.
+
+        Args:
+          searcher: grid, random, tpe or asha.
+          resume: the folder of a search: go on with that one, with its own settings.
+          json_: print the results as JSON instead of a table.
+        """
+        config = dataclasses.replace(config, searcher=searcher)
+        folder = resume or config.out
+        if folder is not None:
+            folders.refuse_if_locked(folder)
+        start_jax()
+        from metalr import report, search_runs
+
+        results = search_runs.run(config) if resume is None else search_runs.resume(resume, config)
+        print(json.dumps(results, indent=1) if json_ else report.search_text(results))
+
+    return search
+
+
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    config: Annotated[CompareConfig, tyro.conf.arg(name="")] = COMPARISON,
+    pretrained: Path | None = None,
+    resume: bool = False,
+    json_: Json = False,
+) -> None:
+    """Compare finished runs with searches, tuned and default rates, and other inits, on the same held-out tasks.
+
+    Args:
+      runs: run folders that differ in their seed only.
+      pretrained: run folder of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
+      resume: go on with a comparison that was stopped, in --out.
+      json_: print the results as JSON instead of a table.
+    """
+    start_jax()
+    from metalr import contest, report
+
+    results = contest.run(runs, config, pretrained=pretrained, resume=resume)
+    print(json.dumps(results, indent=1) if json_ else report.contest_text(results))
 
 
 def data_list(json_: Json = False) -> None:
@@ -280,61 +343,6 @@ def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> No
         raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
     data.write_cache(dataset)
     print(dataset)
-
-
-def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Run an experiment document: its config with overrides from the command line, once a seed.
-
-    As it stands, its results go to results/NAME.json and the first seed's artifact to artifacts/NAME, both beside the
-    calling script. With any override they go to runs/NAME, so that published results stay what they say they are.
-    """
-    document, document_seeds = config, seeds
-
-    def main(config: Config = document, seeds: tuple[int, ...] = document_seeds, folder: Path | None = None) -> None:
-        """Run the experiment.
-
-        Args:
-          seeds: seeds of meta-training, each reported.
-          folder: where results/ and artifacts/ go; default: beside the script, or runs/NAME if anything is overridden.
-        """
-        if folder is None:
-            as_it_stands = (config, seeds) == (document, document_seeds)
-            folder = Path(sys.argv[0]).parent if as_it_stands else Path("runs") / name
-        _start_jax()
-        from metalr import report
-        from metalr.seeds import run_seeds
-
-        results = run_seeds(config, name, seeds, folder)
-        print(report.seeds_text(results))
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    _guard(lambda: tyro.cli(main, description=sys.modules["__main__"].__doc__))
-
-
-def study(variants: dict[str, TrainConfig], name: str, seeds: tuple[int, ...] = (0, 1, 2), **options: Any) -> None:
-    """Run a study document: variants of a config, once a seed; options as seeds.run_study takes them.
-
-    With the document's seeds, the results go to results/NAME.json beside the calling script; otherwise to runs/NAME.
-    """
-    document = seeds
-
-    def main(seeds: tuple[int, ...] = document) -> None:
-        """Run the study.
-
-        Args:
-          seeds: seeds of meta-training, each reported.
-        """
-        _start_jax()
-        from metalr import report, search
-        from metalr.seeds import run_study
-
-        if "grid" in options:
-            options["grid"] = search.Grid(**options["grid"])
-        folder = Path(sys.argv[0]).parent if seeds == document else Path("runs") / name
-        print(report.study_text(run_study(variants, name, seeds, folder, **options)))
-
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    _guard(lambda: tyro.cli(main, description=sys.modules["__main__"].__doc__))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,18 @@ class InnerConfig:
     """The inner loop. `algorithm` is a row of choices; the settings that are None come from it."""
 
     algorithm: Literal[
-        "maml", "fomaml", "reptile", "imaml", "anil", "boil", "meta_sgd", "meta_sgd_layer", "lslr", "maml_pp", "alfa"
+        "joint",
+        "maml",
+        "fomaml",
+        "reptile",
+        "imaml",
+        "anil",
+        "boil",
+        "meta_sgd",
+        "meta_sgd_layer",
+        "lslr",
+        "maml_pp",
+        "alfa",
     ] = "meta_sgd_layer"
     """Row of the algorithm table."""
     steps: int = 5
@@ -202,11 +213,100 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return _plain(self)
 
 
-def from_json(facts: dict[str, Any]) -> TrainConfig:
-    """The config that `to_json` gave. Raises ConfigError for unknown fields or values of a wrong kind."""
+@dataclasses.dataclass(frozen=True)
+class SpaceConfig:
+    """What is searched; the defaults are the reference grid of 27 cells."""
+
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    """Learning rates; all but the grid draw log-uniformly between the smallest and the largest."""
+    epochs: tuple[int, ...] = (10, 20, 30)
+    """Epochs over the training part."""
+    batch_sizes: tuple[int, ...] = (32, 64, 128)
+    """Minibatch sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """One hyperparameter search: for a network on a whole dataset, or on one held-out task of a family."""
+
+    searcher: Literal["grid", "random", "tpe", "asha"] = "grid"
+    """grid: all cells, rates side by side; random, tpe and asha: Optuna's (pip install 'metalr[search]')."""
+    data: str = "mnist12k"
+    """mnist12k (bundled), mnist, another prepared name (`metalr data list`), or a path to an .npz."""
+    task: int | None = None
+    """Number of a meta-test task of `tasks`; None: the whole dataset as it is."""
+    tasks: TaskConfig = TaskConfig(family="rotated", way=10, shot=100, query=50)
+    """What a task is, if one is given."""
+    model: ModelConfig = ModelConfig(dropout=0.2)
+    space: SpaceConfig = SpaceConfig()
+    optimizer: str = "adam"
+    """Any optimizer of optax that is made from a learning rate alone."""
+    trials: int | None = None
+    """How many trials; None: as many as the grid has cells."""
+    seeds: int = 1
+    """Inits and minibatch orders that every trial is averaged over."""
+    validation: float = 0.2
+    """Share of the training images that chooses, by class."""
+    seed: int = 0
+    out: Path | None = None
+    """Folder; default runs/search-SEARCHER, numbered if taken."""
+    overwrite: bool = False
+    """Replace a search that exists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A comparison of finished runs with everything else, on held-out tasks of their family (or of other data)."""
+
+    data: str | None = None
+    """Other data than the runs' own: what was learned there is fine-tuned here."""
+    family: str | None = None
+    """Another task family than the runs'."""
+    shot: int | None = None
+    """Support images a class; None: the runs'."""
+    query: int | None = None
+    """Query images a class; None: the runs'."""
+    tasks: int = 20
+    """Meta-test tasks that all methods meet."""
+    searched: int = 5
+    """How many of them, the first ones, are searched task by task; 0: none."""
+    lengths: tuple[float, ...] = (1.0, 5.0, 20.0)
+    """Lengths of the fine-tunes without a search: epochs, or inner steps where a step takes the whole support set."""
+    batch_size: int = 32
+    """Minibatch of those; a support set that is not larger is taken whole."""
+    space: SpaceConfig = SpaceConfig()
+    """What is searched, in epochs."""
+    searchers: tuple[str, ...] = ("grid", "random", "tpe", "asha", "tpe+")
+    """From the random init; tpe+ is TPE that tries the learned rates first (they have to scale Adam's direction)."""
+    budgets: tuple[float, ...] = (1.0, 3.0, 10.0, 27.0)
+    """Budgets of the searches, in mean cells of the grid."""
+    tuning_tasks: int = 8
+    """Meta-validation tasks that the one tuned rate is tuned on."""
+    seed: int = 0
+    """Seed of the tasks."""
+    out: Path | None = None
+    """Folder; default runs/compare, numbered if taken."""
+    overwrite: bool = False
+    """Replace a comparison that exists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
+    """The config of that kind that `to_json` gave. Raises ConfigError for unknown fields or values of a wrong kind."""
 
     def build(kind: Any, given: Any, prefix: str) -> Any:
         if not isinstance(given, dict):
@@ -237,16 +337,16 @@ def from_json(facts: dict[str, Any]) -> TrainConfig:
             raise ConfigError(f"{name}: expected {type(default).__name__}, got {value!r}")
         return value
 
-    return build(TrainConfig, facts, "")
+    return build(kind, facts, "")
 
 
-def read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Path, kind: Any = TrainConfig) -> Any:
     """The config of a run folder. Raises ConfigError: there is none, or it is damaged."""
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(f"{folder}: expected a run folder with config.json, found none")
     try:
-        return from_json(json.loads(file.read_text()))
+        return from_json(json.loads(file.read_text()), kind)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}: not the config of a run: {one_line(error)}") from error
 

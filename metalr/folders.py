@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalr.errors import LockedError, StorageError, one_line
+from metalr.errors import ConfigError, LockedError, StorageError, one_line
 
 LOCK = "lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -41,6 +41,54 @@ def make(path: Path, *, parents: bool = False) -> None:
         path.mkdir(parents=parents, exist_ok=True)
     except OSError as error:
         refuse(path, error)
+
+
+def check_free(folder: Path | None, files: set[str], *, overwrite: bool, locked: bool = False) -> None:
+    """Raises ConfigError if `folder` cannot become a run's: it is a file, in use, or holds something already.
+
+    Args:
+      folder: None is free.
+      files: what a run of this kind leaves; with overwrite the folder may hold those, and nothing else.
+      locked: this process holds its lock.
+    """
+    try:
+        if folder is None or not folder.exists():
+            return
+        if not folder.is_dir():
+            raise ConfigError(f"out: {folder}: expected a folder, found a file")
+        if not locked:
+            refuse_if_locked(folder)
+        names = {path.name for path in folder.iterdir()} - {LOCK} - {path.name for path in leftovers(folder)}
+    except OSError as error:
+        raise ConfigError(f"out: {folder}: cannot be used: {one_line(error)}") from error
+    if names and not overwrite:
+        raise ConfigError(
+            f"out: {folder}: exists and is not empty; choose another, pass --overwrite, or go on with --resume {folder}"
+        )
+    if names and not ("config.json" in names and names <= files):
+        raise ConfigError(f"out: {folder}: expected a run to overwrite, found other files: {sorted(names - files)}")
+
+
+def claim(folder: Path | None, name: str) -> Path:
+    """Make a run's folder, or find it there; None: runs/NAME, numbered if taken. Raises StorageError."""
+    path, count = folder or Path("runs") / name, 2
+    try:
+        while True:
+            try:
+                path.mkdir(parents=True, exist_ok=folder is not None)
+                return path
+            except FileExistsError:
+                path, count = Path("runs") / f"{name}-{count}", count + 1
+    except OSError as error:
+        refuse(path, error)
+
+
+def clear(folder: Path, files: set[str]) -> None:
+    """Remove what an earlier run of this kind left, but not the lock. Call it with the lock held."""
+    sweep(folder)
+    for old in files - {LOCK}:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink()
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
@@ -77,6 +125,11 @@ def write_file(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         refuse(path, error, len(content))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all. Raises StorageError."""
+    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
@@ -123,6 +176,32 @@ def sweep(folder: Path) -> None:
     for leftover in leftovers(folder):
         with contextlib.suppress(OSError):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a file of JSON lines and flush it to the disk; a line that a kill cut off is ended first.
+
+    Raises StorageError.
+    """
+    try:
+        with file.open("a+b") as log:
+            torn = log.tell() and os.pread(log.fileno(), 1, log.tell() - 1) != b"\n"
+            log.write((b"\n" if torn else b"") + "".join(json.dumps(row) + "\n" for row in rows).encode())
+            log.flush()
+            os.fsync(log.fileno())
+    except OSError as error:
+        refuse(file, error)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without lines that a kill cut off; none if there is no file."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

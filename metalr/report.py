@@ -110,6 +110,44 @@ def learned_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def search_text(results: dict[str, Any]) -> str:
+    """The outcome of a hyperparameter search."""
+    rows = [(name, f"{value:.6g}") for name, value in results["best_params_"].items()]
+    rows += [
+        ("validation", f"{100 * results['best_score_']:.2f} %"),
+        ("test", f"{100 * results['final_test_score']:.2f} %"),
+        ("trials", f"{results['trials']:,}"),
+        ("example-gradients", f"{results['example_gradients']:,}"),
+        ("seconds", f"{results['seconds']:,.1f}"),
+        ("all trials", results["cv_results_"]),
+    ]
+    return "\n".join([f"best of {results['searcher']} search", *(f"  {a.ljust(18)}{b}" for a, b in rows)])
+
+
+def contest_text(results: dict[str, Any]) -> str:
+    """The table of a comparison: every method at every cost, beside the learned method at no more cost."""
+    head = ("method", "steps", "accuracy", "95 % CI", "learned - this", "95 % CI", "cost a task", "seconds")
+    body = []
+    for row in results["rows"]:
+        difference = row.get("learned_minus_this_at_equal_cost")
+        body.append(
+            (
+                row["method"],
+                "" if row["steps"] is None else f"{row['steps']:,}",
+                f"{100 * row['accuracy']:.2f} %",
+                f"± {100 * row['ci95']:.2f}",
+                *((f"{100 * difference[0]:+.2f}", f"± {100 * difference[1]:.2f}") if difference else ("", "")),
+                f"{row['example_gradients']:,}",
+                f"{row['seconds']:.3f}",
+            )
+        )
+    about = (
+        f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
+        f"them searched; {results['data']}"
+    )
+    return "\n".join([about, "", *_aligned([head, *body], left=(0,))])
+
+
 def bars(values: list[float]) -> str:
     """A row of blocks whose heights go from 0 to the largest |value|; at most 40."""
     picked = [abs(values[round(i * (len(values) - 1) / 39)]) for i in range(40)] if len(values) > 40 else values

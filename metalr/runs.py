@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import numpy as np
 from metalr import artifact, checkpoints, compare, evaluate, folders, preemption, search, train
 from metalr import rates as rates_lib
 from metalr.config import TrainConfig, differences, read_config
-from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
@@ -53,15 +52,12 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
     """
     reporter = reporter or ConsoleReporter()
-    check_folder(config)
+    folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
     setup = set_up(config)
-    folder = make_folder(config, name)
+    folder = folders.claim(config.out, name)
     with folders.locked(folder):
-        check_folder(dataclasses.replace(config, out=folder), locked=True)  # somebody may have been faster
-        folders.sweep(folder)
-        for old in RUN_FILES - {folders.LOCK}:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink()
+        folders.check_free(folder, RUN_FILES, overwrite=config.overwrite, locked=True)  # somebody may have been faster
+        folders.clear(folder, RUN_FILES)
         folders.write_file(folder / "config.json", json.dumps(config.to_json(), indent=1).encode())
         return _carry_out(config, setup, folder, name, reporter)
 
@@ -129,7 +125,7 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
     results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    write_json(folder / "results.json", results)
+    folders.write_json(folder / "results.json", results)
     results["folder"] = str(folder)
     return results
 
@@ -139,25 +135,14 @@ def _kept_cells(
 ) -> tuple[list[search.Cell], Callable[[list[search.Cell]], None]]:
     """Cells of the grid that an earlier process finished, and what keeps those of this one."""
     file, tasks = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
-    content, known = file.read_bytes() if file.is_file() else b"", []
-    torn = b"" if content.endswith(b"\n") or not content else b"\n"  # ends a line that a kill cut off
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut off
-            facts = json.loads(line)
+    known = []
+    for facts in folders.read_rows(file):
+        with contextlib.suppress(TypeError, KeyError):
             if facts.pop("tasks_of") == tasks:
                 known.append(search.Cell(**facts | {"tasks": np.array(facts["tasks"])}))
 
     def keep(cells: list[search.Cell]) -> None:
-        nonlocal torn
-        lines = [json.dumps(c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks}) for c in cells]
-        try:
-            with file.open("ab") as log:
-                log.write(torn + "\n".join([*lines, ""]).encode())
-                torn = b""
-                log.flush()
-                os.fsync(log.fileno())
-        except OSError as error:
-            folders.refuse(file, error)
+        folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks} for c in cells])
         if asked():
             raise _stopped(folder, "in the grid")
 
@@ -354,47 +339,3 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         "outer": dataclasses.asdict(config.outer),
         "validation_accuracy": training["validation_accuracy"],
     }
-
-
-def check_folder(config: TrainConfig, *, locked: bool = False) -> None:
-    """Raises ConfigError if config.out cannot become the run folder: it is a file, in use, or holds something already.
-
-    With config.overwrite it may hold a run, and nothing but a run. locked: this process holds its lock.
-    """
-    folder = config.out
-    try:
-        if folder is None or not folder.exists():
-            return
-        if not folder.is_dir():
-            raise ConfigError(f"out: {folder}: expected a folder, found a file")
-        if not locked:
-            folders.refuse_if_locked(folder)
-        names = {path.name for path in folder.iterdir()} - {folders.LOCK}
-        names -= {path.name for path in folders.leftovers(folder)}
-    except OSError as error:
-        raise ConfigError(f"out: {folder}: cannot be used: {one_line(error)}") from error
-    if names and not config.overwrite:
-        raise ConfigError(
-            f"out: {folder}: exists and is not empty; choose another, pass --overwrite, or go on with --resume {folder}"
-        )
-    if names and not ("config.json" in names and names <= RUN_FILES):
-        raise ConfigError(f"out: {folder}: expected a run to overwrite, found other files: {sorted(names - RUN_FILES)}")
-
-
-def make_folder(config: TrainConfig, name: str) -> Path:
-    """Make the run folder, or find it there. Raises StorageError if it cannot be made."""
-    folder, count = config.out or Path("runs") / name, 2
-    try:
-        while True:
-            try:
-                folder.mkdir(parents=True, exist_ok=config.out is not None)
-                return folder
-            except FileExistsError:
-                folder, count = Path("runs") / f"{name}-{count}", count + 1
-    except OSError as error:
-        folders.refuse(folder, error)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all. Raises StorageError if the disk refuses."""
-    folders.write_file(path, json.dumps(value, indent=1).encode() + b"\n")

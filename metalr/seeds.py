@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from metalr import artifact, compare, search
+from metalr import artifact, compare, folders, search
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, one_line
-from metalr.runs import check_folder, resume, run, write_json
+from metalr.runs import RUN_FILES, resume, run
 from metalr.setup import set_up
 
 
@@ -32,7 +32,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     configs = [dataclasses.replace(config, seed=seed, out=parent / f"seed{seed}") for seed in seeds]
     for each in configs:
         set_up(each)
-        check_folder(each)
+        folders.check_free(each.out, RUN_FILES, overwrite=each.overwrite)
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,7 +51,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     }
     for results in summary["runs"]:
         results.get("grid", {}).pop("cells", None)  # hundreds of rows a seed; they stay in the run folder
-    write_json(folder / "results" / f"{name}.json", summary)
+    folders.write_json(folder / "results" / f"{name}.json", summary)
     learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
     artifact.save(folder / "artifacts" / name, learner, overwrite=True)
     return summary
@@ -121,7 +121,7 @@ def run_study(
         "rows": rows,
     }
     (folder / "results").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results" / f"{name}.json", summary)
+    folders.write_json(folder / "results" / f"{name}.json", summary)
     return summary
 
 

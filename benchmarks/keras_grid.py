@@ -1,0 +1,145 @@
+"""The reference grid of 27 cells on the full MNIST: metalr's search beside the same grid in Keras.
+
+    python benchmarks/keras_grid.py [--data NAME] [--epochs N] [--full] [--json]
+
+Grid: batch size 32, 64, 128 x 10, 20, 30 epochs x learning rate 0.001, 0.01, 0.1; Adam; MLP 784-128-ReLU-dropout
+0.2-10; 20 % of the training images validate. metalr: `metalr search grid`, everything it does, compilation included,
+run before and after Keras. Keras: `model.fit` as its tutorials show it; by default one fit a batch size is timed, of
+N epochs after a first one that is left out (it compiles), scaled to the grid; --full runs all 27 cells. Beside
+them, in JAX, the same cells one at a time, timed likewise. Needs the extra `bench` (with TensorFlow) and MNIST prepared
+(`metalr data prepare mnist`); `--data mnist12k` is the bundled subset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from metalr import devices
+
+devices.use_all_cores()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from metalr import data, fit, models, search_runs, searchers  # noqa: E402
+from metalr.config import SearchConfig  # noqa: E402
+from metalr.progress import ConsoleReporter  # noqa: E402
+from metalr.types import Episode  # noqa: E402
+
+SPACE = searchers.Space()
+CHECKED = 1e-3, 128, 10  # the cell whose accuracy both must agree on
+
+
+def ours(name: str) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of the whole search, and its trials."""
+    with tempfile.TemporaryDirectory() as root:
+        config = SearchConfig(searcher="grid", data=name, out=Path(root) / "search")
+        began = time.perf_counter()
+        search_runs.run(config, reporter=ConsoleReporter(quiet=True))
+        seconds = time.perf_counter() - began
+        return seconds, [json.loads(line) for line in (config.out / "trials.jsonl").read_text().splitlines()]
+
+
+def network(rate: float) -> Any:
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((784,)), layers.Dense(128, "relu"), layers.Dropout(0.2), layers.Dense(10, "softmax")]
+    )
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", ["accuracy"])
+    return model
+
+
+def in_keras(x: np.ndarray, y: np.ndarray, epochs: int, full: bool) -> tuple[float, dict[int, float], float, float]:
+    """(seconds of the grid, warm seconds an epoch by batch size, seconds to start a fit, accuracy of CHECKED)."""
+
+    def fit_once(batch_size: int, rate: float, epochs: int) -> tuple[list[float], Any]:
+        ends = [time.perf_counter()]
+        each = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: ends.append(time.perf_counter()))
+        history = network(rate).fit(
+            x, y, batch_size=batch_size, epochs=epochs, validation_split=0.2, verbose=0, callbacks=[each]
+        )
+        return np.diff(ends).tolist(), history.history["val_accuracy"]
+
+    _, accuracy = fit_once(CHECKED[1], CHECKED[0], CHECKED[2])
+    if full:
+        began = time.perf_counter()
+        for size in SPACE.batch_sizes:
+            for rate in SPACE.learning_rates:
+                for count in SPACE.epochs:
+                    fit_once(size, rate, count)
+        return time.perf_counter() - began, {}, 0.0, accuracy[-1]
+    warm, starts = {}, []
+    for size in SPACE.batch_sizes:
+        seconds, _ = fit_once(size, SPACE.learning_rates[0], epochs + 1)
+        warm[size] = float(np.median(seconds[1:]))
+        starts.append(max(seconds[0] - warm[size], 0.0))
+    runs = sum(SPACE.epochs) * len(SPACE.learning_rates)
+    start = float(np.median(starts))
+    return sum(s * runs for s in warm.values()) + SPACE.cells * start, warm, start, accuracy[-1]
+
+
+def one_at_a_time(arrays: fit.Arrays, epochs: int) -> tuple[float, dict[int, float]]:
+    """The same cells in a plain JAX loop: a jit-compiled epoch for one rate on one device, warm; scaled alike."""
+    model = models.mlp(10)
+    keys = jax.random.split(jax.random.key(0), 1)
+    init = jax.vmap(model.init)(keys)
+    warm = {}
+    for size in SPACE.batch_sizes:
+        program = fit.make_program(model, optax.adam, size)
+        ends = []
+        for _ in fit.trajectory(program, arrays, init, SPACE.learning_rates[:1], keys, range(1, epochs + 2)):
+            ends.append(time.perf_counter())
+        warm[size] = float(np.median(np.diff(ends)))
+    return sum(s * sum(SPACE.epochs) * len(SPACE.learning_rates) for s in warm.values()), warm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each Keras fit")
+    parser.add_argument("--full", action="store_true", help="run all 27 cells in Keras: about 45 minutes")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    dataset = data.load(options.data)
+    images = dataset.train_images.reshape(len(dataset.train_images), -1).astype(np.float32) / 255
+    before, trials = ours(options.data)
+    theirs, warm, start, accuracy = in_keras(images, dataset.train_labels, options.epochs, options.full)
+    whole: Any = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
+    arrays = jax.tree.map(jax.numpy.asarray, fit.hold_out(Episode(*whole)))
+    alone, alone_warm = one_at_a_time(arrays, options.epochs)
+    after, _ = ours(options.data)
+    seconds = (before + after) / 2
+    checked = next(t for t in trials if (t["learning_rate"], t["batch_size"], t["epochs"]) == CHECKED)
+    own = float(np.mean(checked["validation"]))
+    if abs(own - accuracy) > 0.01:
+        raise SystemExit(f"cell {CHECKED}: validation accuracy {own:.4f} here, {accuracy:.4f} in Keras")
+    rows = [
+        {"system": "metalr search grid, with compilation", "seconds": seconds, "runs": [before, after]},
+        {"system": f"Keras {keras.__version__}, {keras.backend.backend()}", "seconds": theirs, "start_of_a_fit": start},
+        {"system": "JAX, one cell at a time, one core, without compilation", "seconds": alone},
+    ]
+    for row, each, score in zip(rows, ({}, warm, alone_warm), (own, accuracy, None), strict=True):
+        row |= {
+            "cells": SPACE.cells,
+            "seconds_an_epoch": {str(size): round(value, 3) for size, value in each.items()},
+            "measured": "whole grid" if each == {} else f"{options.epochs} epochs a batch size, scaled",
+            "accuracy_of_one_cell": score,
+            "times_metalr": round(row["seconds"] / seconds, 2),
+        }
+    print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
+    measure.save("keras_grid", rows, data=str(dataset))
+
+
+if __name__ == "__main__":
+    main()

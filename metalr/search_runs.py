@@ -1,0 +1,157 @@
+"""A hyperparameter search in a folder of its own, which can be stopped and gone on with.
+
+The folder holds config.json, trials.jsonl (a line a finished trial), cv_results.csv, results.json, and a lock while the
+search goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from metalr import data, evaluate, fit, folders, models, preemption, searchers, tasks
+from metalr.config import SearchConfig, differences, read_config
+from metalr.errors import ConfigError, StoppedError
+from metalr.progress import ConsoleReporter, Reporter
+from metalr.provenance import command, provenance
+from metalr.setup import optax_by_name
+from metalr.types import Episode
+
+FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", folders.LOCK}
+MAY_CHANGE = ("out", "overwrite")
+
+
+def run(config: SearchConfig, *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Search, and leave a folder; the results.
+
+    Raises:
+      MetalrError: a setting cannot work (nothing is written then), a signal asked to stop, or the disk refuses.
+    """
+    folders.check_free(config.out, FILES, overwrite=config.overwrite)
+    problem, space = set_up(config)
+    folder = folders.claim(config.out, f"search-{config.searcher}")
+    with folders.locked(folder):
+        folders.check_free(folder, FILES, overwrite=config.overwrite, locked=True)  # somebody may have been faster
+        folders.clear(folder, FILES)
+        folders.write_json(folder / "config.json", config.to_json())
+        return _carry_out(config, problem, space, folder, reporter or ConsoleReporter())
+
+
+def resume(folder: Path, config: SearchConfig | None = None, *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a search that was stopped or killed: the trials that finished are kept, and it ends as it would have.
+
+    Raises:
+      MetalrError: no search, a finished one, one in use, or a changed setting.
+    """
+    folders.refuse_if_locked(folder)
+    stored = read_config(folder, SearchConfig)
+    for field, (old, new) in differences(stored, config or stored).items():
+        if field not in MAY_CHANGE:
+            raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
+    if (folder / "results.json").exists():
+        raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); nothing to go on with")
+    problem, space = set_up(stored)
+    with folders.locked(folder):
+        folders.sweep(folder)
+        return _carry_out(stored, problem, space, folder, reporter or ConsoleReporter())
+
+
+def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
+    """Check a config and make its parts. Raises MetalrError naming the setting, what was expected and what came."""
+    space = searchers.Space(**dataclasses.asdict(config.space))
+    if config.trials is not None and config.trials < 1:
+        raise ConfigError(f"trials: expected at least 1, got {config.trials}")
+    if config.seeds < 1 or not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seeds, seed: expected at least 1 and 0 <= seed < 2^32, got {config.seeds}, {config.seed}")
+    if config.searcher != "grid":
+        searchers.import_optuna()
+    optimizer = optax_by_name(config.optimizer)
+    dataset = data.load(config.data)
+    way = dataset.classes if config.task is None else config.tasks.way
+    model = models.build(config.model.name, way, dataset.shape, **config.model.settings())
+    arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed)
+    if max(space.batch_sizes) > len(arrays.train_y):
+        raise ConfigError(
+            f"space.batch_sizes: expected at most {len(arrays.train_y)} (the training part), got "
+            f"{max(space.batch_sizes)}"
+        )
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    init = jax.jit(jax.vmap(model.init))(keys)
+    program = functools.cache(functools.partial(fit.make_program, model, optimizer))
+    return searchers.Problem(jax.tree.map(jax.numpy.asarray, arrays), init, keys, program), space
+
+
+def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
+    """The whole dataset as one task, or the meta-test task that is asked for."""
+    if config.task is None:
+        if not len(dataset.test_labels):
+            raise ConfigError(f"data: expected a test part in {dataset.name}, got none; or pass --task")
+        train_y, test_y = (np.asarray(v, np.int32) for v in (dataset.train_labels, dataset.test_labels))
+        whole: Any = dataset.train_images, train_y, dataset.test_images, test_y
+        return Episode(*whole)
+    if config.task < 0:
+        raise ConfigError(f"task: expected 0 or more, got {config.task}")
+    split = tasks.make_splits(dataset, config.tasks.family).test
+    pool, sample = tasks.make_sampler(split, config.tasks.way, config.tasks.shot, config.tasks.query)
+    return jax.jit(sample)(pool, evaluate.episode_keys(0, max(config.task + 1, 2))[config.task])
+
+
+def _carry_out(
+    config: SearchConfig, problem: searchers.Problem, space: searchers.Space, folder: Path, reporter: Reporter
+) -> dict[str, Any]:
+    began, file = time.perf_counter(), folder / "trials.jsonl"
+    try:
+        known = [searchers.Trial.from_json(row) for row in folders.read_rows(file)]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file}: not the trials of a search: {error}") from error
+    total = space.cells if config.trials is None or config.searcher == "grid" else config.trials
+    best = max((trial.score for trial in known), default=0.0)
+    with preemption.watch() as asked, reporter.bar(f"{config.searcher} search", total, len(known)) as advance:
+
+        def finished(trial: searchers.Trial) -> None:
+            nonlocal best
+            folders.append_rows(file, [trial.to_json()])
+            best = max(best, trial.score)
+            advance(1, f"best validation {best:.4f}")
+            if asked():
+                raise StoppedError(f"stopped, and saved; go on with: metalr search --resume {folder}")
+
+        trials = searchers.search(
+            config.searcher, space, problem, trials=total, seed=config.seed, known=known, finished=finished
+        )
+    found = searchers.result_of(trials)
+    chosen = trials[found.best_index_]
+    folders.write_file(folder / "cv_results.csv", to_csv(found.cv_results_).encode())
+    results = {
+        "searcher": config.searcher,
+        "command": command(),
+        "config": config.to_json(),
+        "provenance": provenance(),
+        "best_params_": found.best_params_,
+        "best_score_": found.best_score_,
+        "best_index_": found.best_index_,
+        "final_test_score": float(np.mean(chosen.test)),
+        "trials": len(trials),
+        "example_gradients": sum(trial.example_gradients for trial in trials),
+        "seconds": round(time.perf_counter() - began, 2),
+        "cv_results_": str(folder / "cv_results.csv"),
+    }
+    folders.write_json(folder / "results.json", results)
+    return results | {"folder": str(folder)}
+
+
+def to_csv(columns: dict[str, list[Any]]) -> str:
+    """cv_results_ as CSV: a column for each name, a line for each trial."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()

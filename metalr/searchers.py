@@ -1,0 +1,381 @@
+"""Grid, random, TPE and ASHA search over fine-tunes of one task, on one interface, with one account of their cost.
+
+A searcher is a row of choices. The grid trains all learning rates of a batch size side by side and takes epochs as
+snapshots; the others are Optuna's (the extra `search`), asked for one set of hyperparameters after another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metalr import fit
+from metalr.errors import ConfigError
+from metalr.types import Params
+
+
+class Searcher(NamedTuple):
+    """One row of choices. sampler: an Optuna sampler's name, or None for all cells; halving: stop bad runs early."""
+
+    sampler: str | None
+    halving: bool
+    source: str
+
+
+SEARCHERS = {
+    "grid": Searcher(None, False, "all cells"),
+    "random": Searcher("RandomSampler", False, "Bergstra & Bengio 2012"),
+    "tpe": Searcher("TPESampler", False, "Bergstra et al. 2011"),
+    "asha": Searcher("RandomSampler", True, "Li et al. 2020, algorithm 2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What is searched; the defaults are the reference grid. Raises ConfigError if it is empty or contradictory.
+
+    The grid takes every combination; the other searchers draw the learning rate log-uniformly between the smallest and
+    the largest, and the others from the list. ASHA always aims at the most epochs, and stops most runs before.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    epochs: tuple[int, ...] = (10, 20, 30)
+    batch_sizes: tuple[int, ...] = (32, 64, 128)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if not values:
+                raise ConfigError(f"space.{field.name}: expected at least one value, got none")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"space.{field.name}: expected different values, got {values}")
+            if not all(0 < value < np.inf for value in values):
+                raise ConfigError(f"space.{field.name}: expected positive numbers, got {values}")
+
+    @property
+    def cells(self) -> int:
+        """How many combinations there are."""
+        return len(self.learning_rates) * len(self.epochs) * len(self.batch_sizes)
+
+    def fitting(self, support: int) -> Space:
+        """The space for `support` training images: batches above that become the whole set, each size once."""
+        sizes = tuple(dict.fromkeys(min(size, support) for size in self.batch_sizes))
+        return dataclasses.replace(self, batch_sizes=sizes)
+
+
+class Problem(NamedTuple):
+    """One task to search hyperparameters for.
+
+    Attributes:
+      arrays: the data.
+      init: where every run starts; leaves with a leading axis [seeds].
+      keys: [seeds]; minibatch orders and dropout come from them.
+      program: batch size -> compiled program; share it between the problems of one model (functools.cache).
+    """
+
+    arrays: fit.Arrays
+    init: Params
+    keys: jax.Array
+    program: Callable[[int], fit.Program]
+
+
+class Trial(NamedTuple):
+    """One finished run of a search.
+
+    Attributes:
+      epochs: those asked for; a pruned run took fewer: max(curve).
+      validation, test: accuracy of each seed after the last epoch, 0..1. Only `validation` is chosen by.
+      curve: epoch -> mean validation accuracy, where it was looked at.
+      example_gradients: cost of this run alone, over all seeds.
+      seconds: of this run; for cells of a grid, their share of the trajectories they are snapshots of.
+      attributes: what Optuna keeps about the run.
+    """
+
+    number: int
+    learning_rate: float
+    batch_size: int
+    epochs: int
+    validation: tuple[float, ...]
+    test: tuple[float, ...]
+    curve: dict[int, float]
+    example_gradients: int
+    seconds: float
+    pruned: bool = False
+    attributes: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    @property
+    def score(self) -> float:
+        """Mean validation accuracy over seeds."""
+        return float(np.mean(self.validation))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The hyperparameters, as in best_params_."""
+        return {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "epochs": self.epochs}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, which `from_json` takes."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Trial:
+        """What `to_json` gave. Raises TypeError, KeyError or ValueError for anything else."""
+        curve = {int(epoch): value for epoch, value in facts["curve"].items()}
+        same = {name: tuple(facts[name]) for name in ("validation", "test")}
+        return cls(**facts | same | {"curve": curve})
+
+
+Report = Callable[[Trial], None]  # called with each finished trial
+
+
+def search(
+    searcher: str,
+    space: Space,
+    problem: Problem,
+    *,
+    trials: int | None = None,
+    seed: int = 0,
+    first: Sequence[dict[str, Any]] = (),
+    known: Sequence[Trial] = (),
+    finished: Report = lambda trial: None,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[Trial]:
+    """Run a searcher; its trials by number.
+
+    Args:
+      searcher: a key of SEARCHERS.
+      trials: how many; default: as many as the grid has cells. The grid always runs all its cells.
+      seed: of Optuna's samplers; every trial draws from (seed, number), so a search that goes on from `known` is the
+        one that was never stopped.
+      first: hyperparameters to try first (Optuna's enqueue_trial): {"learning_rate", "batch_size", "epochs"} or some.
+      known: finished trials of an earlier call, which are not run again.
+      finished: called as soon as a trial is there; what it raises ends the search.
+      devices: where the grid's batch sizes run side by side; default: all of this process's. The other searchers run
+        where the problem's arrays are.
+
+    Raises:
+      ConfigError: no such searcher, a batch larger than the training part, or no Optuna.
+    """
+    if searcher not in SEARCHERS:
+        raise ConfigError(f"searcher: expected one of {tuple(SEARCHERS)}, got {searcher!r}")
+    train = len(problem.arrays.train_y)
+    if max(space.batch_sizes) > train:
+        raise ConfigError(
+            f"space.batch_sizes: expected at most {train} (the training part), got {max(space.batch_sizes)}"
+        )
+    row = SEARCHERS[searcher]
+    if row.sampler is None:
+        return _grid(space, problem, known, finished, devices or jax.local_devices())
+    return _sampled(row, space, problem, space.cells if trials is None else trials, seed, first, known, finished)
+
+
+def _place(problem: Problem, device: jax.Device) -> Problem:
+    arrays, init, keys = jax.device_put((problem.arrays, problem.init, problem.keys), device)
+    return problem._replace(arrays=arrays, init=init, keys=keys)
+
+
+def _cost(problem: Problem, batch_size: int, epochs: int) -> int:
+    return epochs * (len(problem.arrays.train_y) // batch_size) * batch_size * len(problem.keys)
+
+
+def _grid(
+    space: Space, problem: Problem, known: Sequence[Trial], finished: Report, devices: Sequence[jax.Device]
+) -> list[Trial]:
+    """All cells: a trajectory for each batch size, on as many devices as there are."""
+    cells = list(itertools.product(space.batch_sizes, space.learning_rates, space.epochs))
+    number = {cell: i for i, cell in enumerate(cells)}
+    found = {(t.batch_size, t.learning_rate, t.epochs): t for t in known}
+    free = list(devices)
+    failed = False
+
+    def run(batch_size: int) -> None:
+        rates = [r for r in space.learning_rates if not all((batch_size, r, e) in found for e in space.epochs)]
+        if not rates or failed:
+            return
+        device = free.pop()
+        try:
+            with jax.default_device(device):
+                trajectory(_place(problem, device), batch_size, rates)
+        finally:
+            free.append(device)
+
+    def trajectory(here: Problem, batch_size: int, rates: list[float]) -> None:
+        curves: dict[float, dict[int, float]] = {rate: {} for rate in rates}
+        began = time.perf_counter()
+        points = fit.trajectory(here.program(batch_size), here.arrays, here.init, rates, here.keys, space.epochs)
+        for point in points:
+            if failed:
+                return
+            seconds, began = (time.perf_counter() - began) / len(rates), time.perf_counter()
+            for rate, validation, test in zip(rates, point.validation, point.test, strict=True):
+                curves[rate][point.epoch] = float(validation.mean())
+                key = (batch_size, rate, point.epoch)
+                if key not in found:
+                    found[key] = Trial(
+                        number[key], rate, batch_size, point.epoch, _floats(validation), _floats(test),
+                        dict(curves[rate]), _cost(here, batch_size, point.epoch), round(seconds, 4),
+                    )  # fmt: skip
+                    finished(found[key])
+
+    with ThreadPoolExecutor(len(free)) as pool:  # smallest batches first: they take longest
+        futures = [pool.submit(run, size) for size in sorted(space.batch_sizes)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            failed = True  # the others end at their next epoch
+            raise
+    return [found[cell] for cell in cells]
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def import_optuna() -> types.ModuleType:
+    """Optuna. Raises ConfigError where it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("searcher: expected Optuna for any but the grid; pip install 'metalr[search]'") from error
+    return optuna
+
+
+def _sampled(
+    row: Searcher,
+    space: Space,
+    problem: Problem,
+    trials: int,
+    seed: int,
+    first: Sequence[dict[str, Any]],
+    known: Sequence[Trial],
+    finished: Report,
+) -> list[Trial]:
+    optuna = import_optuna()
+    study = to_optuna(known, space, row)
+    done = sorted(known)
+    low, high = min(space.learning_rates), max(space.learning_rates)
+    for number in range(len(done), trials):
+        # A sampler of its own for every trial: what it draws depends on the seed, the number and the study alone.
+        study.sampler = getattr(optuna.samplers, row.sampler or "")(seed=_seed_of(seed, number))
+        if number < len(first):
+            study.enqueue_trial(first[number])
+        asked = study.ask()
+        rate = asked.suggest_float("learning_rate", low, high, log=True)
+        batch_size = asked.suggest_categorical("batch_size", list(space.batch_sizes))
+        epochs = max(space.epochs) if row.halving else asked.suggest_categorical("epochs", list(space.epochs))
+        looks = range(1, epochs + 1) if row.halving else [epochs]
+        began, curve, pruned = time.perf_counter(), {}, False
+        points = fit.trajectory(
+            problem.program(batch_size), problem.arrays, problem.init, [rate], problem.keys, list(looks)
+        )
+        for point in points:
+            curve[point.epoch] = float(point.validation.mean())
+            if row.halving:
+                asked.report(curve[point.epoch], point.epoch)
+                if point.epoch < epochs and asked.should_prune():
+                    pruned = True
+                    break
+        if pruned:
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(asked, curve[point.epoch])
+        trial = Trial(
+            number, rate, batch_size, epochs, _floats(point.validation[0]), _floats(point.test[0]), curve,
+            _cost(problem, batch_size, point.epoch), round(time.perf_counter() - began, 4), pruned,
+            dict(study.trials[-1].system_attrs),
+        )  # fmt: skip
+        done.append(trial)
+        finished(trial)
+    return done
+
+
+def _seed_of(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["tpe"]) -> Any:
+    """An Optuna study (in memory) with these trials: for its plots, its importances, or to go on with it.
+
+    Raises ConfigError where Optuna is not installed.
+    """
+    optuna = import_optuna()
+    pruner = optuna.pruners.NopPruner()
+    if row.halving:
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    low, high = min(space.learning_rates), max(space.learning_rates)
+    spaces = {
+        "learning_rate": optuna.distributions.FloatDistribution(low, high, log=True),
+        "batch_size": optuna.distributions.CategoricalDistribution(list(space.batch_sizes)),
+    }
+    if not row.halving:
+        spaces["epochs"] = optuna.distributions.CategoricalDistribution(list(space.epochs))
+    states = optuna.trial.TrialState
+    for trial in sorted(trials):
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=states.PRUNED if trial.pruned else states.COMPLETE,
+                value=trial.score,
+                params={name: trial.params[name] for name in spaces},
+                distributions=spaces,
+                intermediate_values=trial.curve if row.halving else {},
+                system_attrs=trial.attributes,
+            )
+        )
+    return study
+
+
+def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
+    """The trial with the highest validation accuracy among those that finished within a budget of example-gradients.
+
+    Trials count in their order, and the first is always in; of equal ones the earliest wins.
+    """
+    ordered = sorted(trials)
+    spent = np.cumsum([trial.example_gradients for trial in ordered])
+    within = [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
+    return max(within, key=lambda trial: (trial.score, -trial.number))
+
+
+class SearchResult(NamedTuple):
+    """The outcome under scikit-learn's names (GridSearchCV): seeds take the place of its splits.
+
+    Attributes:
+      best_params_, best_score_, best_index_: of the trial with the highest mean validation accuracy.
+      cv_results_: name -> list over trials; "mean_test_score" is scikit-learn's word for the validation accuracy;
+        "final_test_score" is the accuracy on the test part, which nothing was chosen by.
+    """
+
+    best_params_: dict[str, Any]
+    best_score_: float
+    best_index_: int
+    cv_results_: dict[str, list[Any]]
+
+
+def result_of(trials: Sequence[Trial]) -> SearchResult:
+    """Trials as scikit-learn would show them."""
+    ordered = sorted(trials)
+    chosen = best(ordered)
+    scores = np.array([trial.score for trial in ordered])
+    seeds = range(len(ordered[0].validation))
+    columns: dict[str, list[Any]] = {
+        **{f"param_{name}": [t.params[name] for t in ordered] for name in ordered[0].params},
+        "params": [t.params for t in ordered],
+        **{f"split{i}_test_score": [t.validation[i] for t in ordered] for i in seeds},
+        "mean_test_score": scores.tolist(),
+        "std_test_score": [float(np.std(t.validation)) for t in ordered],
+        "rank_test_score": [1 + int((scores > score).sum()) for score in scores],
+        "final_test_score": [float(np.mean(t.test)) for t in ordered],
+        "mean_fit_time": [t.seconds for t in ordered],
+        "example_gradients": [t.example_gradients for t in ordered],
+        "pruned_after": [max(t.curve) if t.pruned else None for t in ordered],
+    }
+    return SearchResult(chosen.params, chosen.score, ordered.index(chosen), columns)

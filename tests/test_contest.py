@@ -1,0 +1,139 @@
+"""Comparing finished runs with their rivals, end to end on small data."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from metalr import cli, contest, report, rivals, runs, searchers
+from metalr.config import (
+    CompareConfig,
+    EvaluationConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from metalr.errors import ConfigError
+from metalr.progress import ConsoleReporter
+
+QUIET = ConsoleReporter(quiet=True)
+
+
+@pytest.fixture
+def trained(blobs_npz, tmp_path):
+    """Two seeds of a run, and a jointly pre-trained init, with Adam inside."""
+    config = TrainConfig(
+        data=str(blobs_npz),
+        tasks=TaskConfig(family="permuted", way=10, shot=4, query=3),
+        model=ModelConfig(widths=(8,)),
+        inner=InnerConfig(steps=4, base="adam", rate=1e-2, batch_size=8, knots=2),
+        outer=OuterConfig(steps=3, meta_batch=2),
+        evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=4),
+    )
+    folders = []
+    for name, changes in {
+        "a": {},
+        "b": {"seed": 1},
+        "joint": {"inner": InnerConfig(algorithm="joint", steps=4)},
+    }.items():
+        folders.append(tmp_path / name)
+        runs.run(dataclasses.replace(config, out=folders[-1], **changes), name="x", reporter=QUIET)
+    return folders
+
+
+CONFIG = CompareConfig(
+    shot=5, query=3, tasks=4, searched=2, lengths=(1.0, 2.0), batch_size=8, tuning_tasks=2, budgets=(1.0, 3.0),
+    space=SpaceConfig(learning_rates=(1e-3, 1e-1), epochs=(1, 2), batch_sizes=(8,)),
+)  # fmt: skip
+
+
+def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
+    *seeds, joint = trained
+    config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
+    results = contest.run(seeds, config, pretrained=joint, reporter=QUIET)
+    methods = {row["method"] for row in results["rows"]}
+    assert methods >= {
+        "learned init + learned rates",
+        "random init + learned rates",
+        "learned init, no search (Adam 0.001)",
+        "learned init + one tuned rate",
+        "random init, no search (Adam 0.001)",
+        "pre-trained init, no search (Adam 0.001)",
+        "random init + grid, 4 cells",
+        "pre-trained init + grid, 4 cells",
+        "random init + random, 3 runs",
+        "random init + tpe, 1 runs",
+        "random init + asha, 3 runs",
+        "random init + tpe, learned rates first, 1 runs",
+    }
+    first, second = results["rows"][:2]
+    assert (first["steps"], second["steps"]) == (6, 12)  # epochs of 50 // 8 steps
+    assert first["example_gradients"] == 48
+    assert len(first["seeds"]) == 2
+    assert np.mean(first["seeds"]) == pytest.approx(first["accuracy"], abs=1e-6)
+    assert first["learned_minus_this_at_equal_cost"] == [0.0, 0.0]
+    grid = next(row for row in results["rows"] if row["method"] == "random init + grid, 4 cells")
+    assert grid["tasks"] == 2
+    assert grid["example_gradients"] == 2 * (1 + 2) * 40  # 20 % of each class validates
+    ends = results["conclusions"]["rivals"]
+    assert len(ends) == len(results["rows"]) - 2
+    text = report.contest_text(results)
+    assert "random init + grid, 4 cells" in text
+    assert "permuted, full: 4 held-out tasks, 2 of them searched" in text
+
+    kept = (config.out / "searches.jsonl").read_text().splitlines()
+    assert len(kept) == 2 * 6
+    (config.out / "results.json").unlink()
+    (config.out / "searches.jsonl").write_text("\n".join(kept[:7]) + '\n{"init": "ran')  # killed in a line
+    again = contest.run(seeds, config, pretrained=joint, resume=True, reporter=QUIET)
+    same = [{k: v for k, v in row.items() if "seconds" not in k} for row in results["rows"]]
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in again["rows"]] == same
+    with pytest.raises(ConfigError, match="this comparison is finished"):
+        contest.run(seeds, config, pretrained=joint, resume=True, reporter=QUIET)
+
+    cli.main(
+        ["compare", str(seeds[0]), "--tasks", "3", "--searched", "0", "--lengths", "1", "--tuning-tasks", "2",
+         "--data", json.loads((seeds[0] / "config.json").read_text())["data"], "--family", "rotated", "--json"]
+    )  # fmt: skip
+    other = json.loads(capsys.readouterr().out)
+    assert other["family"] == "rotated"
+    assert other["trained_on"]["family"] == "permuted"
+
+
+def test_refusals(trained, tmp_path):
+    a, _, joint = trained
+    config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
+    for runs_, change, message in (
+        ([], {}, "runs: expected at least one"),
+        ([a, joint], {}, "runs: expected runs that differ in their seed only, .* also in .*inner.algorithm"),
+        ([a], {"searchers": ("gird",)}, r"searchers: expected some of .*, got \['gird'\]"),
+        ([a], {"tasks": 1}, "tasks, searched, tuning_tasks: expected"),
+        ([a], {"shot": 99}, "tasks.shot"),
+        ([a], {"data": "mnist12k"}, "data: expected images of shape"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            contest.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
+        assert not config.out.exists()
+    (a / "results.json").unlink()
+    with pytest.raises(ConfigError, match="expected a finished run"):
+        contest.run([a], config, reporter=QUIET)
+
+
+def test_what_a_search_found_within_a_budget():
+    def trial(number, validation, test):
+        return searchers.Trial(number, 0.1, 16, 2, (validation,), (test,), {2: validation}, 10, 1.0)
+
+    searches = [[trial(0, 0.2, 0.5), trial(1, 0.6, 0.4)], [trial(0, 0.3, 0.7), trial(1, 0.1, 0.9)]]
+    all_of_it, first, flattered = (
+        rivals.best_of("x", searches),
+        rivals.best_of("x", searches, 10),
+        rivals.best_of("x", searches, on_test=True),
+    )
+    assert all_of_it.accuracy.tolist() == [0.4, 0.7]
+    assert (all_of_it.example_gradients, first.example_gradients) == (20, 10)
+    assert first.accuracy.tolist() == [0.5, 0.7]
+    assert flattered.accuracy.tolist() == [0.5, 0.9]

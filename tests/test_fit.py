@@ -1,0 +1,82 @@
+"""Fine-tunes of many rates and seeds side by side are what each alone gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalr import fit, inner, models
+from metalr.errors import ConfigError
+from metalr.types import Episode
+
+
+@pytest.fixture(scope="module")
+def task(blobs):
+    return Episode(blobs.train_images, blobs.train_labels, blobs.test_images, blobs.test_labels)
+
+
+def test_hold_out_takes_the_share_of_every_class(task):
+    arrays = fit.hold_out(task, 0.2, seed=3)
+    assert (len(arrays.train_y), len(arrays.val_y), len(arrays.test_y)) == (480, 120, 300)
+    assert np.bincount(arrays.val_y).tolist() == [12] * 10
+    both = np.concatenate([arrays.train_x, arrays.val_x]).reshape(600, -1)
+    assert len(np.unique(both, axis=0)) == len(np.unique(task.support_x.reshape(600, -1), axis=0))
+    np.testing.assert_array_equal(arrays.val_x, fit.hold_out(task, 0.2, seed=3).val_x)
+    assert (arrays.val_x != fit.hold_out(task, 0.2, seed=4).val_x).any()
+
+
+def test_one_image_a_class_validates_on_what_it_trains_on(task):
+    rows = [int(np.flatnonzero(task.support_y == c)[0]) for c in range(10)]
+    arrays = fit.hold_out(task._replace(support_x=task.support_x[rows], support_y=task.support_y[rows]))
+    np.testing.assert_array_equal(arrays.train_y, arrays.val_y)
+    with pytest.raises(ConfigError, match="validation: expected a share between 0 and 1, got 1"):
+        fit.hold_out(task, 1)
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001])
+def test_accuracy_in_groups_is_the_accuracy(count):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((count, 2, 2, 1), np.float32), rng.integers(0, 3, count).astype(np.int32)
+
+    def apply(params, x):
+        return x.reshape(len(x), -1)[:, :3] + params[None]
+
+    expected = inner.accuracy(apply(np.zeros(3), x), y)
+    assert float(fit.accuracy(apply, np.zeros(3, np.float32), jnp.asarray(x), jnp.asarray(y))) == pytest.approx(
+        float(expected), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_side_by_side_is_alone(task, dropout):
+    """Two rates, two seeds and snapshots of three epochs, against a plain loop of each."""
+    model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=dropout)
+    arrays = fit.hold_out(task)
+    keys = jax.random.split(jax.random.key(1), 2)
+    init = jax.vmap(model.init)(keys)
+    program = fit.make_program(model, optax.adam, 32)
+    rates = (1e-3, 1e-2)
+    points = list(fit.trajectory(program, arrays, init, rates, keys, (1, 3)))
+    assert [point.epoch for point in points] == [1, 3]
+    x, y = jnp.asarray(arrays.train_x, jnp.float32) / 255, jnp.asarray(arrays.train_y)
+    for r, rate in enumerate(rates):
+        for s in range(2):
+            params = jax.tree.map(lambda v, s=s: v[s], init)
+            carry = params, optax.adam(rate).init(params)
+            for epoch in range(3):
+                key = jax.random.fold_in(keys[s], epoch)
+                step = jax.jit(
+                    inner.make_step(
+                        model.apply, x, y, optax.adam(rate), 15, batch_size=32, key=key, dropout=model.dropout
+                    )
+                )
+                for number in range(15):
+                    carry = step(carry, number)
+            for part, of in (("val", points[1].validation), ("test", points[1].test)):
+                images, labels = getattr(arrays, f"{part}_x") / np.float32(255), getattr(arrays, f"{part}_y")
+                alone = float(inner.accuracy(model.apply(carry[0], images), labels))
+                assert of[r, s] == pytest.approx(alone, abs=1.5 / len(labels))  # one prediction may round over
+    assert (points[1].test > 0.9).any()
+    single = list(fit.trajectory(program, arrays, jax.tree.map(lambda v: v[1:], init), rates, keys[1:], (1, 3)))
+    np.testing.assert_allclose(single[1].test[:, 0], points[1].test[:, 1], atol=1.5 / 300)
