@@ -1,0 +1,200 @@
+"""Learned init and rates against grid, random, TPE and ASHA search, tuned and default rates, and other inits.
+
+    python benchmarks/grid_search.py [--only NAME ...] [--small] [--seeds N ...]
+
+For each case: meta-train three seeds, pre-train an init jointly, then `contest.run` (`metalr compare`) on held-out
+tasks. Few-shot: whole support sets, up to 50 steps. Full data: 700 images a class of MNIST's test part, minibatches of
+32, up to 20 epochs, the reference grid of 27 cells, every search with 20 % of each class to choose by. Transfer: what
+was learned on MNIST, on Omniglot's characters (if they were imported: `metalr data import FILE --name omniglot`).
+Everything finished is kept in runs/grid_search and not run again, so the benchmark can be stopped; it writes
+results/grid_search.json after every case. --small: bundled data, minutes, written to runs/. Needs the extra `search`,
+and MNIST (`metalr data prepare mnist`). About an hour on 2 CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metalr import devices
+
+devices.use_all_cores()
+
+import measure  # noqa: E402
+
+from metalr import contest, data, runs  # noqa: E402
+from metalr.config import (  # noqa: E402
+    CompareConfig,
+    EvaluationConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+ROOT = Path("runs") / "grid_search"
+
+
+class Case(NamedTuple):
+    """What is meta-trained, and what it is compared on. of: the case whose runs are compared, if not its own."""
+
+    train: TrainConfig | None
+    compare: CompareConfig
+    of: str = ""
+
+
+def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig) -> Case:
+    """All of a small support set in each step."""
+    space = SpaceConfig(epochs=(5, 20, 50), batch_sizes=(8, 999))
+    return Case(
+        TrainConfig(
+            "mnist", tasks, model, InnerConfig(steps=5), outer,
+            EvaluationConfig(episodes=100, validation_episodes=100),
+        ),
+        CompareConfig(
+            tasks=200, searched=40, lengths=(1, 5, 10, 20, 50), batch_size=999, space=space, tuning_tasks=60
+        ),
+    )  # fmt: skip
+
+
+def full(family: str, model: ModelConfig = ModelConfig(dropout=0.2), **compare: Any) -> Case:  # noqa: B008
+    """All of a task's data, in minibatches; trained for 30 steps, used for thousands."""
+    return Case(
+        TrainConfig(
+            "mnist",
+            TaskConfig(family=family, way=10, shot=40, query=40),
+            model,
+            InnerConfig(steps=30, batch_size=32, base="adam", rate=3e-3, knots=3),
+            OuterConfig(steps=800, meta_batch=4, init_rate=2e-3, rates_rate=3e-2, validate_every=100),
+            EvaluationConfig(episodes=20, validation_episodes=20, steps=30),
+        ),
+        CompareConfig(
+            **{"shot": 700, "query": 190, "tasks": 10, "searched": 5, "tuning_tasks": 4}
+            | {"lengths": (0.05, 0.2, 1, 2, 5, 20)}
+            | compare
+        ),
+    )
+
+
+MLP = ModelConfig()
+CONV = ModelConfig(name="conv4", channels=32)
+CASES = {
+    "rotated, full data": full("rotated"),
+    "permuted, full data": full("permuted"),
+    "rotated 10-way 5-shot": few_shot(
+        TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
+    ),
+    "permuted 10-way 10-shot": few_shot(
+        TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
+    ),
+    "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=600)),
+    "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=400)),
+    "rotated to omniglot, 10-way 15-shot": Case(
+        None,
+        CompareConfig(
+            data="omniglot", family="classes", shot=15, query=5, tasks=100, searched=10, lengths=(0.2, 1, 2, 5, 20)
+        ),
+        of="rotated, full data",
+    ),
+    "rotated, 1 % of the data": Case(
+        None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
+    ),
+    "rotated, full data, 8 hidden layers": full(
+        "rotated", ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
+    ),
+}  # fmt: skip
+
+
+def small(case: Case) -> Case:
+    """The same in minutes: bundled data, little training, few tasks."""
+    train = case.train
+    if train is not None:
+        query = min(train.tasks.query, 20)
+        shot = min(train.tasks.shot, 10)
+        train = dataclasses.replace(
+            train,
+            data="mnist12k",
+            tasks=dataclasses.replace(train.tasks, shot=shot, query=query),
+            inner=dataclasses.replace(train.inner, steps=5),
+            outer=dataclasses.replace(train.outer, steps=60, validate_every=30),
+            evaluation=EvaluationConfig(episodes=20, validation_episodes=20),
+        )
+    compare = case.compare
+    space = SpaceConfig((1e-3, 1e-2), (1, 2), compare.space.batch_sizes[-1:])
+    changes: dict[str, Any] = {"data": None, "tasks": 8, "searched": 2, "tuning_tasks": 4, "space": space}
+    changes |= {"lengths": (1, 2), "budgets": (1, 3), "shot": compare.shot and 20, "query": compare.query and 20}
+    return Case(train, dataclasses.replace(compare, **changes), case.of)
+
+
+def trained(name: str, train: TrainConfig, root: Path) -> list[Path]:
+    """Run folder(s) of a case: [seed 0, seed 1, …] of `train`; finished ones are kept, stopped ones go on."""
+    folder = root / name.replace(", ", "_").replace(" ", "_").replace("%", "percent")
+    out = folder / f"seed{train.seed}"
+    if not (out / "results.json").is_file():
+        if (out / "config.json").is_file():
+            runs.resume(out)
+        else:
+            runs.run(dataclasses.replace(train, out=out), name=name)
+    return [out]
+
+
+def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
+    source = case.of or name
+    train = cases[source].train
+    assert train is not None
+    seeded = [trained(source, dataclasses.replace(train, seed=seed), root)[0] for seed in seeds]
+    joint_outer = dataclasses.replace(train.outer, steps=2 * train.outer.steps)
+    joint = dataclasses.replace(train, inner=InnerConfig(algorithm="joint", steps=5), outer=joint_outer)
+    pretrained = trained(f"{source}_joint", joint, root)[0]
+    out = seeded[0].parent / f"compare_{name.replace(' ', '_').replace(',', '').replace('%', 'percent')}"
+    if (out / "results.json").is_file():
+        return json.loads((out / "results.json").read_text())
+    config = dataclasses.replace(case.compare, out=out)
+    return contest.run(seeded, config, pretrained=pretrained, resume=(out / "config.json").is_file())
+
+
+def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that the results file is asked for, with more columns."""
+    facts = {"case": name, "family": results["family"], "regime": results["regime"]}
+    made = {
+        "seed": results["seeds"],
+        "commit": results["provenance"]["commit"],
+        "machine": results["provenance"]["machine"],
+    }
+    return [facts | row | made for row in results["rows"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, help="only these cases; not written to results/")
+    parser.add_argument("--small", action="store_true", help="bundled data, minutes, written to runs/")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    cases = {name: small(case) for name, case in CASES.items()} if options.small else CASES
+    root = ROOT / "small" if options.small else ROOT
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for name in options.only or cases:
+        if cases[name].compare.data not in (None, *data.names()):
+            print(f"{name}: left out, {cases[name].compare.data} is not there (metalr data list)")
+            continue
+        results = run_case(name, cases[name], cases, options.seeds, root)
+        rows += rows_of(name, results)
+        kept = ("conclusions", "seconds", "peak_memory_bytes", "data", "trained_on", "support", "query", "split_sha256")
+        facts[name] = {key: results[key] for key in kept}
+        print(f"{name}: {len(results['rows'])} rows in {results['seconds']} s", flush=True)
+        if options.small:
+            (root / "grid_search.json").write_text(json.dumps(rows, indent=1))
+        elif not options.only:
+            measure.save("grid_search", rows, cases=facts)
+
+
+if __name__ == "__main__":
+    main()
