@@ -56,7 +56,7 @@ def network(rate: float) -> Any:
     model = keras.Sequential(
         [keras.Input((784,)), layers.Dense(128, "relu"), layers.Dropout(0.2), layers.Dense(10, "softmax")]
     )
-    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", ["accuracy"])
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
