@@ -32,7 +32,7 @@ TINY = TrainConfig(
 )
 CONFIG = dataclasses.replace(  # dispatches stay short, so that kills fall everywhere
     TINY,
-    outer=OuterConfig(steps=100, meta_batch=4, validate_every=20, checkpoint_every=5),
+    outer=OuterConfig(steps=40, meta_batch=4, validate_every=20, checkpoint_every=5),
     model=ModelConfig(widths=(64,)),
 )
 SEARCH = GridConfig(run=True, learning_rates=(0.01, 0.1, 1.0), steps=(1, 2), batch_sizes=(10,))

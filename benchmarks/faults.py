@@ -43,7 +43,7 @@ from fault_runs import (
 )
 from fault_trials import QUIET, SEED, Failed, Row, count, expect
 
-from metalr import checkpoints, cli, config, folders, outer, progress, runs, setup, train
+from metalr import checkpoints, cli, config, devices, folders, outer, progress, runs, setup, train
 from metalr.errors import ConfigError, StorageError
 
 
@@ -240,8 +240,6 @@ def overhead(repeats: int) -> Row:
                 episodes = jax.vmap(lambda k: sample(pool, k))(keys)
                 return outer.meta_gradient(parts.model, parts.spec, meta, episodes, keys)
 
-            from metalr import devices
-
             grads, _ = devices.split_tasks(gradient, devices.task_mesh(16), 2, mean=True)(state.meta, pool, keys)
             updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.meta)
             return train.TrainState(optax.apply_updates(state.meta, updates), opt_state, state.step + 1)
@@ -283,6 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="metalr-faults-") as temporary:
         root = Path(temporary)
         os.environ["METALR_CACHE_DIR"] = str(root / "cache")
+        devices.use_compilation_cache(root / "cache" / "compiled")
         made: list[Reference] = []
 
         def reference() -> Reference:
@@ -320,10 +319,10 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
+            if not options.quick and not options.only:
+                measure.save("faults", rows)  # after every group: it takes an hour
     if options.json:
         print(json.dumps(rows, indent=1))
-    if not options.quick and not options.only:
-        measure.save("faults", rows)
     sys.exit(any(row["failures"] for row in rows))
 
 
