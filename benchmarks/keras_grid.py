@@ -30,7 +30,6 @@ import jax  # noqa: E402
 import keras  # noqa: E402
 import measure  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 
 from metalr import data, fit, models, search_runs, searchers  # noqa: E402
 from metalr.config import SearchConfig  # noqa: E402
@@ -94,9 +93,9 @@ def one_at_a_time(arrays: fit.Arrays, epochs: int) -> tuple[float, dict[int, flo
     model = models.mlp(10)
     keys = jax.random.split(jax.random.key(0), 1)
     init = jax.vmap(model.init)(keys)
-    warm = {}
+    warm, programs = {}, fit.make_programs(model, "adam")
     for size in SPACE.batch_sizes:
-        program = fit.make_program(model, optax.adam, size)
+        program = programs(size)
         ends = []
         for _ in fit.trajectory(program, arrays, init, SPACE.learning_rates[:1], keys, range(1, epochs + 2)):
             ends.append(time.perf_counter())

@@ -6,6 +6,7 @@ is compiled once; the step is `inner`'s, as for learned rates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,53 +83,118 @@ def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Ar
 
 
 class Program(NamedTuple):
-    """The compiled parts for one batch size; the leading axes of carry are [rates, seeds]."""
+    """The compiled parts for one batch size; carry holds the networks of all rates side by side."""
 
-    start: Callable[..., Any]  # (init, seeds of inits or None, rates) -> carry
-    epoch: Callable[..., Any]  # (carry, x, y, rates, keys, number) -> carry
-    score: Callable[..., jax.Array]  # (carry, x, y) -> [rates, seeds]
+    start: Callable[..., Any]  # (init, rates) -> carry
+    epoch: Callable[..., Any]  # (carry, x, y, rates, key, number) -> carry
+    score: Callable[..., jax.Array]  # (carry, x, y) -> [rates]
 
 
-def make_program(model: Model, optimizer: Optimizer, batch_size: int) -> Program:
-    """Programs that train with optimizer(rate) in minibatches of `batch_size`, an incomplete last one left out."""
+class _Form(NamedTuple):
+    """How networks that differ in their rate only go side by side in one step of the inner loop."""
 
-    def both(function: Callable[..., Any], over_seeds: Sequence[int | None], over_rates: Sequence[int | None]) -> Any:
-        return jax.vmap(jax.vmap(function, in_axes=tuple(over_seeds)), in_axes=tuple(over_rates))
+    start: Callable[[Params, jax.Array], inner.Carry]
+    make_step: Callable[..., inner.Step]  # (apply, x, y, rates, steps, **options) of inner.make_step
+    axes: Callable[[Params], Any]  # of init's leaves: where the axis [rates] stands in carry's params
+
+
+def _side_by_side(optimizer: Optimizer) -> _Form:
+    """The plain form: a vmap over rates, which stand in front."""
 
     def start(init: Params, rates: jax.Array) -> inner.Carry:
-        """init: [seeds, …] leaves."""
-        return both(lambda p, rate: (p, optimizer(rate).init(p)), (0, None), (None, 0))(init, rates)
+        return jax.vmap(lambda rate: (init, optimizer(rate).init(init)))(rates)
 
-    def epoch(
-        carry: inner.Carry, x: jax.Array, y: jax.Array, rates: jax.Array, keys: jax.Array, number: jax.Array
-    ) -> inner.Carry:
-        steps = len(y) // batch_size
+    def make_step(apply: Apply, x: jax.Array, y: jax.Array, rates: jax.Array, steps: int, **options: Any) -> inner.Step:
+        def step(carry: inner.Carry, number: int | jax.Array) -> inner.Carry:
+            def one(carry: inner.Carry, rate: jax.Array) -> inner.Carry:
+                return inner.make_step(apply, x, y, optimizer(rate), steps, **options)(carry, number)
 
-        def in_form(apply: Apply, _: int, carry: inner.Carry, x: jax.Array) -> inner.Carry:
-            def on_bytes(params: Params, x: jax.Array, **options: Any) -> jax.Array:
-                return apply(params, unit(x), **options)
+            return jax.vmap(one)(carry, rates)
 
-            def one(carry: inner.Carry, rate: jax.Array, key: jax.Array) -> inner.Carry:
-                step = inner.make_step(
-                    on_bytes, x, y, optimizer(rate), steps,
+        return step
+
+    return _Form(start, make_step, lambda init: jax.tree.map(lambda _: 0, init))
+
+
+def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
+    """The fast form: one network as wide as all, whose loss is the sum of theirs, so each gets its own gradient.
+
+    Rates stand next to the last axis, where a layer's kernels make one wide matrix: products are large, and the input
+    is read once. For optimizers whose update is elementwise, and the rate times a direction.
+    """
+
+    def axes(init: Params) -> Any:
+        return jax.tree.map(lambda leaf: max(leaf.ndim - 1, 0), init)
+
+    def optimizer(rates: jax.Array) -> optax.GradientTransformation:
+        def scaled(update: jax.Array) -> jax.Array:
+            last = (1,) if update.ndim > 1 else ()
+            return -rates.reshape(*[1] * (update.ndim - 2), len(rates), *last) * update
+
+        return optax.chain(direction(), optax.stateless(lambda updates, _: jax.tree.map(scaled, updates)))
+
+    def start(init: Params, rates: jax.Array) -> inner.Carry:
+        params = jax.tree.map(lambda v, axis: jnp.repeat(jnp.expand_dims(v, axis), len(rates), axis), init, axes(init))
+        return params, optimizer(rates).init(params)
+
+    def make_step(apply: Apply, x: jax.Array, y: jax.Array, rates: jax.Array, steps: int, **options: Any) -> inner.Step:
+        def together(params: Params, x: jax.Array, **options: Any) -> jax.Array:
+            one = jax.tree.map(lambda v: max(v.ndim - 2, 0), params)
+            return jax.vmap(lambda p: apply(p, x, **options), in_axes=(one,))(params)
+
+        def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+            return jax.vmap(inner.cross_entropy, (0, None))(logits, labels).sum()
+
+        return inner.make_step(together, x, y, optimizer(rates), steps, loss=loss, **options)
+
+    return _Form(start, make_step, axes)
+
+
+DIRECTIONS = {"adam": optax.scale_by_adam, "sgd": optax.identity}  # what `_wide` is fit for
+
+
+def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Callable[[int], Program]:
+    """Batch size -> compiled program that trains with optax.NAME in minibatches, an incomplete last one left out.
+
+    Share it between the tasks of one model: every batch size is compiled once.
+
+    Args:
+      plain: never use the wide form (it gives the same; tests compare).
+    """
+    wide = optimizer in DIRECTIONS and model.relu_stack and not plain
+    form = _wide(DIRECTIONS[optimizer]) if wide else _side_by_side(getattr(optax, optimizer))
+
+    def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
+        def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
+            axes = form.axes(jax.eval_shape(model.init, jax.random.key(0)))
+            return jax.vmap(lambda p: accuracy(apply, p, x, y), in_axes=(axes,))(params)
+
+        return devices.by_platform(model, in_form, carry[0], x)
+
+    start, score = jax.jit(form.start), jax.jit(score)
+
+    @functools.cache
+    def program(batch_size: int) -> Program:
+        def epoch(
+            carry: inner.Carry, x: jax.Array, y: jax.Array, rates: jax.Array, key: jax.Array, number: jax.Array
+        ) -> inner.Carry:
+            steps = len(y) // batch_size
+
+            def in_form(apply: Apply, _: int, carry: inner.Carry, x: jax.Array) -> inner.Carry:
+                def on_bytes(params: Params, x: jax.Array, **options: Any) -> jax.Array:
+                    return apply(params, unit(x), **options)
+
+                step = form.make_step(
+                    on_bytes, x, y, rates, steps,
                     batch_size=batch_size, key=jax.random.fold_in(key, number), dropout=model.dropout,
                 )  # fmt: skip
                 return inner.take(step, carry, 0, steps)
 
-            if len(keys) > 1:
-                return both(one, (0, None, 0), (0, 0, None))(carry, rates, keys)
-            single = jax.tree.map(lambda v: v[:, 0], carry)  # an order that all rates share is drawn once
-            return jax.tree.map(lambda v: v[:, None], jax.vmap(lambda c, r: one(c, r, keys[0]))(single, rates))
+            return devices.by_platform(model, in_form, carry, x)
 
-        return devices.by_platform(model, in_form, carry, x)
+        return Program(start, jax.jit(epoch, donate_argnums=0), score)
 
-    def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
-        def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
-            return both(lambda p: accuracy(apply, p, x, y), (0,), (0,))(params)
-
-        return devices.by_platform(model, in_form, carry[0], x)
-
-    return Program(jax.jit(start), jax.jit(epoch, donate_argnums=0), jax.jit(score))
+    return program
 
 
 def trajectory(
@@ -146,12 +212,16 @@ def trajectory(
       init: params with a leading axis [seeds].
       keys: [seeds]; the order of the minibatches and dropout come from them.
     """
-    rates_array = np.asarray(rates, np.float32)
-    carry = program.start(init, rates_array)
+    rates_array, seeds = np.asarray(rates, np.float32), range(len(keys))
+    carries = [program.start(jax.tree.map(lambda v, seed=seed: v[seed], init), rates_array) for seed in seeds]
     for number in range(max(epochs)):
-        carry = program.epoch(carry, arrays.train_x, arrays.train_y, rates_array, keys, np.int32(number))
+        for i in seeds:
+            carries[i] = program.epoch(
+                carries[i], arrays.train_x, arrays.train_y, rates_array, keys[i], np.int32(number)
+            )
         if number + 1 in epochs:
             validation, test = (
-                program.score(carry, x, y) for x, y in ((arrays.val_x, arrays.val_y), (arrays.test_x, arrays.test_y))
+                np.stack([program.score(carry, x, y) for carry in carries], axis=1)
+                for x, y in ((arrays.val_x, arrays.val_y), (arrays.test_x, arrays.test_y))
             )
-            yield Point(number + 1, np.asarray(validation), np.asarray(test))
+            yield Point(number + 1, validation, test)

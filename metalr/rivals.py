@@ -18,7 +18,6 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from metalr import evaluate, fit, search, searchers
 from metalr import rates as rates_lib
@@ -210,7 +209,7 @@ def searched(
       known, keep: searches of an earlier call; called with each search that ends.
     """
     pool, sample = field.sampler
-    program = functools.cache(functools.partial(fit.make_program, model, optax.adam))
+    program = fit.make_programs(model, "adam")
     space = space.fitting(len(fit.hold_out(jax.jit(sample)(pool, field.keys[0])).train_y))
     jobs = [
         (origin, searcher, task)

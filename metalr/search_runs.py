@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import time
 from pathlib import Path
@@ -73,7 +72,7 @@ def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
         raise ConfigError(f"seeds, seed: expected at least 1 and 0 <= seed < 2^32, got {config.seeds}, {config.seed}")
     if config.searcher != "grid":
         searchers.import_optuna()
-    optimizer = optax_by_name(config.optimizer)
+    optax_by_name(config.optimizer)
     dataset = data.load(config.data)
     way = dataset.classes if config.task is None else config.tasks.way
     model = models.build(config.model.name, way, dataset.shape, **config.model.settings())
@@ -85,8 +84,9 @@ def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
         )
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     init = jax.jit(jax.vmap(model.init))(keys)
-    program = functools.cache(functools.partial(fit.make_program, model, optimizer))
-    return searchers.Problem(jax.tree.map(jax.numpy.asarray, arrays), init, keys, program), space
+    return searchers.Problem(
+        jax.tree.map(jax.numpy.asarray, arrays), init, keys, fit.make_programs(model, config.optimizer)
+    ), space
 
 
 def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:

@@ -78,7 +78,7 @@ class Problem(NamedTuple):
       arrays: the data.
       init: where every run starts; leaves with a leading axis [seeds].
       keys: [seeds]; minibatch orders and dropout come from them.
-      program: batch size -> compiled program; share it between the problems of one model (functools.cache).
+      program: batch size -> compiled program; fit.make_programs makes it, and all problems of a model share it.
     """
 
     arrays: fit.Arrays

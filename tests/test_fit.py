@@ -48,28 +48,30 @@ def test_accuracy_in_groups_is_the_accuracy(count):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_side_by_side_is_alone(task, dropout):
+@pytest.mark.parametrize(
+    ("optimizer", "dropout", "plain"), [("adam", 0.0, False), ("adam", 0.3, False), ("adam", 0.3, True),
+     ("sgd", 0.0, False), ("rmsprop", 0.0, False)],
+)  # fmt: skip
+def test_side_by_side_is_alone(task, optimizer, dropout, plain):
     """Two rates, two seeds and snapshots of three epochs, against a plain loop of each."""
     model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=dropout)
     arrays = fit.hold_out(task)
     keys = jax.random.split(jax.random.key(1), 2)
     init = jax.vmap(model.init)(keys)
-    program = fit.make_program(model, optax.adam, 32)
-    rates = (1e-3, 1e-2)
+    program = fit.make_programs(model, optimizer, plain=plain)(32)
+    make = getattr(optax, optimizer)
+    rates = (1e-2, 1e-1) if optimizer == "sgd" else (1e-3, 1e-2)
     points = list(fit.trajectory(program, arrays, init, rates, keys, (1, 3)))
     assert [point.epoch for point in points] == [1, 3]
     x, y = jnp.asarray(arrays.train_x, jnp.float32) / 255, jnp.asarray(arrays.train_y)
     for r, rate in enumerate(rates):
         for s in range(2):
             params = jax.tree.map(lambda v, s=s: v[s], init)
-            carry = params, optax.adam(rate).init(params)
+            carry = params, make(rate).init(params)
             for epoch in range(3):
                 key = jax.random.fold_in(keys[s], epoch)
                 step = jax.jit(
-                    inner.make_step(
-                        model.apply, x, y, optax.adam(rate), 15, batch_size=32, key=key, dropout=model.dropout
-                    )
+                    inner.make_step(model.apply, x, y, make(rate), 15, batch_size=32, key=key, dropout=model.dropout)
                 )
                 for number in range(15):
                     carry = step(carry, number)
@@ -77,6 +79,6 @@ def test_side_by_side_is_alone(task, dropout):
                 images, labels = getattr(arrays, f"{part}_x") / np.float32(255), getattr(arrays, f"{part}_y")
                 alone = float(inner.accuracy(model.apply(carry[0], images), labels))
                 assert of[r, s] == pytest.approx(alone, abs=1.5 / len(labels))  # one prediction may round over
-    assert (points[1].test > 0.9).any()
+    assert (points[1].test > (0.5 if optimizer == "sgd" else 0.9)).any()
     single = list(fit.trajectory(program, arrays, jax.tree.map(lambda v: v[1:], init), rates, keys[1:], (1, 3)))
     np.testing.assert_allclose(single[1].test[:, 0], points[1].test[:, 1], atol=1.5 / 300)

@@ -1,10 +1,7 @@
 """Searchers: cells of a grid are runs of their own; searches that go on are those that were never stopped."""
 
-import functools
-
 import jax
 import numpy as np
-import optax
 import pytest
 
 from metalr import fit, models, searchers
@@ -19,9 +16,8 @@ def problem(blobs):
     episode = Episode(blobs.train_images[:200], blobs.train_labels[:200], blobs.test_images, blobs.test_labels)
     model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.2)
     keys = jax.random.split(jax.random.key(0), 1)
-    program = functools.cache(functools.partial(fit.make_program, model, optax.adam))
     arrays = jax.tree.map(jax.numpy.asarray, fit.hold_out(episode))
-    return searchers.Problem(arrays, jax.vmap(model.init)(keys), keys, program)
+    return searchers.Problem(arrays, jax.vmap(model.init)(keys), keys, fit.make_programs(model, "adam"))
 
 
 def same(a, b):
