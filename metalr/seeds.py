@@ -38,12 +38,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     except OSError as error:
         raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
     per_seed = [run(each, name=name) for each in configs]
-    summary = {
-        "name": name,
-        "command": per_seed[0]["command"],
-        "seeds": list(seeds),
-        "provenance": per_seed[0]["provenance"],
-        "split_sha256": per_seed[0]["split_sha256"],
+    summary = _head(name, seeds, per_seed[0]) | {
         "transductive": per_seed[0]["transductive"],
         "curve": over_seeds([r["curve"] for r in per_seed]),
         "comparison": over_seeds([r["comparison"] for r in per_seed]) if config.grid.run else [],
@@ -55,6 +50,11 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
     artifact.save(folder / "artifacts" / name, learner, overwrite=True)
     return summary
+
+
+def _head(name: str, seeds: tuple[int, ...], results: dict[str, Any]) -> dict[str, Any]:
+    """How a results file over seeds begins: what was run, and where."""
+    return {"name": name, "seeds": list(seeds)} | {k: results[k] for k in ("command", "provenance", "split_sha256")}
 
 
 def run_study(
@@ -112,14 +112,7 @@ def run_study(
                 "horizons": over_seeds(lengths) if horizons else [],
             }
         )
-    summary = {
-        "name": name,
-        "command": found[0]["command"],
-        "seeds": list(seeds),
-        "provenance": found[0]["provenance"],
-        "split_sha256": found[0]["split_sha256"],
-        "rows": rows,
-    }
+    summary = _head(name, seeds, found[0]) | {"rows": rows}
     (folder / "results").mkdir(parents=True, exist_ok=True)
     folders.write_json(folder / "results" / f"{name}.json", summary)
     return summary

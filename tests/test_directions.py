@@ -144,3 +144,18 @@ def test_auto_picks_by_memory():
     assert outer.choose_derivative(RatesSpec("parameter", steps=5000), big) == "truncated"
     assert set(picked) | {"truncated"} == set(outer.DERIVATIVES)
     assert rates.layers(RatesSpec("layer"), MODEL.init(jax.random.key(0))) == ["dense_0", "head"]
+
+
+def test_joint_is_the_gradient_of_the_pooled_loss():
+    from metalr import inner
+
+    with jax.enable_x64(True):
+        meta, found, metrics = gradient(SPECS["rates"], Method("joint"), model=SMOOTH)
+        tasks = episodes()
+        x = jnp.concatenate([tasks.support_x, tasks.query_x], axis=1).reshape(-1, 4, 4, 1)
+        y = jnp.concatenate([tasks.support_y, tasks.query_y], axis=1).reshape(-1)
+        expected = jax.grad(lambda p: inner.cross_entropy(_smooth(p, x), y))(meta.init)
+        close(found.init, expected, rtol=1e-9)
+        assert all(not np.any(v) for v in jax.tree.leaves(found.rates))
+        logits = jax.vmap(lambda q: _smooth(meta.init, q))(tasks.query_x)
+        close(metrics["loss"], jax.vmap(inner.cross_entropy)(logits, tasks.query_y).mean(), rtol=1e-9)

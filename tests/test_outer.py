@@ -154,7 +154,8 @@ def test_contract_of_every_algorithm(name, blobs):
     # The implicit gradient is right near a minimum only, so adaptation has to get there.
     changed = {"steps": 16, "initial": 0.1} if row.meta_gradient == "implicit" else {"steps": 3}
     spec = dataclasses.replace(spec_of(row), **changed)
-    splits = tasks.make_splits(blobs, "permuted")
+    # Nothing is the same in all permuted tasks, so there is nothing to pre-train on jointly.
+    splits = tasks.make_splits(blobs, "rotated" if row.meta_gradient == "joint" else "permuted")
     model = models.mlp(10, blobs.shape, widths=(32,), dropout=0.0)
     pool, sample = tasks.make_sampler(splits.train, 10, 3, 5)
     learned_rates = 3e-2 if row.learned else None
@@ -166,7 +167,8 @@ def test_contract_of_every_algorithm(name, blobs):
     for _ in range(6):
         state, _ = chunk(state, pool, jax.random.key(1), 20)
     assert chunk._cache_size() == before + 1, "recompiled"
-    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).all()) or a.ndim == 2, first, state.meta)
+    every = np.any if row.meta_gradient == "joint" else np.all  # without adaptation a hidden unit may be dead
+    moved = jax.tree.map(lambda a, b: bool(every(np.asarray(a) != b)) or a.ndim == 2, first, state.meta)
     for leaf in moved.rates:
         if leaf.startswith("predict:"):  # a hidden unit may be dead
             moved.rates[leaf] = bool((first.rates[leaf] != state.meta.rates[leaf]).any())
