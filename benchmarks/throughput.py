@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 
 from metalr import data, inner, models, outer, rates, tasks  # noqa: E402
 from metalr.artifact import named_arrays  # noqa: E402
+from metalr.provenance import provenance  # noqa: E402
 from metalr.types import Episode, MetaParams  # noqa: E402
 
 META_BATCH, STEPS = 32, 5
@@ -184,7 +185,7 @@ def run(name: str, repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, help="only this one")
+    parser.add_argument("--workload", choices=WORKLOADS, help="only this one; the results file keeps the others' rows")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
@@ -200,8 +201,13 @@ def main() -> None:
                 )
     if options.json:
         print(json.dumps(rows, indent=1))
-    if not options.workload:
-        measure.save("throughput", rows)
+    made = provenance()
+    rows = [row | {"commit": made["commit"], "date": made["date"]} for row in rows]
+    stored = measure.RESULTS / "throughput.json"
+    if options.workload and stored.is_file():  # the other workloads stay as they were measured
+        others = [row for row in json.loads(stored.read_text())["rows"] if row["workload"] != options.workload]
+        rows = sorted([*others, *rows], key=lambda row: list(WORKLOADS).index(row["workload"]))
+    measure.save("throughput", rows)
 
 
 if __name__ == "__main__":
