@@ -86,7 +86,6 @@ MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
 CASES = {
     "rotated, full data": full("rotated"),
-    "permuted, full data": full("permuted"),
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
@@ -105,6 +104,7 @@ CASES = {
     "rotated, 1 % of the data": Case(
         None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
     ),
+    "permuted, full data": full("permuted"),
     "rotated, full data, 8 hidden layers": full(
         "rotated", ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
