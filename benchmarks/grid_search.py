@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +155,9 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())
     config = dataclasses.replace(case.compare, out=out)
-    return contest.run(seeded, config, pretrained=pretrained, resume=(out / "config.json").is_file())
+    if (out / "config.json").is_file():
+        return contest.resume(out)
+    return contest.run(seeded, config, pretrained=pretrained)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -176,7 +177,6 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="bundled data, minutes, written to runs/")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     cases = {name: small(case) for name, case in CASES.items()} if options.small else CASES
     root = ROOT / "small" if options.small else ROOT
     rows: list[dict[str, Any]] = []

@@ -91,13 +91,16 @@ def in_keras(x: np.ndarray, y: np.ndarray, epochs: int, full: bool) -> tuple[flo
 def one_at_a_time(arrays: fit.Arrays, epochs: int) -> tuple[float, dict[int, float]]:
     """The same cells in a plain JAX loop: a jit-compiled epoch for one rate on one device, warm; scaled alike."""
     model = models.mlp(10)
-    keys = jax.random.split(jax.random.key(0), 1)
-    init = jax.vmap(model.init)(keys)
+    key = jax.random.key(0)
+    init = model.init(key)
+    rates = np.array(SPACE.learning_rates[:1], np.float32)
     warm, programs = {}, fit.make_programs(model, "adam")
     for size in SPACE.batch_sizes:
-        program = programs(size)
-        ends = []
-        for _ in fit.trajectory(program, arrays, init, SPACE.learning_rates[:1], keys, range(1, epochs + 2)):
+        program, ends = programs(size), []
+        carry = program.start(init, rates)
+        for number in range(epochs + 2):
+            carry = program.epoch(carry, arrays.train_x, arrays.train_y, rates, key, np.int32(number))
+            jax.block_until_ready(carry)
             ends.append(time.perf_counter())
         warm[size] = float(np.median(np.diff(ends)))
     return sum(s * sum(SPACE.epochs) * len(SPACE.learning_rates) for s in warm.values()), warm

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -243,7 +243,6 @@ def _search_command(argv: list[str]) -> Callable[..., None]:
     default = _default(argv, SearchConfig)
 
     def search(
-        searcher: tyro.conf.Positional[Literal["grid", "random", "tpe", "asha"]] = default.searcher,
         config: Annotated[SearchConfig, tyro.conf.arg(name="")] = default,
         resume: Path | None = None,
         json_: Json = False,
@@ -253,11 +252,9 @@ def _search_command(argv: list[str]) -> Callable[..., None]:
         Ctrl-C or SIGTERM stops at the next epoch (exit code 75); --resume goes on, with no trial lost or doubled.
 
         Args:
-          searcher: grid, random, tpe or asha.
           resume: the folder of a search: go on with that one, with its own settings.
           json_: print the results as JSON instead of a table.
         """
-        config = dataclasses.replace(config, searcher=searcher)
         folder = resume or config.out
         if folder is not None:
             folders.refuse_if_locked(folder)
@@ -271,10 +268,10 @@ def _search_command(argv: list[str]) -> Callable[..., None]:
 
 
 def compare(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     config: Annotated[CompareConfig, tyro.conf.arg(name="")] = COMPARISON,
     pretrained: Path | None = None,
-    resume: bool = False,
+    resume: Path | None = None,
     json_: Json = False,
 ) -> None:
     """Compare finished runs with searches, tuned and default rates, and other inits, on the same held-out tasks.
@@ -282,13 +279,13 @@ def compare(
     Args:
       runs: run folders that differ in their seed only.
       pretrained: run folder of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
-      resume: go on with a comparison that was stopped, in --out.
+      resume: the folder of a comparison that was stopped: go on with that one, with its own settings.
       json_: print the results as JSON instead of a table.
     """
     start_jax()
     from metalr import contest, report
 
-    results = contest.run(runs, config, pretrained=pretrained, resume=resume)
+    results = contest.run(runs, config, pretrained=pretrained) if resume is None else contest.resume(resume)
     print(json.dumps(results, indent=1) if json_ else report.contest_text(results))
 
 

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from metalr.errors import ConfigError, one_line
 
 
@@ -232,7 +234,7 @@ class SpaceConfig:
 class SearchConfig:
     """One hyperparameter search: for a network on a whole dataset, or on one held-out task of a family."""
 
-    searcher: Literal["grid", "random", "tpe", "asha"] = "grid"
+    searcher: Positional[Literal["grid", "random", "tpe", "asha"]] = "grid"
     """grid: all cells, rates side by side; random, tpe and asha: Optuna's (pip install 'metalr[search]')."""
     data: str = "mnist12k"
     """mnist12k (bundled), mnist, another prepared name (`metalr data list`), or a path to an .npz."""
@@ -276,15 +278,15 @@ class CompareConfig:
     tasks: int = 20
     """Meta-test tasks that all methods meet."""
     searched: int = 5
-    """How many of them, the first ones, are searched task by task; 0: none."""
+    """How many of them, the first ones, are searched task by task; 0: none, or 2 and more."""
     lengths: tuple[float, ...] = (1.0, 5.0, 20.0)
     """Lengths of the fine-tunes without a search: epochs, or inner steps where a step takes the whole support set."""
-    batch_size: int = 32
-    """Minibatch of those; a support set that is not larger is taken whole."""
+    batch_size: int | None = None
+    """Minibatch of those; None: the runs' own. A support set that is not larger is taken whole."""
     space: SpaceConfig = SpaceConfig()
     """What is searched, in epochs."""
     searchers: tuple[str, ...] = ("grid", "random", "tpe", "asha", "tpe+")
-    """From the random init; tpe+ is TPE that tries the learned rates first (they have to scale Adam's direction)."""
+    """From the random init; tpe+ is TPE that tries the learned rates first (only where they scale Adam's direction)."""
     budgets: tuple[float, ...] = (1.0, 3.0, 10.0, 27.0)
     """Budgets of the searches, in mean cells of the grid."""
     tuning_tasks: int = 8

@@ -8,85 +8,121 @@ after how many tasks meta-training has paid.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from metalr import artifact, data, evaluate, folders, preemption, rivals, searchers, tasks
+from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, searchers, tasks
+from metalr import trials as trials_lib
 from metalr.config import CompareConfig, TrainConfig, differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
 from metalr.progress import ConsoleReporter, Reporter
-from metalr.provenance import command, provenance
-from metalr.rivals import Field, Key, Scores
+from metalr.provenance import command, peak_memory, provenance
+from metalr.rivals import Field, Key, Scores, Searched
 
 FILES = {"config.json", "searches.jsonl", "results.json", folders.LOCK}
+WARM = "tpe+"  # TPE that tries the learned rates first
+FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
+
+
+class _Parts(NamedTuple):
+    """A comparison's parts, checked. paid_once: name of an init -> example-gradients of its training."""
+
+    learners: list[artifact.Learner]
+    joint: list[artifact.Learner]
+    field: Field
+    space: searchers.Space
+    searchers: list[str]
+    paid_once: dict[str, float]
+    facts: dict[str, Any]
 
 
 def run(
-    runs: Sequence[Path],
-    config: CompareConfig,
-    *,
-    pretrained: Path | None = None,
-    resume: bool = False,
-    reporter: Reporter | None = None,
+    runs: Sequence[Path], config: CompareConfig, *, pretrained: Path | None = None, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Compare finished runs of one setting, which differ in their seed only, with everything else.
 
     Args:
       runs: run folders; accuracies are averaged over them.
       pretrained: the run folder of a jointly pre-trained init of the same network (--inner.algorithm joint).
-      resume: go on in config.out with what an earlier call left there.
 
     Raises:
       MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
     """
-    reporter = reporter or ConsoleReporter()
-    if not resume:
-        folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    learners, trained = load_runs(runs)
-    joint = load_runs([pretrained])[0] if pretrained else []
-    if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
-        raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
-    field, facts = make_field(trained, config, learners[0])
-    space = searchers.Space(**dataclasses.asdict(config.space))
-    unknown = set(config.searchers) - {*searchers.SEARCHERS, "tpe+"}
-    if unknown:
-        raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, 'tpe+']}, got {sorted(unknown)}")
+    folders.check_free(config.out, FILES, overwrite=config.overwrite)
+    parts = _set_up(runs, config, pretrained)
+    stored = {"runs": [str(path) for path in runs], "pretrained": pretrained and str(pretrained)}
+    with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
+        folders.write_json(folder / "config.json", stored | {"config": config.to_json()})
+        return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+
+def resume(folder: Path, *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a comparison that was stopped or killed, with its own settings; finished searches are kept.
+
+    Raises:
+      MetalrError: no comparison, a finished one, or one in use.
+    """
+    folders.refuse_if_locked(folder)
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        config = from_json(stored["config"], CompareConfig)
+        runs, pretrained = [Path(path) for path in stored["runs"]], stored["pretrained"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
+    if (folder / "results.json").exists():
+        raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
+    parts = _set_up(runs, config, pretrained and Path(pretrained))
+    with folders.locked(folder):
+        folders.sweep(folder)
+        return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+
+def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None) -> _Parts:
+    """Check everything, before anything is written."""
+    for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
+        if not values or not all(0 < value < np.inf for value in values):
+            raise ConfigError(f"{name}: expected one or more positive numbers, got {values}")
+    if config.tasks < 2 or config.tuning_tasks < 2 or config.searched == 1 or not 0 <= config.searched <= config.tasks:
+        raise ConfigError(
+            "tasks, tuning_tasks, searched: expected at least 2, at least 2, and 0 or 2..tasks, got "
+            f"{config.tasks}, {config.tuning_tasks}, {config.searched}"
+        )
+    unknown = sorted(set(config.searchers) - {*searchers.SEARCHERS, WARM})
+    if unknown or not config.searchers:
+        raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, WARM]}, got {unknown or 'none'}")
+    if config.batch_size is not None and config.batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {config.batch_size}")
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
-    setting = {"runs": [str(path) for path in runs], "pretrained": str(pretrained), **config.to_json()}
-    folder = folders.claim(config.out, "compare")
-    with folders.locked(folder), preemption.watch() as asked:
-        if resume:
-            _same_setting(folder, setting)
-            folders.sweep(folder)
-        else:
-            folders.clear(folder, FILES)
-            folders.write_json(folder / "config.json", setting)
-        began = time.perf_counter()
-        inits = {"random": None} | ({"pre-trained": joint[0].init} if joint else {})
-        rows = _single(learners, joint, field, reporter)
-        if config.searched:
-            rows += _searches(learners, field, space, config, inits, folder, asked, reporter)
-        results = {
-            "command": command(),
-            "config": setting,
-            "provenance": provenance(),
-            "seeds": [learner.facts.get("seed") for learner in learners],
-            **facts,
-            "rows": [_row(row, rows[: len(field.lengths)]) for row in rows],
-            "conclusions": conclusions(rows, len(field.lengths), trained),
-            "seconds": round(time.perf_counter() - began, 1),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        folders.write_json(folder / "results.json", results)
-    return results | {"folder": str(folder)}
+    learners, trained = load_runs(runs)
+    joint, joint_trained = load_runs([pretrained]) if pretrained else ([], [])
+    if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
+        raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
+    field, facts = _make_field(from_json(trained[0]["config"]), config, learners[0])
+    spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
+    space = searchers.Space(**dataclasses.asdict(config.space)).fitting(field.train)
+    warm = rivals.as_trial(learners[0], space) is not None
+    paid_once = {
+        name: float(np.mean([results["training"]["example_gradients"] for results in of]))
+        for name, of in (("learned", trained), ("pre-trained", joint_trained))
+        if of
+    }
+    return _Parts(
+        [dataclasses.replace(learner, spec=spec) for learner in learners],
+        joint,
+        field,
+        space,
+        [name for name in config.searchers if warm or name != WARM],
+        {"random": 0.0} | paid_once,
+        facts,
+    )
 
 
 def load_runs(runs: Sequence[Path]) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
@@ -95,7 +131,8 @@ def load_runs(runs: Sequence[Path]) -> tuple[list[artifact.Learner], list[dict[s
         raise ConfigError("runs: expected at least one run folder, got none")
     configs = [read_config(path) for path in runs]
     for path, config in zip(runs, configs, strict=True):
-        changed = set(differences(configs[0], config)) - {"seed", "out", "overwrite"}
+        free = ("seed", "out", "overwrite", "grid.", "evaluation.")
+        changed = [name for name in differences(configs[0], config) if not name.startswith(free)]
         if changed:
             raise ConfigError(f"runs: expected runs that differ in their seed only, {path} also in {sorted(changed)}")
     results = []
@@ -107,127 +144,141 @@ def load_runs(runs: Sequence[Path]) -> tuple[list[artifact.Learner], list[dict[s
     return [artifact.load(path / "artifact") for path in runs], results
 
 
-def make_field(
-    trained: list[dict[str, Any]], config: CompareConfig, learner: artifact.Learner
-) -> tuple[Field, dict[str, Any]]:
+def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.Learner) -> tuple[Field, dict[str, Any]]:
     """The held-out tasks, and what a result says of them."""
-    first: TrainConfig = from_json(trained[0]["config"])
-    shape = {name: getattr(config, name) or getattr(first.tasks, name) for name in ("shot", "query")}
-    family, way = config.family or first.tasks.family, first.tasks.way
-    dataset = data.load(config.data or first.data)
+    shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
+    family, way = config.family or trained.tasks.family, trained.tasks.way
+    dataset = data.load(config.data or trained.data)
     if (*dataset.shape,) != (*learner.model.input_shape,):
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
     splits = tasks.make_splits(dataset, family)
-    samplers = {part.part: tasks.make_sampler(part, way, shape["shot"], shape["query"]) for part in splits}
-    if config.tasks < 2 or not 0 <= config.searched <= config.tasks or config.tuning_tasks < 2:
-        raise ConfigError(
-            f"tasks, searched, tuning_tasks: expected at least 2, 0..tasks and at least 2, got {config.tasks}, "
-            f"{config.searched}, {config.tuning_tasks}"
-        )
-    support = way * shape["shot"]
-    size = min(config.batch_size, support)
-    lengths = tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths}))
+    samplers = {part.part: tasks.make_sampler(part, way, shot, query) for part in splits}
+    support = way * shot
+    size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
+    keys = evaluate.episode_keys(config.seed, config.tasks)
+    pool, sample = samplers["test"]
     field = Field(
         samplers["test"],
         samplers["val"],
-        evaluate.episode_keys(config.seed, config.tasks),
+        keys,
         evaluate.episode_keys(config.seed, config.tuning_tasks),
         support,
-        lengths,
+        len(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
+        tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
         size,
     )
     return field, {
         "family": family,
-        "regime": "few-shot" if size == support else "full",
+        "regime": "few-shot" if shot <= FEW_SHOTS else "full",
         "data": str(dataset),
         "split_sha256": splits.sha256,
-        "trained_on": {"data": first.data, "family": first.tasks.family},
+        "trained_on": {"data": trained.data, "family": trained.tasks.family},
         "tasks": config.tasks,
         "searched_tasks": config.searched,
         "support": support,
-        "query": way * shape["query"],
+        "query": way * query,
     }
 
 
-def _single(
-    learners: list[artifact.Learner], joint: list[artifact.Learner], field: Field, reporter: Reporter
-) -> list[Scores]:
+def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    began = time.perf_counter()
+    with preemption.watch() as asked:
+
+        def between() -> None:
+            if asked():
+                raise StoppedError(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}")
+
+        rows = _single(parts, reporter, between)
+        if config.searched:
+            rows += _searches(parts, config, folder, between, reporter)
+    reference = rows[: len(parts.field.lengths)]
+    results = {
+        "command": command(),
+        "config": config.to_json(),
+        "provenance": provenance(),
+        "seeds": [learner.facts.get("seed") for learner in parts.learners],
+        **parts.facts,
+        "rows": [_row(row, reference) for row in rows],
+        "conclusions": [_conclusion(row, reference) for row in rows[len(reference) :]],
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    folders.write_json(folder / "results.json", results)
+    return results | {"folder": str(folder)}
+
+
+def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> list[Scores]:
     """All methods that take one run a task; learned init and rates first."""
-    model = learners[0].model
-    random_init = learners[0].facts.get("outer", {}).get("learns") == "rates"
-    rows = rivals.learned(learners, field, random_init=random_init)
-    reporter.line(f"{rows[0].method}: {100 * rows[-1].accuracy.mean():.2f} % after {rows[-1].steps} steps")
-    if not random_init:
-        one = learners[:1]  # parts of the learned method: the first seed says enough
-        rows += rivals.learned(one, field, random_init=True)
-        rows += rivals.unsearched("learned", model, [each.init for each in one], field)
-        rows += rivals.tuned("learned", model, [each.init for each in one], field)
-    rows += rivals.unsearched("random", model, [None], field)
-    if joint:
-        rows += rivals.unsearched("pre-trained", model, [each.init for each in joint], field)
-    for row in rows[len(field.lengths) - 1 :: len(field.lengths)]:
-        reporter.line(f"{row.method}: {100 * row.accuracy.mean():.2f} % after {row.steps} steps")
+    learners, field = parts.learners, parts.field
+    alone = learners[0].facts.get("outer", {}).get("learns") == "rates"
+    runs = rivals.baselines(learners[0].model, field)
+    inits = {"random": None} | ({} if alone else {"learned": learners[0].init})  # parts by the first seed
+    inits |= {"pre-trained": parts.joint[0].init} if parts.joint else {}
+    methods: list[tuple[str, Callable[[], list[Scores]]]] = [
+        ("learned", lambda: rivals.learned(learners, field, random_init=alone))
+    ]
+    if not alone:
+        methods.append(("learned", lambda: rivals.learned(learners[:1], field, random_init=True)))
+    for name, init in inits.items():
+        for baseline in (rivals.unsearched, rivals.tuned):
+            methods.append((name, functools.partial(baseline, name, init, field, runs)))
+    rows: list[Scores] = []
+    for origin, method in methods:
+        between()
+        rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
+        reporter.line(f"{rows[-1].method}: {100 * rows[-1].accuracy.mean():.2f} % after {rows[-1].steps} steps")
     return rows
 
 
 def _searches(
-    learners: list[artifact.Learner],
-    field: Field,
-    space: searchers.Space,
-    config: CompareConfig,
-    inits: dict[str, Any],
-    folder: Path,
-    asked: Any,
-    reporter: Reporter,
+    parts: _Parts, config: CompareConfig, folder: Path, between: Callable[[], None], reporter: Reporter
 ) -> list[Scores]:
     """What every task's own searches find at every budget."""
     file = folder / "searches.jsonl"
-    wanted: dict[str, Sequence[str]] = {"random": [*config.searchers]}
-    if "pre-trained" in inits and "grid" in config.searchers:
-        wanted["pre-trained"] = ["grid"]
-    warm = rivals.as_trial(learners[0], space)
-    if warm is None:
-        wanted = {origin: [name for name in names if name != "tpe+"] for origin, names in wanted.items()}
+    wanted: dict[str, Sequence[str]] = {"random": parts.searchers}
+    inits: dict[str, Any] = {"random": None}
+    if parts.joint and "grid" in parts.searchers:
+        wanted, inits = wanted | {"pre-trained": ["grid"]}, inits | {"pre-trained": parts.joint[0].init}
+    warm = rivals.as_trial(parts.learners[0], parts.space)
     known = {}
-    for row in folders.read_rows(file):
-        known[(row["init"], row["searcher"], row["task"])] = [searchers.Trial.from_json(t) for t in row["trials"]]
-    few = field._replace(keys=field.keys[: config.searched])
-    total = config.searched * sum(map(len, wanted.values()))
-    with reporter.bar("searches", total, len(known)) as advance:
+    try:
+        for row in folders.read_rows(file):
+            trials = [trials_lib.Trial.from_json(trial) for trial in row["trials"]]
+            again = row["again"], row["again_example_gradients"]
+            known[(row["init"], row["searcher"], row["task"])] = Searched(trials, *again)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file}: not the searches of a comparison: {one_line(error)}") from error
+    with reporter.bar("searches", config.searched * sum(map(len, wanted.values())), len(known)) as advance:
 
-        def keep(key: Key, trials: list[searchers.Trial]) -> None:
-            row = {"init": key[0], "searcher": key[1], "task": key[2], "trials": [t.to_json() for t in trials]}
-            folders.append_rows(file, [row])
+        def keep(key: Key, found: Searched) -> None:
+            row = dict(zip(("init", "searcher", "task"), key, strict=True)) | found._asdict()
+            folders.append_rows(file, [row | {"trials": [trial.to_json() for trial in found.trials]}])
             advance(1, f"task {key[2]}, {key[1]} from the {key[0]} init")
-            if asked():
-                raise StoppedError(f"stopped, and saved; go on with the same command and --resume, in {folder}")
 
         found = rivals.searched(
-            learners[0].model, few, space, wanted, inits,
-            first={"random": [warm] if warm else []}, budget=max(config.budgets), known=known, keep=keep,
+            parts.learners[0].model, parts.field._replace(keys=parts.field.keys[: config.searched]), parts.space,
+            wanted, inits, first=[warm] if warm else [], cells=max(config.budgets), known=known, keep=keep,
+            between=between,
         )  # fmt: skip
-    rows = []
+    rows, cell = [], rivals.mean_cost(parts.space, parts.field.train)
     for origin, names in wanted.items():
         for name in names:
-            searches = [found[(origin, name, task)] for task in range(config.searched)]
-            title = f"{origin} init + " + {"tpe+": "tpe, learned rates first"}.get(name, name)
-            if name == "grid":
-                rows.append(rivals.best_of(f"{title}, {len(searches[0])} cells", searches))
-                rows.append(rivals.best_of(f"{title}, best cell on the test part", searches, on_test=True))
-                continue
-            cell = rivals.mean_cost(space.fitting(_train_part(searches)), _train_part(searches))
-            rows += [rivals.best_of(f"{title}, {budget:g} runs", searches, budget * cell) for budget in config.budgets]
+            each, grid = [found[(origin, name, task)] for task in range(config.searched)], name == "grid"
+            title = f"{origin} init + " + {WARM: "tpe, learned rates first"}.get(name, name)
+            budgets = {f"{title}, {len(each[0].trials)} cells": np.inf} if grid else {
+                f"{title}, cost of {budget:g} cells": budget * cell for budget in config.budgets
+            }  # fmt: skip
+            new = [rivals.best_of(text, each, budget, grid=grid) for text, budget in budgets.items()]
+            new.append(rivals.best_of(f"{[*budgets][-1]}, trained again on all", each, grid=grid, choose="again"))
+            if grid:
+                new.append(rivals.best_of(f"{title}, best cell on the test part", each, grid=grid, choose="test"))
+            extra = parts.paid_once["learned"] if name == WARM else parts.paid_once[origin]
+            rows += [row._replace(paid_once=extra) for row in new]
     return rows
 
 
-def _train_part(searches: list[list[searchers.Trial]]) -> int:
-    """Images that a search trained on, from what a trial cost."""
-    trial = searches[0][0]
-    return trial.example_gradients // max(trial.curve)
-
-
 def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
-    """A row as JSON: accuracy, and the learned method's difference, at its best length and at an equal cost."""
+    """A row as JSON: accuracy, and the learned method's difference, at no more cost and at its longest run."""
     count = len(row.accuracy)
     mean, ci95 = evaluate.paired(row.accuracy, np.zeros(count))
     facts: dict[str, Any] = {
@@ -236,10 +287,12 @@ def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
         "tasks": count,
         "accuracy": round(mean, 6),
         "ci95": round(ci95, 6),
-        "seeds": [round(value, 6) for value in row.seeds],
+        "accuracy_of_seeds": [round(value, 6) for value in row.seeds],
         "example_gradients": round(row.example_gradients),
+        "naive_example_gradients": round(row.naive_example_gradients),
+        "paid_once_example_gradients": round(row.paid_once),
         "seconds": round(row.seconds, 4),
-        "compile_seconds": round(row.compile_seconds, 2),
+        "compile_seconds": None if row.compile_seconds is None else round(row.compile_seconds, 2),
         "chosen": row.chosen,
     }
     affordable = [one for one in reference if one.example_gradients <= row.example_gradients * 1.001]
@@ -250,37 +303,18 @@ def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
     return facts
 
 
-def conclusions(rows: list[Scores], lengths: int, trained: list[dict[str, Any]]) -> dict[str, Any]:
-    """What follows: the cost at which learned runs reach each rival's accuracy, and when meta-training has paid."""
-    learned = rows[:lengths]
-    cost = [results["training"]["example_gradients"] for results in trained]
-    reached = []
-    for row in rows[lengths:]:
-        first = next((o for o in learned if o.accuracy[: len(row.accuracy)].mean() >= row.accuracy.mean()), None)
-        saved = None if first is None else row.example_gradients - first.example_gradients
-        reached.append(
-            {
-                "method": row.method,
-                "steps": row.steps,
-                "accuracy": round(float(row.accuracy.mean()), 6),
-                "example_gradients": round(row.example_gradients),
-                "learned_reaches_it_with": None if first is None else round(first.example_gradients),
-                "share_of_its_cost": None
-                if first is None
-                else round(first.example_gradients / row.example_gradients, 5),
-                "break_even_tasks": None if not saved or saved <= 0 else int(np.ceil(np.mean(cost) / saved)),
-            }
-        )
-    return {"meta_training_example_gradients": cost, "rivals": reached}
-
-
-def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
-    changed = {name for name in setting if name not in ("out", "overwrite") and stored.get(name) != setting[name]}
-    if changed:
-        raise ConfigError(f"resume: {folder}: expected the same settings, got other {sorted(changed)}")
-    if (folder / "results.json").exists():
-        raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
+def _conclusion(row: Scores, reference: list[Scores]) -> dict[str, Any]:
+    """The cost at which the learned method reaches this row's accuracy, and the tasks after which it has paid."""
+    accuracy = row.accuracy.mean()
+    first = next((one for one in reference if one.accuracy[: len(row.accuracy)].mean() >= accuracy), None)
+    facts = {"method": row.method, "steps": row.steps, "accuracy": round(float(accuracy), 6)}
+    if first is None:
+        return facts | {"learned_reaches_it_with": None}
+    saved = row.example_gradients - first.example_gradients
+    owed = max(0.0, first.paid_once - row.paid_once)
+    return facts | {
+        "learned_reaches_it_with": round(first.example_gradients),
+        "share_of_its_cost": round(first.example_gradients / row.example_gradients, 5),
+        "share_of_its_naive_cost": round(first.example_gradients / row.naive_example_gradients, 5),
+        "break_even_tasks": None if saved <= 0 else int(np.ceil(owed / saved)),
+    }

@@ -46,8 +46,8 @@ class Point(NamedTuple):
 def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
     """A task's support set as training and validation part, stratified by class; the query set is the test part.
 
-    A class with n images gives round(share * n) of them, but keeps one at least. Where that leaves nothing to validate
-    on (one image a class), the training part is the validation part too: nothing else is there to choose by.
+    A class with n images gives round(share * n) of them, one at least, and keeps one at least. With one image a class
+    the training part is the validation part too: nothing else is there to choose by.
 
     Raises ConfigError unless 0 < share < 1.
     """
@@ -58,7 +58,7 @@ def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
     held = np.zeros(len(y), bool)
     for label in np.unique(y):
         rows = np.flatnonzero(y == label)
-        held[rng.permutation(rows)[: min(round(share * len(rows)), len(rows) - 1)]] = True
+        held[rng.permutation(rows)[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
     chosen = held if held.any() else ~held
     return Arrays(x[~held], y[~held], x[chosen], y[chosen], test_x, test_y)
 
@@ -204,6 +204,7 @@ def trajectory(
     rates: Sequence[float],
     keys: jax.Array,
     epochs: Sequence[int],
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[Point]:
     """Train at all `rates` from `init`; give the accuracies at the end of each of `epochs` (ascending).
 
@@ -211,10 +212,12 @@ def trajectory(
       arrays: on the device that shall do the work.
       init: params with a leading axis [seeds].
       keys: [seeds]; the order of the minibatches and dropout come from them.
+      between: called before every epoch; what it raises ends the training.
     """
     rates_array, seeds = np.asarray(rates, np.float32), range(len(keys))
     carries = [program.start(jax.tree.map(lambda v, seed=seed: v[seed], init), rates_array) for seed in seeds]
     for number in range(max(epochs)):
+        between()
         for i in seeds:
             carries[i] = program.epoch(
                 carries[i], arrays.train_x, arrays.train_y, rates_array, keys[i], np.int32(number)

@@ -278,6 +278,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def taken(folder: Path | None, name: str, files: set[str], *, overwrite: bool) -> Iterator[Path]:
+    """A folder for a new run, locked and cleared of what `files` an earlier run left: see check_free, claim, locked."""
+    check_free(folder, files, overwrite=overwrite)
+    path = claim(folder, name)
+    with locked(path):
+        check_free(path, files, overwrite=overwrite, locked=True)  # somebody may have been faster
+        clear(path, files)
+        yield path
+
+
 def _facts(content: bytes) -> dict[str, Any]:
     try:
         facts = json.loads(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
         "machine": f"{model}, {len(devices)} x {devices[0].device_kind}, {platform.system()}",
     }
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpuinfo() -> list[str]:

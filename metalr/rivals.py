@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +20,15 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from metalr import evaluate, fit, search, searchers
+from metalr import devices, evaluate, fit, search, searchers
 from metalr import rates as rates_lib
+from metalr import trials as trials_lib
 from metalr.artifact import Learner
 from metalr.models import Model
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
 
-UNSEARCHED_RATE, UNSEARCHED_BATCH = 1e-3, 32  # Adam as most people start it
+UNSEARCHED_RATE = 1e-3  # Adam as most people start it
 TUNED = {"adam": (3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-2, 3e-2, 1e-1, 3e-1)}
 
 
@@ -36,9 +38,9 @@ class Field(NamedTuple):
     Attributes:
       sampler: pool and sampler of meta-test tasks; val_sampler: of meta-validation tasks.
       keys: [tasks]; val_keys: [tasks], for what is tuned across tasks.
-      support: support images of a task.
+      support: support images of a task; searches train on `train` of them, and choose by the others.
       lengths: numbers of inner steps of the fine-tunes that are reported, ascending.
-      batch_size: of minibatches of learned and unsearched runs; support: no minibatches.
+      batch_size: of minibatches of all runs that are not searched; support: no minibatches.
     """
 
     sampler: tuple[Pool, Sampler]
@@ -46,6 +48,7 @@ class Field(NamedTuple):
     keys: jax.Array
     val_keys: jax.Array
     support: int
+    train: int
     lengths: tuple[int, ...]
     batch_size: int
 
@@ -56,16 +59,27 @@ class Field(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """One method at one cost. accuracy: [tasks] float64, 0..1, mean over learners; seconds: of one task's run."""
+    """One method at one cost.
+
+    Attributes:
+      steps: of a run without a search; None for a search.
+      accuracy: [tasks] float64, 0..1, mean over learners; seeds: mean over tasks with each learner.
+      example_gradients: of one task, as done; naive_example_gradients: with each cell of a grid run alone.
+      seconds: of one task on one device; without compilation, but a search's first trials have it.
+      paid_once: example-gradients that all tasks share: meta-training, pre-training, tuning.
+      chosen: what a search or tuning chose.
+    """
 
     method: str
     steps: int | None
     accuracy: np.ndarray
-    seeds: tuple[float, ...]  # mean accuracy with each learner
+    seeds: tuple[float, ...]
     example_gradients: float
+    naive_example_gradients: float
     seconds: float
-    compile_seconds: float
-    chosen: dict[str, Any]
+    compile_seconds: float | None
+    paid_once: float = 0.0
+    chosen: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
 
 @contextlib.contextmanager
@@ -95,7 +109,7 @@ def of_lengths(
       evaluators: (start, length or 0) -> [tasks, points]; with `every` it is called once, with 0, and gives all
         lengths; otherwise it gives one.
     """
-    rows = []
+    rows, workers = [], devices.task_mesh(len(field.keys)).size
     lengths: Sequence[tuple[int, ...]] = [field.lengths] if every else [(length,) for length in field.lengths]
     for group in lengths:
         with stopwatch() as read:
@@ -103,13 +117,9 @@ def of_lengths(
             seconds, compiled = read()
         tasks = len(starts) * len(field.keys)
         for i, steps in enumerate(group):
-            accuracy = found[:, :, i]
-            rows.append(
-                Scores(
-                    method, steps, accuracy.mean(0), tuple(accuracy.mean(1)), float(steps * field.batch_size),
-                    seconds / tasks * steps / max(group), compiled, {},
-                )
-            )  # fmt: skip
+            accuracy, cost = found[:, :, i], float(steps * field.batch_size)
+            alone = seconds * workers / tasks * steps / max(group)
+            rows.append(Scores(method, steps, accuracy.mean(0), tuple(accuracy.mean(1)), cost, cost, alone, compiled))
     return rows
 
 
@@ -133,59 +143,68 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     return of_lengths(f"{start} init + learned rates", learners, field, run, every=not stretched)
 
 
-def unsearched(name: str, model: Model, inits: Sequence[Params | None], field: Field) -> list[Scores]:
-    """Adam at 1e-3, from the given inits (None: random)."""
-    run = baseline(model, "adam", field, random_init=inits[0] is None)
-    pool, _ = field.sampler
-
-    def score(init: Params | None, _: int) -> np.ndarray:
-        return run(pool, init, np.float32(UNSEARCHED_RATE), field.keys).tasks
-
-    return of_lengths(f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", inits, field, score, every=True)
+Baselines = Callable[[str, bool, bool], evaluate.Evaluator]
 
 
-def baseline(model: Model, optimizer: str, field: Field, *, random_init: bool, val: bool = False) -> evaluate.Evaluator:
-    """Fixed-rate fine-tunes at the field's lengths."""
-    run = evaluate.make_baseline(
-        model, (field.val_sampler if val else field.sampler)[1], search.OPTIMIZERS[optimizer], field.lengths,
-        batch_size=field.minibatch, random_init=random_init,
-    )  # fmt: skip
-    if not random_init:
-        return run
-    any_init = jax.jit(model.init)(jax.random.key(0))
-    return lambda pool, _, rates, keys: run(pool, any_init, rates, keys)
+def baselines(model: Model, field: Field) -> Baselines:
+    """(optimizer, from random inits?, on meta-validation tasks?) -> fixed-rate fine-tunes at the field's lengths.
 
-
-def tuned(name: str, model: Model, inits: Sequence[Params], field: Field) -> list[Scores]:
-    """From each init, the optimizer and rate that did best on meta-validation tasks at that very length.
-
-    The cost of the tuning is not in example_gradients: it is paid once, as meta-training is; `chosen` has it.
+    Each is compiled once; share it between the inits of one network.
     """
-    runs = {o: [baseline(model, o, field, random_init=False, val=val) for val in (True, False)] for o in TUNED}
+
+    @functools.cache
+    def evaluator(optimizer: str, random_init: bool, val: bool) -> evaluate.Evaluator:
+        pool, sample = field.val_sampler if val else field.sampler
+        keys = field.val_keys if val else field.keys
+        run = evaluate.make_baseline(
+            model, sample, search.OPTIMIZERS[optimizer], field.lengths,
+            batch_size=field.minibatch, random_init=random_init,
+        )  # fmt: skip
+        unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
+        return lambda init, rate: run(pool, unused if random_init else init, np.float32(rate), keys)
+
+    return evaluator
+
+
+def unsearched(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
+    """Adam at 1e-3 from an init (None: random)."""
+    run = runs("adam", init is None, False)
+    return of_lengths(
+        f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", [init], field,
+        lambda init, _: run(init, UNSEARCHED_RATE).tasks, every=True,
+    )  # fmt: skip
+
+
+def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
+    """From an init (None: random), the optimizer and rate that did best on meta-validation tasks at that very length.
+
+    The cost of the tuning is in paid_once, as that of meta-training.
+    """
     cells = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
-    best: list[list[tuple[str, float]]] = []
-    for init in inits:
-        found = [
-            runs[o][0](field.val_sampler[0], init, np.float32(rate), field.val_keys).tasks.mean(0) for o, rate in cells
-        ]
-        best.append([cells[i] for i in np.argmax(found, axis=0)])  # at each length
+    found = [runs(optimizer, init is None, True)(init, rate).tasks.mean(0) for optimizer, rate in cells]
+    best = [cells[i] for i in np.argmax(found, axis=0)]  # at each length
     cost = len(cells) * len(field.val_keys) * field.lengths[-1] * field.batch_size
 
-    def score(i: int, _: int) -> np.ndarray:
-        needed = set(best[i])
-        curves = {
-            c: runs[c[0]][1](field.sampler[0], inits[i], np.float32(c[1]), field.keys).tasks for c in sorted(needed)
-        }
-        return np.stack([curves[best[i][at]][:, at] for at in range(len(field.lengths))], axis=1)
+    def score(init: Params | None, _: int) -> np.ndarray:
+        curves = {cell: runs(cell[0], init is None, False)(init, cell[1]).tasks for cell in sorted(set(best))}
+        return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
 
-    rows = of_lengths(f"{name} init + one tuned rate", range(len(inits)), field, score, every=True)
+    rows = of_lengths(f"{name} init + one tuned rate", [init], field, score, every=True)
     return [
-        row._replace(chosen={"rates": [list(b[at]) for b in best], "tuning_example_gradients": cost})
-        for at, row in enumerate(rows)
+        row._replace(paid_once=float(cost), chosen={"optimizer": cell[0], "learning_rate": cell[1]})
+        for row, cell in zip(rows, best, strict=True)
     ]
 
 
 Key = tuple[str, str, int]  # (name of the init, searcher, number of the task)
+
+
+class Searched(NamedTuple):
+    """One task's search; again: accuracy of the winner trained anew on the whole support set (scikit-learn's refit)."""
+
+    trials: list[trials_lib.Trial]
+    again: float
+    again_example_gradients: int
 
 
 def searched(
@@ -195,22 +214,24 @@ def searched(
     wanted: dict[str, Sequence[str]],
     inits: dict[str, Params | None],
     *,
-    first: dict[str, Sequence[dict[str, Any]]],
-    budget: float,
-    known: dict[Key, list[searchers.Trial]],
-    keep: Callable[[Key, list[searchers.Trial]], None] = lambda key, trials: None,
-) -> dict[Key, list[searchers.Trial]]:
+    first: Sequence[dict[str, Any]],
+    cells: float,
+    known: dict[Key, Searched],
+    keep: Callable[[Key, Searched], None] = lambda key, found: None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[Key, Searched]:
     """Every task's own searches, with 20 % of each class of its support set to choose by; tasks go side by side.
 
     Args:
+      space: fitting the training part.
       wanted: name of an init -> searchers from it; "tpe+" is TPE that tries `first` first.
       inits: name -> params; None draws a random init for each task.
-      budget: example-gradients of a search that is not a grid, in mean cells of the grid.
-      known, keep: searches of an earlier call; called with each search that ends.
+      cells: budget of a search that is not a grid, in mean cells of the grid.
+      known, keep: searches of an earlier call; called with each search that ends, by one thread at a time.
+      between: called before every epoch; what it raises ends everything.
     """
     pool, sample = field.sampler
-    program = fit.make_programs(model, "adam")
-    space = space.fitting(len(fit.hold_out(jax.jit(sample)(pool, field.keys[0])).train_y))
+    program, draw = fit.make_programs(model, "adam"), jax.jit(sample)
     jobs = [
         (origin, searcher, task)
         for task in range(len(field.keys))
@@ -218,47 +239,54 @@ def searched(
         for searcher in names
         if (origin, searcher, task) not in known
     ]
-    devices, done = list(jax.local_devices()), dict(known)
+    free, done, failed, one_at_a_time = list(jax.local_devices()), dict(known), threading.Event(), threading.Lock()
+
+    def go_on() -> None:
+        if failed.is_set():
+            raise CancelledError
+        between()
 
     def run(job: Key) -> None:
-        origin, searcher, task = job
-        device = devices.pop()
+        device = free.pop()
         try:
+            go_on()
             with jax.default_device(device):
-                episode = jax.jit(sample)(pool, field.keys[task])
-                arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
-                keys = jax.random.split(jax.random.fold_in(field.keys[task], 2), 1)
-                start = inits[origin]
-                init = model.init(keys[0]) if start is None else start
-                held = jax.device_put((arrays, jax.tree.map(lambda v: v[None], init), keys), device)
-                problem = searchers.Problem(held[0], held[1], held[2], program)
-                done[job] = _one_search(searcher, space, problem, first.get(origin, ()), budget, seed=task)
+                found = search_one(job, device)
+            with one_at_a_time:
+                done[job] = found
+                keep(job, found)
+        except BaseException:
+            failed.set()
+            raise
         finally:
-            devices.append(device)
-        keep(job, done[job])
+            free.append(device)
 
-    with ThreadPoolExecutor(len(devices)) as threads:
-        for future in [threads.submit(run, job) for job in jobs]:
-            try:
-                future.result()
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+    def search_one(job: Key, device: Any) -> Searched:
+        origin, searcher, task = job
+        episode = draw(pool, field.keys[task])
+        key = jax.random.fold_in(field.keys[task], 2)
+        start = inits[origin]
+        init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(key) if start is None else start)
+        arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
+        arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
+        problem = searchers.Problem(arrays, init, keys, program)
+        trials = searchers.search(
+            searcher.rstrip("+"), space, problem, devices=[device], seed=task, between=go_on,
+            budget=cells * mean_cost(space, field.train), first=first if searcher.endswith("+") else (),
+        )  # fmt: skip
+        best = trials_lib.best(trials)
+        whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
+        (point,) = fit.trajectory(
+            program(best.batch_size), whole, init, [best.learning_rate], keys, [best.params["epochs"]], go_on
+        )
+        cost = best.params["epochs"] * (field.support // best.batch_size) * best.batch_size
+        return Searched(trials, float(point.test.mean()), cost)
+
+    with ThreadPoolExecutor(len(free)) as threads:
+        futures = [threads.submit(run, job) for job in jobs]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        searchers.raise_first(futures)
     return done
-
-
-def _one_search(
-    searcher: str, space: searchers.Space, problem: searchers.Problem, first: Sequence[Any], budget: float, *, seed: int
-) -> list[searchers.Trial]:
-    """A grid, or as many trials as the budget pays for."""
-    if searcher == "grid":
-        return searchers.search("grid", space, problem, devices=list(problem.keys.devices()))
-    limit = budget * mean_cost(space, len(problem.arrays.train_y))
-    name, warm = (searcher[:-1], first) if searcher.endswith("+") else (searcher, ())
-    trials: list[searchers.Trial] = []
-    while sum(trial.example_gradients for trial in trials) < limit:
-        trials = searchers.search(name, space, problem, trials=len(trials) + 1, seed=seed, first=warm, known=trials)
-    return trials
 
 
 def mean_cost(space: searchers.Space, train: int) -> float:
@@ -267,38 +295,53 @@ def mean_cost(space: searchers.Space, train: int) -> float:
 
 
 def best_of(
-    method: str, searches: list[list[searchers.Trial]], budget: float = np.inf, *, on_test: bool = False
+    method: str, found: Sequence[Searched], budget: float = np.inf, *, grid: bool = False, choose: str = "validation"
 ) -> Scores:
-    """What each task's search found within a budget; on_test: the best on the test part itself, which flatters it."""
-    if on_test:
-        chosen = [max(trials, key=lambda trial: np.mean(trial.test)) for trials in searches]
-    else:
-        chosen = [searchers.best(trials, budget) for trials in searches]
-    spent = []
-    for trials in searches:
-        costs = np.cumsum([trial.example_gradients for trial in sorted(trials)])
-        spent.append(max(costs[0], float(costs[costs <= budget].max(initial=0))))
-    accuracy = np.array([np.mean(trial.test) for trial in chosen])
-    share = np.mean(spent) / np.mean([sum(t.example_gradients for t in trials) for trials in searches])
-    seconds = float(np.mean([sum(t.seconds for t in trials) for trials in searches])) * float(share)
-    rates = {"median_learning_rate": float(np.median([trial.learning_rate for trial in chosen]))}
+    """What each task's search found within a budget of example-gradients.
+
+    choose: by "validation"; by the "test" part itself, which flatters the search; or "again": by validation, and
+    trained anew on the whole support set (of the whole search, whatever the budget).
+    """
+    spent, naive, seconds, chosen = [], [], [], []
+    for one in found:
+        ordered = sorted(one.trials)
+        costs = np.cumsum([trial.example_gradients for trial in ordered])
+        within = [trial for i, trial in enumerate(ordered) if i == 0 or costs[i] <= budget]
+        done, alone = trials_lib.cost(within, grid)
+        again = one.again_example_gradients if choose == "again" else 0
+        spent.append(done + again)
+        naive.append(alone + again)
+        ends = {(t.learning_rate, t.batch_size) if grid else t.number: t.seconds for t in within}  # last snapshot
+        seconds.append(sum(ends.values()))
+        best = max(within, key=lambda t: np.mean(t.test)) if choose == "test" else trials_lib.best(within)
+        chosen.append(best)
+    again = choose == "again"
+    accuracy = np.array([one.again if again else np.mean(t.test) for one, t in zip(found, chosen, strict=True)])
     return Scores(
-        method, None, accuracy, (float(accuracy.mean()),), float(np.mean(spent)), seconds, 0.0, rates
-    )  # fmt: skip
+        method,
+        None,
+        accuracy,
+        (float(accuracy.mean()),),
+        float(np.mean(spent)),
+        float(np.mean(naive)),
+        float(np.mean(seconds)),
+        None,
+        chosen={"median_learning_rate": float(np.median([trial.learning_rate for trial in chosen]))},
+    )
 
 
 def as_trial(learner: Learner, space: searchers.Space) -> dict[str, Any] | None:
     """The learned rates as hyperparameters of a search: their geometric mean, the middle epochs, the smallest batch.
 
-    None where they scale something else than Adam's direction, as the search does.
+    None where they scale something else than Adam's direction, which is what is searched.
     """
     if learner.spec.base != "adam":
         return None
-    groups = {
-        name: values
+    means = [
+        np.log(np.maximum(np.abs(values), 1e-8)).mean()
         for name, values in rates_lib.summary(learner.spec, learner.rates).items()
         if rates_lib.kind_of(name) == "rate"
-    }
-    mean = float(np.exp(np.mean([np.log(np.maximum(np.abs(v), 1e-8)).mean() for v in groups.values()])))
-    mean = min(max(mean, min(space.learning_rates)), max(space.learning_rates))
-    return {"learning_rate": mean, "batch_size": min(space.batch_sizes), "epochs": sorted(space.epochs)[-1]}
+    ]
+    rate = min(max(float(np.exp(np.mean(means))), min(space.learning_rates)), max(space.learning_rates))
+    epochs = sorted(space.epochs)[len(space.epochs) // 2]
+    return {"learning_rate": rate, "batch_size": min(space.batch_sizes), "epochs": epochs}

@@ -12,8 +12,6 @@ import dataclasses
 import errno
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from io import RawIOBase
@@ -29,7 +27,7 @@ from metalr import rates as rates_lib
 from metalr.config import TrainConfig, differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter, Reporter
-from metalr.provenance import command, provenance
+from metalr.provenance import command, peak_memory, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
 from metalr.types import MetaParams, Params, Rates
 
@@ -54,10 +52,7 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     reporter = reporter or ConsoleReporter()
     folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
     setup = set_up(config)
-    folder = folders.claim(config.out, name)
-    with folders.locked(folder):
-        folders.check_free(folder, RUN_FILES, overwrite=config.overwrite, locked=True)  # somebody may have been faster
-        folders.clear(folder, RUN_FILES)
+    with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
         folders.write_file(folder / "config.json", json.dumps(config.to_json(), indent=1).encode())
         return _carry_out(config, setup, folder, name, reporter)
 
@@ -122,9 +117,7 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
                 config, setup, learner, curve, reporter.line, known, keep
             )
     results["seconds"] = round(time.perf_counter() - began, 2)
-    results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    results["peak_memory_bytes"] = peak_memory()
     folders.write_json(folder / "results.json", results)
     results["folder"] = str(folder)
     return results

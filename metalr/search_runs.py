@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from metalr import data, evaluate, fit, folders, models, preemption, searchers, tasks
+from metalr import trials as trials_lib
 from metalr.config import SearchConfig, differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter, Reporter
@@ -36,10 +37,7 @@ def run(config: SearchConfig, *, reporter: Reporter | None = None) -> dict[str, 
     """
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
     problem, space = set_up(config)
-    folder = folders.claim(config.out, f"search-{config.searcher}")
-    with folders.locked(folder):
-        folders.check_free(folder, FILES, overwrite=config.overwrite, locked=True)  # somebody may have been faster
-        folders.clear(folder, FILES)
+    with folders.taken(config.out, f"search-{config.searcher}", FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
         return _carry_out(config, problem, space, folder, reporter or ConsoleReporter())
 
@@ -72,16 +70,12 @@ def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
         raise ConfigError(f"seeds, seed: expected at least 1 and 0 <= seed < 2^32, got {config.seeds}, {config.seed}")
     if config.searcher != "grid":
         searchers.import_optuna()
-    optax_by_name(config.optimizer)
+    optax_by_name(config.optimizer, "optimizer")
     dataset = data.load(config.data)
     way = dataset.classes if config.task is None else config.tasks.way
     model = models.build(config.model.name, way, dataset.shape, **config.model.settings())
     arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed)
-    if max(space.batch_sizes) > len(arrays.train_y):
-        raise ConfigError(
-            f"space.batch_sizes: expected at most {len(arrays.train_y)} (the training part), got "
-            f"{max(space.batch_sizes)}"
-        )
+    searchers.check_fits(space, len(arrays.train_y))
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     init = jax.jit(jax.vmap(model.init))(keys)
     return searchers.Problem(
@@ -109,26 +103,29 @@ def _carry_out(
 ) -> dict[str, Any]:
     began, file = time.perf_counter(), folder / "trials.jsonl"
     try:
-        known = [searchers.Trial.from_json(row) for row in folders.read_rows(file)]
+        known = [trials_lib.Trial.from_json(row) for row in folders.read_rows(file)]
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{file}: not the trials of a search: {error}") from error
     total = space.cells if config.trials is None or config.searcher == "grid" else config.trials
     best = max((trial.score for trial in known), default=0.0)
     with preemption.watch() as asked, reporter.bar(f"{config.searcher} search", total, len(known)) as advance:
 
-        def finished(trial: searchers.Trial) -> None:
+        def finished(trial: trials_lib.Trial) -> None:
             nonlocal best
             folders.append_rows(file, [trial.to_json()])
             best = max(best, trial.score)
             advance(1, f"best validation {best:.4f}")
+
+        def between() -> None:
             if asked():
-                raise StoppedError(f"stopped, and saved; go on with: metalr search --resume {folder}")
+                raise StoppedError(f"stopped; finished trials are kept; go on with: metalr search --resume {folder}")
 
         trials = searchers.search(
-            config.searcher, space, problem, trials=total, seed=config.seed, known=known, finished=finished
-        )
-    found = searchers.result_of(trials)
-    chosen = trials[found.best_index_]
+            config.searcher, space, problem, trials=total, seed=config.seed, known=known, finished=finished,
+            between=between,
+        )  # fmt: skip
+    found = trials_lib.result_of(trials)
+    chosen, cost = trials[found.best_index_], trials_lib.cost(trials, config.searcher == "grid")
     folders.write_file(folder / "cv_results.csv", to_csv(found.cv_results_).encode())
     results = {
         "searcher": config.searcher,
@@ -140,7 +137,7 @@ def _carry_out(
         "best_index_": found.best_index_,
         "final_test_score": float(np.mean(chosen.test)),
         "trials": len(trials),
-        "example_gradients": sum(trial.example_gradients for trial in trials),
+        **dict(zip(("example_gradients", "naive_example_gradients"), cost, strict=True)),
         "seconds": round(time.perf_counter() - began, 2),
         "cv_results_": str(folder / "cv_results.csv"),
     }

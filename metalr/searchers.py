@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 
 from metalr import fit
 from metalr.errors import ConfigError
+from metalr.trials import Trial
 from metalr.types import Params
 
 
@@ -34,7 +36,7 @@ SEARCHERS = {
     "grid": Searcher(None, False, "all cells"),
     "random": Searcher("RandomSampler", False, "Bergstra & Bengio 2012"),
     "tpe": Searcher("TPESampler", False, "Bergstra et al. 2011"),
-    "asha": Searcher("RandomSampler", True, "Li et al. 2020, algorithm 2"),
+    "asha": Searcher("RandomSampler", True, "Li et al. 2020, algorithm 2; stops runs, never takes one up again"),
 }
 
 
@@ -87,52 +89,6 @@ class Problem(NamedTuple):
     program: Callable[[int], fit.Program]
 
 
-class Trial(NamedTuple):
-    """One finished run of a search.
-
-    Attributes:
-      epochs: those asked for; a pruned run took fewer: max(curve).
-      validation, test: accuracy of each seed after the last epoch, 0..1. Only `validation` is chosen by.
-      curve: epoch -> mean validation accuracy, where it was looked at.
-      example_gradients: cost of this run alone, over all seeds.
-      seconds: of this run; for cells of a grid, their share of the trajectories they are snapshots of.
-      attributes: what Optuna keeps about the run.
-    """
-
-    number: int
-    learning_rate: float
-    batch_size: int
-    epochs: int
-    validation: tuple[float, ...]
-    test: tuple[float, ...]
-    curve: dict[int, float]
-    example_gradients: int
-    seconds: float
-    pruned: bool = False
-    attributes: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-
-    @property
-    def score(self) -> float:
-        """Mean validation accuracy over seeds."""
-        return float(np.mean(self.validation))
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The hyperparameters, as in best_params_."""
-        return {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "epochs": self.epochs}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, which `from_json` takes."""
-        return self._asdict()
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Trial:
-        """What `to_json` gave. Raises TypeError, KeyError or ValueError for anything else."""
-        curve = {int(epoch): value for epoch, value in facts["curve"].items()}
-        same = {name: tuple(facts[name]) for name in ("validation", "test")}
-        return cls(**facts | same | {"curve": curve})
-
-
 Report = Callable[[Trial], None]  # called with each finished trial
 
 
@@ -142,22 +98,26 @@ def search(
     problem: Problem,
     *,
     trials: int | None = None,
+    budget: float = np.inf,
     seed: int = 0,
     first: Sequence[dict[str, Any]] = (),
     known: Sequence[Trial] = (),
     finished: Report = lambda trial: None,
+    between: Callable[[], None] = lambda: None,
     devices: Sequence[jax.Device] | None = None,
 ) -> list[Trial]:
     """Run a searcher; its trials by number.
 
     Args:
       searcher: a key of SEARCHERS.
-      trials: how many; default: as many as the grid has cells. The grid always runs all its cells.
+      trials: how many; default: as many as the grid has cells, or without end if there is a budget.
+      budget: example-gradients after which no further trial begins. The grid always runs all its cells.
       seed: of Optuna's samplers; every trial draws from (seed, number), so a search that goes on from `known` is the
         one that was never stopped.
       first: hyperparameters to try first (Optuna's enqueue_trial): {"learning_rate", "batch_size", "epochs"} or some.
       known: finished trials of an earlier call, which are not run again.
-      finished: called as soon as a trial is there; what it raises ends the search.
+      finished: called as soon as a trial is there, one at a time; what it raises ends the search.
+      between: called before every epoch, by several threads; what it raises ends the search.
       devices: where the grid's batch sizes run side by side; default: all of this process's. The other searchers run
         where the problem's arrays are.
 
@@ -166,15 +126,20 @@ def search(
     """
     if searcher not in SEARCHERS:
         raise ConfigError(f"searcher: expected one of {tuple(SEARCHERS)}, got {searcher!r}")
-    train = len(problem.arrays.train_y)
+    check_fits(space, len(problem.arrays.train_y))
+    row = SEARCHERS[searcher]
+    if row.sampler is None:
+        return _grid(space, problem, known, finished, between, devices or jax.local_devices())
+    count = trials if trials is not None else space.cells if budget == np.inf else None
+    return _sampled(row, space, problem, count, budget, seed, first, known, finished, between)
+
+
+def check_fits(space: Space, train: int) -> None:
+    """Raises ConfigError for a batch that is larger than a training part of `train` images."""
     if max(space.batch_sizes) > train:
         raise ConfigError(
             f"space.batch_sizes: expected at most {train} (the training part), got {max(space.batch_sizes)}"
         )
-    row = SEARCHERS[searcher]
-    if row.sampler is None:
-        return _grid(space, problem, known, finished, devices or jax.local_devices())
-    return _sampled(row, space, problem, space.cells if trials is None else trials, seed, first, known, finished)
 
 
 def _place(problem: Problem, device: jax.Device) -> Problem:
@@ -187,53 +152,75 @@ def _cost(problem: Problem, batch_size: int, epochs: int) -> int:
 
 
 def _grid(
-    space: Space, problem: Problem, known: Sequence[Trial], finished: Report, devices: Sequence[jax.Device]
+    space: Space,
+    problem: Problem,
+    known: Sequence[Trial],
+    finished: Report,
+    between: Callable[[], None],
+    devices: Sequence[jax.Device],
 ) -> list[Trial]:
     """All cells: a trajectory for each batch size, on as many devices as there are."""
     cells = list(itertools.product(space.batch_sizes, space.learning_rates, space.epochs))
     number = {cell: i for i, cell in enumerate(cells)}
     found = {(t.batch_size, t.learning_rate, t.epochs): t for t in known}
-    free = list(devices)
-    failed = False
+    free, failed, one_at_a_time = list(devices), threading.Event(), threading.Lock()
+
+    def go_on() -> None:
+        if failed.is_set():
+            raise CancelledError
+        between()
 
     def run(batch_size: int) -> None:
         rates = [r for r in space.learning_rates if not all((batch_size, r, e) in found for e in space.epochs)]
-        if not rates or failed:
+        if not rates:
             return
         device = free.pop()
         try:
             with jax.default_device(device):
                 trajectory(_place(problem, device), batch_size, rates)
+        except BaseException:
+            failed.set()  # the others end before their next epoch
+            raise
         finally:
             free.append(device)
 
     def trajectory(here: Problem, batch_size: int, rates: list[float]) -> None:
         curves: dict[float, dict[int, float]] = {rate: {} for rate in rates}
         began = time.perf_counter()
-        points = fit.trajectory(here.program(batch_size), here.arrays, here.init, rates, here.keys, space.epochs)
-        for point in points:
-            if failed:
-                return
-            seconds, began = (time.perf_counter() - began) / len(rates), time.perf_counter()
+        for point in fit.trajectory(
+            here.program(batch_size), here.arrays, here.init, rates, here.keys, space.epochs, go_on
+        ):
+            seconds = round((time.perf_counter() - began) / len(rates), 4)
             for rate, validation, test in zip(rates, point.validation, point.test, strict=True):
-                curves[rate][point.epoch] = float(validation.mean())
+                scores = _floats(validation)
+                curves[rate][point.epoch] = float(np.mean(scores))
                 key = (batch_size, rate, point.epoch)
-                if key not in found:
-                    found[key] = Trial(
-                        number[key], rate, batch_size, point.epoch, _floats(validation), _floats(test),
-                        dict(curves[rate]), _cost(here, batch_size, point.epoch), round(seconds, 4),
-                    )  # fmt: skip
-                    finished(found[key])
+                if key in found:
+                    continue
+                cost = _cost(here, batch_size, point.epoch)
+                trial = Trial(
+                    number[key], rate, batch_size, point.epoch, scores, _floats(test), dict(curves[rate]), cost, seconds
+                )
+                with one_at_a_time:
+                    found[key] = trial
+                    finished(trial)
 
     with ThreadPoolExecutor(len(free)) as pool:  # smallest batches first: they take longest
         futures = [pool.submit(run, size) for size in sorted(space.batch_sizes)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            failed = True  # the others end at their next epoch
-            raise
+        wait(futures, return_when=FIRST_EXCEPTION)
+        raise_first(futures)
     return [found[cell] for cell in cells]
+
+
+def raise_first(futures: Sequence[Future]) -> None:
+    """Cancel what has not begun if one failed, wait for the rest, and raise the failure that was not a cancellation."""
+    if any(future.done() and not future.cancelled() and future.exception() for future in futures):
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    errors = [future.exception() for future in futures if not future.cancelled()]
+    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, CancelledError)):
+        raise error
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
@@ -253,17 +240,20 @@ def _sampled(
     row: Searcher,
     space: Space,
     problem: Problem,
-    trials: int,
+    trials: int | None,
+    budget: float,
     seed: int,
     first: Sequence[dict[str, Any]],
     known: Sequence[Trial],
     finished: Report,
+    between: Callable[[], None],
 ) -> list[Trial]:
     optuna = import_optuna()
     study = to_optuna(known, space, row)
     done = sorted(known)
     low, high = min(space.learning_rates), max(space.learning_rates)
-    for number in range(len(done), trials):
+    while (trials is None or len(done) < trials) and sum(trial.example_gradients for trial in done) < budget:
+        number = len(done)
         # A sampler of its own for every trial: what it draws depends on the seed, the number and the study alone.
         study.sampler = getattr(optuna.samplers, row.sampler or "")(seed=_seed_of(seed, number))
         if number < len(first):
@@ -275,10 +265,11 @@ def _sampled(
         looks = range(1, epochs + 1) if row.halving else [epochs]
         began, curve, pruned = time.perf_counter(), {}, False
         points = fit.trajectory(
-            problem.program(batch_size), problem.arrays, problem.init, [rate], problem.keys, list(looks)
+            problem.program(batch_size), problem.arrays, problem.init, [rate], problem.keys, list(looks), between
         )
         for point in points:
-            curve[point.epoch] = float(point.validation.mean())
+            scores = _floats(point.validation[0])
+            curve[point.epoch] = float(np.mean(scores))
             if row.halving:
                 asked.report(curve[point.epoch], point.epoch)
                 if point.epoch < epochs and asked.should_prune():
@@ -289,7 +280,7 @@ def _sampled(
         else:
             study.tell(asked, curve[point.epoch])
         trial = Trial(
-            number, rate, batch_size, epochs, _floats(point.validation[0]), _floats(point.test[0]), curve,
+            number, rate, batch_size, epochs, scores, _floats(point.test[0]), curve,
             _cost(problem, batch_size, point.epoch), round(time.perf_counter() - began, 4), pruned,
             dict(study.trials[-1].system_attrs),
         )  # fmt: skip
@@ -311,7 +302,12 @@ def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["
     pruner = optuna.pruners.NopPruner()
     if row.halving:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    study = optuna.create_study(direction="maximize", pruner=pruner)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line on stderr for every study
+    try:
+        study = optuna.create_study(direction="maximize", pruner=pruner)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
     low, high = min(space.learning_rates), max(space.learning_rates)
     spaces = {
         "learning_rate": optuna.distributions.FloatDistribution(low, high, log=True),
@@ -332,50 +328,3 @@ def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["
             )
         )
     return study
-
-
-def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
-    """The trial with the highest validation accuracy among those that finished within a budget of example-gradients.
-
-    Trials count in their order, and the first is always in; of equal ones the earliest wins.
-    """
-    ordered = sorted(trials)
-    spent = np.cumsum([trial.example_gradients for trial in ordered])
-    within = [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
-    return max(within, key=lambda trial: (trial.score, -trial.number))
-
-
-class SearchResult(NamedTuple):
-    """The outcome under scikit-learn's names (GridSearchCV): seeds take the place of its splits.
-
-    Attributes:
-      best_params_, best_score_, best_index_: of the trial with the highest mean validation accuracy.
-      cv_results_: name -> list over trials; "mean_test_score" is scikit-learn's word for the validation accuracy;
-        "final_test_score" is the accuracy on the test part, which nothing was chosen by.
-    """
-
-    best_params_: dict[str, Any]
-    best_score_: float
-    best_index_: int
-    cv_results_: dict[str, list[Any]]
-
-
-def result_of(trials: Sequence[Trial]) -> SearchResult:
-    """Trials as scikit-learn would show them."""
-    ordered = sorted(trials)
-    chosen = best(ordered)
-    scores = np.array([trial.score for trial in ordered])
-    seeds = range(len(ordered[0].validation))
-    columns: dict[str, list[Any]] = {
-        **{f"param_{name}": [t.params[name] for t in ordered] for name in ordered[0].params},
-        "params": [t.params for t in ordered],
-        **{f"split{i}_test_score": [t.validation[i] for t in ordered] for i in seeds},
-        "mean_test_score": scores.tolist(),
-        "std_test_score": [float(np.std(t.validation)) for t in ordered],
-        "rank_test_score": [1 + int((scores > score).sum()) for score in scores],
-        "final_test_score": [float(np.mean(t.test)) for t in ordered],
-        "mean_fit_time": [t.seconds for t in ordered],
-        "example_gradients": [t.example_gradients for t in ordered],
-        "pruned_after": [max(t.curve) if t.pruned else None for t in ordered],
-    }
-    return SearchResult(chosen.params, chosen.score, ordered.index(chosen), columns)

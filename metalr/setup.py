@@ -129,7 +129,7 @@ def set_up(config: TrainConfig) -> Setup:
     return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
 
 
-def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
+def optax_by_name(name: str, setting: str = "outer.optimizer") -> Callable[[Any], optax.GradientTransformation]:
     """optax.NAME, if it makes a descent optimizer from a learning rate alone, a schedule too. Else ConfigError."""
     maker = getattr(optax, name, None)
     try:
@@ -140,7 +140,7 @@ def optax_by_name(name: str) -> Callable[[Any], optax.GradientTransformation]:
         assert (updates["w"] < 0).all()
     except Exception as error:
         raise ConfigError(
-            f"outer.optimizer: expected an optax optimizer made from a learning rate, such as 'adam', got {name!r}"
+            f"{setting}: expected an optax optimizer made from a learning rate, such as 'adam', got {name!r}"
         ) from error
     return maker
 
@@ -156,6 +156,8 @@ def grid_of(config: TrainConfig) -> search.Grid:
 def task_cost(config: TrainConfig) -> int:
     """Example-gradients of one task's adaptation and query gradient, second derivatives counted as one more each."""
     support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
+    if algorithms.algorithm_row(config.inner.algorithm).meta_gradient == "joint":
+        return support + query
     return 2 * config.inner.steps * min(config.inner.batch_size or support, support) + query
 
 

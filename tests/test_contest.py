@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from metalr import cli, contest, report, rivals, runs, searchers
+from metalr import cli, contest, report, rivals, runs
+from metalr import trials as trials_lib
 from metalr.config import (
     CompareConfig,
     EvaluationConfig,
@@ -65,22 +66,28 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
         "pre-trained init, no search (Adam 0.001)",
         "random init + grid, 4 cells",
         "pre-trained init + grid, 4 cells",
-        "random init + random, 3 runs",
-        "random init + tpe, 1 runs",
-        "random init + asha, 3 runs",
-        "random init + tpe, learned rates first, 1 runs",
+        "random init + grid, 4 cells, trained again on all",
+        "random init + random, cost of 3 cells",
+        "random init + tpe, cost of 1 cells",
+        "random init + asha, cost of 3 cells, trained again on all",
+        "random init + tpe, learned rates first, cost of 1 cells",
+        "pre-trained init + one tuned rate",
+        "random init + one tuned rate",
     }
     first, second = results["rows"][:2]
     assert (first["steps"], second["steps"]) == (6, 12)  # epochs of 50 // 8 steps
     assert first["example_gradients"] == 48
-    assert len(first["seeds"]) == 2
-    assert np.mean(first["seeds"]) == pytest.approx(first["accuracy"], abs=1e-6)
+    assert len(first["accuracy_of_seeds"]) == 2
+    assert np.mean(first["accuracy_of_seeds"]) == pytest.approx(first["accuracy"], abs=1e-6)
     assert first["learned_minus_this_at_equal_cost"] == [0.0, 0.0]
     grid = next(row for row in results["rows"] if row["method"] == "random init + grid, 4 cells")
     assert grid["tasks"] == 2
-    assert grid["example_gradients"] == 2 * (1 + 2) * 40  # 20 % of each class validates
-    ends = results["conclusions"]["rivals"]
+    assert grid["naive_example_gradients"] == 2 * (1 + 2) * 40  # 20 % of each class validates
+    assert grid["example_gradients"] == 2 * 2 * 40  # epochs are snapshots
+    assert grid["paid_once_example_gradients"] == 0 < first["paid_once_example_gradients"]
+    ends = results["conclusions"]
     assert len(ends) == len(results["rows"]) - 2
+    assert all(end["learned_reaches_it_with"] is None or end["share_of_its_cost"] > 0 for end in ends)
     text = report.contest_text(results)
     assert "random init + grid, 4 cells" in text
     assert "permuted, full: 4 held-out tasks, 2 of them searched" in text
@@ -89,11 +96,11 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     assert len(kept) == 2 * 6
     (config.out / "results.json").unlink()
     (config.out / "searches.jsonl").write_text("\n".join(kept[:7]) + '\n{"init": "ran')  # killed in a line
-    again = contest.run(seeds, config, pretrained=joint, resume=True, reporter=QUIET)
+    again = contest.resume(config.out, reporter=QUIET)
     same = [{k: v for k, v in row.items() if "seconds" not in k} for row in results["rows"]]
     assert [{k: v for k, v in row.items() if "seconds" not in k} for row in again["rows"]] == same
     with pytest.raises(ConfigError, match="this comparison is finished"):
-        contest.run(seeds, config, pretrained=joint, resume=True, reporter=QUIET)
+        contest.resume(config.out, reporter=QUIET)
 
     cli.main(
         ["compare", str(seeds[0]), "--tasks", "3", "--searched", "0", "--lengths", "1", "--tuning-tasks", "2",
@@ -102,6 +109,7 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     other = json.loads(capsys.readouterr().out)
     assert other["family"] == "rotated"
     assert other["trained_on"]["family"] == "permuted"
+    assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
 
 
 def test_refusals(trained, tmp_path):
@@ -111,13 +119,20 @@ def test_refusals(trained, tmp_path):
         ([], {}, "runs: expected at least one"),
         ([a, joint], {}, "runs: expected runs that differ in their seed only, .* also in .*inner.algorithm"),
         ([a], {"searchers": ("gird",)}, r"searchers: expected some of .*, got \['gird'\]"),
-        ([a], {"tasks": 1}, "tasks, searched, tuning_tasks: expected"),
+        ([a], {"searchers": ()}, r"searchers: expected some of .*, got none"),
+        ([a], {"tasks": 1}, "tasks, tuning_tasks, searched: expected"),
+        ([a], {"searched": 1}, "tasks, tuning_tasks, searched: expected"),
+        ([a], {"lengths": ()}, "lengths: expected one or more positive"),
+        ([a], {"budgets": (0.0,)}, "budgets: expected one or more positive"),
+        ([a], {"batch_size": 0}, "batch_size: expected at least 1"),
         ([a], {"shot": 99}, "tasks.shot"),
         ([a], {"data": "mnist12k"}, "data: expected images of shape"),
     ):
         with pytest.raises(ConfigError, match=message):
             contest.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
         assert not config.out.exists()
+    with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
+        contest.resume(tmp_path / "nothing", reporter=QUIET)
     (a / "results.json").unlink()
     with pytest.raises(ConfigError, match="expected a finished run"):
         contest.run([a], config, reporter=QUIET)
@@ -125,15 +140,17 @@ def test_refusals(trained, tmp_path):
 
 def test_what_a_search_found_within_a_budget():
     def trial(number, validation, test):
-        return searchers.Trial(number, 0.1, 16, 2, (validation,), (test,), {2: validation}, 10, 1.0)
+        return trials_lib.Trial(number, 0.1, 16, 2, (validation,), (test,), {2: validation}, 10, 1.0)
 
-    searches = [[trial(0, 0.2, 0.5), trial(1, 0.6, 0.4)], [trial(0, 0.3, 0.7), trial(1, 0.1, 0.9)]]
-    all_of_it, first, flattered = (
-        rivals.best_of("x", searches),
-        rivals.best_of("x", searches, 10),
-        rivals.best_of("x", searches, on_test=True),
-    )
-    assert all_of_it.accuracy.tolist() == [0.4, 0.7]
-    assert (all_of_it.example_gradients, first.example_gradients) == (20, 10)
+    searches = [
+        rivals.Searched([trial(0, 0.2, 0.5), trial(1, 0.6, 0.4)], 0.45, 12),
+        rivals.Searched([trial(0, 0.3, 0.7), trial(1, 0.1, 0.9)], 0.75, 12),
+    ]
+    whole, first = rivals.best_of("x", searches), rivals.best_of("x", searches, 10)
+    assert whole.accuracy.tolist() == [0.4, 0.7]
+    assert (whole.example_gradients, first.example_gradients) == (20, 10)
     assert first.accuracy.tolist() == [0.5, 0.7]
-    assert flattered.accuracy.tolist() == [0.5, 0.9]
+    assert rivals.best_of("x", searches, choose="test").accuracy.tolist() == [0.5, 0.9]
+    again = rivals.best_of("x", searches, choose="again")
+    assert again.accuracy.tolist() == [0.45, 0.75]
+    assert again.example_gradients == 32

@@ -30,6 +30,8 @@ def test_one_image_a_class_validates_on_what_it_trains_on(task):
     rows = [int(np.flatnonzero(task.support_y == c)[0]) for c in range(10)]
     arrays = fit.hold_out(task._replace(support_x=task.support_x[rows], support_y=task.support_y[rows]))
     np.testing.assert_array_equal(arrays.train_y, arrays.val_y)
+    two = fit.hold_out(task._replace(support_x=task.support_x[:20], support_y=task.support_y[:20]))
+    assert (len(two.train_y), len(two.val_y)) == (10, 10)
     with pytest.raises(ConfigError, match="validation: expected a share between 0 and 1, got 1"):
         fit.hold_out(task, 1)
 

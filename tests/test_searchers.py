@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 
 from metalr import fit, models, searchers
+from metalr import trials as trials_lib
 from metalr.errors import ConfigError
 from metalr.types import Episode
 
 SPACE = searchers.Space(learning_rates=(1e-3, 1e-2), epochs=(1, 3), batch_sizes=(16, 64))
 
 
-@pytest.fixture(scope="module")
-def problem(blobs):
+@pytest.fixture(scope="module", params=[1, 2], ids=["one seed", "two seeds"])
+def problem(blobs, request):
     episode = Episode(blobs.train_images[:200], blobs.train_labels[:200], blobs.test_images, blobs.test_labels)
     model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.2)
-    keys = jax.random.split(jax.random.key(0), 1)
+    keys = jax.random.split(jax.random.key(0), request.param)
     arrays = jax.tree.map(jax.numpy.asarray, fit.hold_out(episode))
     return searchers.Problem(arrays, jax.vmap(model.init)(keys), keys, fit.make_programs(model, "adam"))
 
@@ -33,11 +34,9 @@ def test_the_grid_is_its_cells_alone(problem):
         alone = searchers.search("grid", space, problem)[0]
         assert alone.validation == pytest.approx(trial.validation, abs=1.5 / 40)  # one prediction may round over
         assert alone.test == pytest.approx(trial.test, abs=1.5 / 300)
-        assert (
-            alone.example_gradients
-            == trial.example_gradients
-            == trial.epochs * 160 // 16 * 16 // (1 if trial.batch_size == 16 else 160 / 128)
-        )
+        an_epoch = {16: 160, 64: 128}[trial.batch_size]  # an incomplete last batch is left out
+        assert alone.example_gradients == trial.example_gradients == trial.epochs * an_epoch * len(problem.keys)
+    assert trials_lib.cost(trials, grid=True)[0] == len(problem.keys) * 2 * 3 * (160 + 128)
 
 
 def test_what_is_known_is_not_run_again(problem):
@@ -54,7 +53,7 @@ def test_a_search_that_goes_on_is_the_one_never_stopped(problem, searcher):
     space = searchers.Space((1e-4, 1.0), (1, 3), (16, 64))
     whole = searchers.search(searcher, space, problem, trials=14, seed=5)
     seen = []
-    rows = [searchers.Trial.from_json(t.to_json()) for t in whole[:12]]
+    rows = [trials_lib.Trial.from_json(t.to_json()) for t in whole[:12]]
     same(searchers.search(searcher, space, problem, trials=14, seed=5, known=rows, finished=seen.append), whole)
     assert [t.number for t in seen] == [12, 13]
     assert len({t.learning_rate for t in whole}) == 14
@@ -64,7 +63,7 @@ def test_a_search_that_goes_on_is_the_one_never_stopped(problem, searcher):
         assert all(max(t.curve) < t.epochs == 3 for t in whole if t.pruned)
     study = searchers.to_optuna(whole, space, searchers.SEARCHERS[searcher])
     assert [t.params["learning_rate"] for t in study.trials] == [t.learning_rate for t in whole]
-    assert study.best_trial.number == searchers.best([t for t in whole if not t.pruned]).number
+    assert study.best_trial.number == trials_lib.best([t for t in whole if not t.pruned]).number
 
 
 def test_first_trials_are_those_given(problem):
@@ -72,29 +71,6 @@ def test_first_trials_are_those_given(problem):
     trials = searchers.search("tpe", searchers.Space((1e-3, 1e-1), (1, 3), (16, 64)), problem, trials=3, first=first)
     assert trials[0].params == first[0]
     assert trials[1].learning_rate == 0.03
-
-
-def trial(number, validation, cost=10, **more):
-    return searchers.Trial(number, 0.1, 16, 2, (validation,), (0.5,), {2: validation}, cost, 1.0, **more)
-
-
-def test_best_within_a_budget():
-    trials = [trial(0, 0.2), trial(1, 0.6), trial(2, 0.6), trial(3, 0.9)]
-    assert searchers.best(trials).number == 3
-    assert searchers.best(trials, 39).number == 1
-    assert searchers.best(trials, 5).number == 0  # one run is always made
-
-
-def test_results_have_scikit_learn_names():
-    two = trial(0, 0.2)._replace(validation=(0.2, 0.4), test=(0.1, 0.3))
-    found = searchers.result_of([trial(1, 0.3)._replace(validation=(0.5, 0.5), test=(0.6, 0.8)), two])
-    assert (found.best_index_, found.best_score_) == (1, 0.5)
-    assert found.best_params_ == {"learning_rate": 0.1, "batch_size": 16, "epochs": 2}
-    assert found.cv_results_["mean_test_score"] == pytest.approx([0.3, 0.5])
-    assert found.cv_results_["std_test_score"] == pytest.approx([0.1, 0.0])
-    assert found.cv_results_["split1_test_score"] == [0.4, 0.5]
-    assert found.cv_results_["rank_test_score"] == [2, 1]
-    assert found.cv_results_["final_test_score"] == pytest.approx([0.2, 0.7])
 
 
 @pytest.mark.parametrize(
@@ -128,3 +104,22 @@ def test_an_error_in_a_report_ends_the_search(problem):
 
     with pytest.raises(RuntimeError, match="stop"):
         searchers.search("grid", SPACE, problem, finished=finished)
+    epochs = []
+
+    def between():
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise RuntimeError("stop between")
+
+    for searcher in ("grid", "asha"):
+        epochs.clear()
+        with pytest.raises(RuntimeError, match="stop between"):
+            searchers.search(searcher, searchers.Space((1e-3,), (9,), (16,)), problem, between=between)
+        assert len(epochs) == 3
+
+
+def test_a_budget_ends_the_search(problem):
+    space = searchers.Space((1e-3, 1e-1), (1, 2), (16,))
+    found = searchers.search("random", space, problem, budget=500 * len(problem.keys))
+    spent = [t.example_gradients for t in found]
+    assert sum(spent[:-1]) < 500 * len(problem.keys) <= sum(spent)

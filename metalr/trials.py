@@ -1,0 +1,113 @@
+"""Finished runs of a hyperparameter search: what they cost, which is best, and how scikit-learn would show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Trial(NamedTuple):
+    """One finished run of a search.
+
+    Attributes:
+      epochs: those asked for; a pruned run took fewer.
+      validation, test: accuracy of each seed after the last epoch, 0..1. Only `validation` is chosen by.
+      curve: epoch -> mean validation accuracy, where it was looked at.
+      example_gradients: cost of this run alone, over all seeds.
+      seconds: of this run; for a cell of a grid, its share of the trajectory up to there, other rates beside it.
+      attributes: what Optuna keeps about the run.
+    """
+
+    number: int
+    learning_rate: float
+    batch_size: int
+    epochs: int
+    validation: tuple[float, ...]
+    test: tuple[float, ...]
+    curve: dict[int, float]
+    example_gradients: int
+    seconds: float
+    pruned: bool = False
+    attributes: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    @property
+    def score(self) -> float:
+        """Mean validation accuracy over seeds."""
+        return float(np.mean(self.validation))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The hyperparameters that give this score, as in best_params_; epochs are those that were run."""
+        return {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "epochs": max(self.curve)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, which `from_json` takes."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Trial:
+        """What `to_json` gave. Raises TypeError, KeyError or ValueError for anything else."""
+        curve = {int(epoch): value for epoch, value in facts["curve"].items()}
+        same = {name: tuple(facts[name]) for name in ("validation", "test")}
+        return cls(**facts | same | {"curve": curve})
+
+
+def cost(trials: Sequence[Trial], grid: bool) -> tuple[int, int]:
+    """(example-gradients as done, each run alone): the epochs of a grid are snapshots of one trajectory."""
+    alone = sum(trial.example_gradients for trial in trials)
+    if not grid:
+        return alone, alone
+    longest: dict[tuple[float, int], int] = {}
+    for trial in trials:
+        key = trial.learning_rate, trial.batch_size
+        longest[key] = max(longest.get(key, 0), trial.example_gradients)
+    return sum(longest.values()), alone
+
+
+def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
+    """The trial with the highest validation accuracy among those that finished within a budget of example-gradients.
+
+    Trials count in their order, and the first is always in; of equal ones the earliest wins.
+    """
+    ordered = sorted(trials)
+    spent = np.cumsum([trial.example_gradients for trial in ordered])
+    within = [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
+    return max(within, key=lambda trial: (trial.score, -trial.number))
+
+
+class SearchResult(NamedTuple):
+    """The outcome under scikit-learn's names (GridSearchCV): seeds take the place of its splits.
+
+    Attributes:
+      best_params_, best_score_, best_index_: of the trial with the highest mean validation accuracy.
+      cv_results_: name -> list over trials; "mean_test_score" is scikit-learn's word for the validation accuracy;
+        "final_test_score" is the accuracy on the test part, which nothing was chosen by.
+    """
+
+    best_params_: dict[str, Any]
+    best_score_: float
+    best_index_: int
+    cv_results_: dict[str, list[Any]]
+
+
+def result_of(trials: Sequence[Trial]) -> SearchResult:
+    """Trials as scikit-learn would show them."""
+    ordered = sorted(trials)
+    chosen = best(ordered)
+    scores = np.array([trial.score for trial in ordered])
+    seeds = range(len(ordered[0].validation))
+    columns: dict[str, list[Any]] = {
+        **{f"param_{name}": [t.params[name] for t in ordered] for name in ordered[0].params},
+        "params": [t.params for t in ordered],
+        **{f"split{i}_test_score": [t.validation[i] for t in ordered] for i in seeds},
+        "mean_test_score": scores.tolist(),
+        "std_test_score": [float(np.std(t.validation)) for t in ordered],
+        "rank_test_score": [1 + int((scores > score).sum()) for score in scores],
+        "final_test_score": [float(np.mean(t.test)) for t in ordered],
+        "mean_fit_time": [t.seconds for t in ordered],
+        "example_gradients": [t.example_gradients for t in ordered],
+        "pruned_after": [max(t.curve) if t.pruned else None for t in ordered],
+    }
+    return SearchResult(chosen.params, chosen.score, ordered.index(chosen), columns)
