@@ -57,7 +57,7 @@ def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig) -> Case:
             EvaluationConfig(episodes=100, validation_episodes=100),
         ),
         CompareConfig(
-            tasks=200, searched=40, lengths=(1, 5, 10, 20, 50), batch_size=999, space=space, tuning_tasks=60
+            tasks=200, searched=20, lengths=(1, 5, 10, 20, 50), batch_size=999, space=space, tuning_tasks=40
         ),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ CASES = {
     "rotated, 1 % of the data": Case(
         None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
     ),
-    "permuted, full data": full("permuted"),
+    "permuted, full data": full("permuted", searched=3, tasks=6),
     "rotated, full data, 8 hidden layers": full(
         "rotated", ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
