@@ -91,8 +91,8 @@ CASES = {
     "permuted 10-way 10-shot": few_shot(
         TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
-    "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=600)),
-    "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=400)),
+    "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=400)),
+    "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=300)),
     "rotated to omniglot, 10-way 15-shot": Case(
         None,
         CompareConfig(
