@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from metalr import cli, contest, report, rivals, runs
+from metalr import cli, contest, data, report, rivals, runs
 from metalr import trials as trials_lib
 from metalr.config import (
     CompareConfig,
@@ -24,26 +25,24 @@ from metalr.progress import ConsoleReporter
 QUIET = ConsoleReporter(quiet=True)
 
 
-@pytest.fixture
-def trained(blobs_npz, tmp_path):
+@pytest.fixture(scope="module")
+def trained(blobs, tmp_path_factory):
     """Two seeds of a run, and a jointly pre-trained init, with Adam inside."""
+    root = tmp_path_factory.mktemp("trained")
+    arrays = {part: getattr(blobs, part) for part in data.PARTS}
+    np.savez(root / "blobs.npz", images=arrays.pop("train_images"), labels=arrays.pop("train_labels"), **arrays)
     config = TrainConfig(
-        data=str(blobs_npz),
+        data=str(root / "blobs.npz"),
         tasks=TaskConfig(family="permuted", way=10, shot=4, query=3),
         model=ModelConfig(widths=(8,)),
         inner=InnerConfig(steps=4, base="adam", rate=1e-2, batch_size=8, knots=2),
         outer=OuterConfig(steps=3, meta_batch=2),
         evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=4),
     )
-    folders = []
-    for name, changes in {
-        "a": {},
-        "b": {"seed": 1},
-        "joint": {"inner": InnerConfig(algorithm="joint", steps=4)},
-    }.items():
-        folders.append(tmp_path / name)
-        runs.run(dataclasses.replace(config, out=folders[-1], **changes), name="x", reporter=QUIET)
-    return folders
+    variants = {"a": {}, "b": {"seed": 1}, "joint": {"inner": InnerConfig(algorithm="joint", steps=4)}}
+    for name, changes in variants.items():
+        runs.run(dataclasses.replace(config, out=root / name, **changes), name="x", reporter=QUIET)
+    return [root / name for name in variants]
 
 
 CONFIG = CompareConfig(
@@ -133,9 +132,11 @@ def test_refusals(trained, tmp_path):
         assert not config.out.exists()
     with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
         contest.resume(tmp_path / "nothing", reporter=QUIET)
-    (a / "results.json").unlink()
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(a, unfinished)
+    (unfinished / "results.json").unlink()
     with pytest.raises(ConfigError, match="expected a finished run"):
-        contest.run([a], config, reporter=QUIET)
+        contest.run([unfinished], config, reporter=QUIET)
 
 
 def test_what_a_search_found_within_a_budget():

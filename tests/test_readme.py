@@ -109,3 +109,37 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
     images = np.random.default_rng(0).integers(0, 256, (2 * way, 28, 28), dtype=np.uint8)
     fast = learned.adapt(images[:way], np.arange(way))
     assert learned.apply(fast, images).shape == (2 * way, way)
+
+
+def test_numbers_of_the_comparison_are_those_of_its_results():
+    """Rows of docs/searching.md: case | method | steps | accuracy ± ci | …"""
+    results = json.loads((ROOT / "benchmarks" / "results" / "grid_search.json").read_text())
+    measured = {
+        (row["case"], row["method"], "" if row["steps"] is None else str(row["steps"])): (
+            round(100 * row["accuracy"], 1),
+            round(100 * row["ci95"], 1),
+        )
+        for row in results["rows"]
+    }
+    text = (ROOT / "docs" / "searching.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (\d*) ?\| (\d+\.\d) ± (\d+\.\d) \|", text, re.M)
+    assert {row[0] for row in rows} == {case for case, _, _ in measured}
+    for case, method, steps, accuracy, ci in rows:
+        assert measured[(case, method, steps)] == (float(accuracy), float(ci))
+
+
+def test_numbers_of_the_benchmarks_are_those_of_their_results():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+
+    def rows(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+    ours = {row["workload"]: row for row in rows("throughput") if row["system"] == "metalr"}
+    shown = re.findall(r"^\| (\w+) \| (\d+) \| (\d+\.\d) \(", text, re.M)
+    assert {name: (int(rate), float(ratio)) for name, rate, ratio in shown} == {
+        name: (round(row["tasks_per_second"]), round(row["ratio_to_best_peer"], 1)) for name, row in ours.items()
+    }
+    for row in rows("keras_grid"):
+        assert f"| {row['system']} ({row['measured']}) | {row['seconds']:.0f} | {row['times_metalr']:.1f} |" in text
+    for row in rows("faults"):
+        assert f"| {row['fault']} | {row['n']:,} | {row['failures']} |" in text
