@@ -97,8 +97,6 @@ CASES = {
     "permuted 10-way 10-shot": few_shot(
         TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
-    "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=400), 10),
-    "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=300), 10),
     "rotated to omniglot, 10-way 15-shot": Case(
         None,
         CompareConfig(
@@ -106,10 +104,12 @@ CASES = {
         ),
         of="rotated, full data",
     ),
+    "permuted, full data": full("permuted", steps=400, searched=2, tasks=6),
+    "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=400), 10),
+    "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=300), 10),
     "rotated, 1 % of the data": Case(
         None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
     ),
-    "permuted, full data": full("permuted", steps=400, searched=2, tasks=6),
     "rotated, full data, 8 hidden layers": full(
         "rotated", model=ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
