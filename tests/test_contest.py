@@ -89,7 +89,7 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     assert all(end["learned_reaches_it_with"] is None or end["share_of_its_cost"] > 0 for end in ends)
     text = report.contest_text(results)
     assert "random init + grid, 4 cells" in text
-    assert "permuted, full: 4 held-out tasks, 2 of them searched" in text
+    assert "permuted, few-shot: 4 held-out tasks, 2 of them searched" in text
 
     kept = (config.out / "searches.jsonl").read_text().splitlines()
     assert len(kept) == 2 * 6
