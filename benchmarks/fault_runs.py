@@ -112,7 +112,9 @@ def sigterm(reference: Reference, n: int) -> Row:
             time.sleep(0.002)
         time.sleep(0.05 + rng.random() * max(0.2, reference.seconds - 1.5))  # past the lines that install handlers
         process.send_signal((signal.SIGTERM, signal.SIGINT)[i % 2])
-        code = finish(process, (0, cli.EXIT_STOPPED))
+        # A signal may also come between the end of the run and that of the process: then nothing is to be saved.
+        ended = (folder / "results.json").exists()
+        code = finish(process, (0, cli.EXIT_STOPPED, -signal.SIGTERM, 130) if ended else (0, cli.EXIT_STOPPED))
         if code == cli.EXIT_STOPPED:
             saved.append(i)
             expect(bool(list((folder / "checkpoints").glob("step_*"))), "nothing saved")
