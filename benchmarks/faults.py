@@ -45,6 +45,7 @@ from fault_trials import QUIET, SEED, Failed, Row, count, expect
 
 from metalr import checkpoints, cli, config, devices, folders, outer, progress, runs, setup, train
 from metalr.errors import ConfigError, StorageError
+from metalr.provenance import provenance
 
 
 def tiny_run(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -270,13 +271,23 @@ def can_mount(root: Path) -> bool:
     return mounted.returncode == 0 and subprocess.run(["umount", point], check=False).returncode == 0
 
 
+def merged(rows: list[Row], order: list[str]) -> list[Row]:
+    """These rows, and those of other groups that the results file has."""
+    stored = measure.RESULTS / "faults.json"
+    old = json.loads(stored.read_text())["rows"] if stored.is_file() else []
+    fresh = {row["group"] for row in rows}
+    return sorted([row for row in old if row["group"] not in fresh] + rows, key=lambda row: order.index(row["group"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small n of everything; writes no results file")
-    parser.add_argument("--only", nargs="+", default=[], help="only these groups; writes no results file")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="only these groups; the results file keeps the rows of the others"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
-    few = options.quick
+    few, commit = options.quick, provenance()["commit"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="metalr-faults-") as temporary:
         root = Path(temporary)
@@ -315,14 +326,15 @@ def main() -> None:
             began = time.perf_counter()
             found = groups[name]()
             for row in found if isinstance(found, list) else [found]:
-                rows.append({**row, "seed": SEED, "group": name, "seconds": round(time.perf_counter() - began, 1)})
+                facts = {"seed": SEED, "group": name, "commit": commit}
+                rows.append({**row, **facts, "seconds": round(time.perf_counter() - began, 1)})
                 print(
-                    *(f"{k}={v}" for k, v in rows[-1].items() if k not in ("seed", "group")),
+                    *(f"{k}={v}" for k, v in rows[-1].items() if k not in ("seed", "group", "commit")),
                     file=sys.stderr,
                     flush=True,
                 )
-            if not options.quick and not options.only:
-                measure.save("faults", rows)  # after every group: it takes an hour
+            if not options.quick:
+                measure.save("faults", merged(rows, list(groups)))  # after every group: all of them take an hour
     if options.json:
         print(json.dumps(rows, indent=1))
     sys.exit(any(row["failures"] for row in rows))
