@@ -55,6 +55,7 @@ def data() -> None:
 
 
 def guard(run: Callable[[], Any]) -> Any:
+    """What `run` gives; a MetalrError becomes one line on stderr and an exit code, as the command line promises."""
     try:
         return run()
     except StoppedError as error:
@@ -69,6 +70,7 @@ def guard(run: Callable[[], Any]) -> Any:
 
 
 def start_jax() -> None:
+    """Settings of a program of its own, before JAX runs: a device a core, the compilation cache."""
     from metalr import data, devices
 
     devices.use_all_cores()

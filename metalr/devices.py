@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -153,6 +155,48 @@ def by_platform(model: Model, function: Callable[..., Any], *args: Any, cpu_grou
 def map_tasks(function: Callable[..., Any], tasks: Any, group: int) -> Any:
     """`function` over the leading axis of `tasks`, `group` of them vmapped at a time."""
     return jax.lax.map(function, tasks, batch_size=None if group == 1 else group)
+
+
+def spread(
+    work: Callable[[Any, jax.Device, Callable[[], None]], None],
+    jobs: Sequence[Any],
+    devices: Sequence[jax.Device],
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """`work(job, device, go_on)` for every job, one on each device at a time, in threads; for work of unequal length.
+
+    Work calls go_on() where it can end. It raises what `between` raises, and CancelledError when another job failed;
+    what failed first is raised when all have ended, and jobs that had not begun never do.
+    """
+    free, failed = list(devices), threading.Event()
+
+    def go_on() -> None:
+        if failed.is_set():
+            raise CancelledError
+        between()
+
+    def run(job: Any) -> None:
+        device = free.pop()
+        try:
+            go_on()
+            with jax.default_device(device):
+                work(job, device, go_on)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            free.append(device)
+
+    with ThreadPoolExecutor(len(free)) as threads:
+        futures = [threads.submit(run, job) for job in jobs]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if failed.is_set():
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, CancelledError)):
+            raise error
 
 
 def vmap_group(function: Callable[[Any], Any], tasks: Any) -> Any:

@@ -83,7 +83,12 @@ def reptile(
     fast = adapted(apply, spec, meta, episode, key, loss=loss, dropout=dropout)
     direction = jax.tree.map(jnp.subtract, meta.init, fast)
     _, metrics = on_query(apply, fast, episode, loss)
-    return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates)), metrics
+    return _of_init(direction, meta), metrics
+
+
+def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
+    """A direction of the init alone: rates do not learn."""
+    return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates))
 
 
 def on_query(apply: Apply, fast: Params, episode: Episode, loss: inner.Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -112,7 +117,7 @@ def joint(
     options = {"key": key} if dropout else {}
     gradient = jax.grad(lambda p: loss(apply(p, x, **options), y))(meta.init)
     _, metrics = on_query(apply, meta.init, episode, loss)
-    return MetaParams(gradient, jax.tree.map(jnp.zeros_like, meta.rates)), metrics
+    return _of_init(gradient, meta), metrics
 
 
 def implicit(
@@ -155,9 +160,7 @@ def implicit(
         curved = jax.jvp(gradient, (fast,), (v,))[1]
         return jax.tree.map(jnp.add, curved, pulled(v))
 
-    return MetaParams(
-        _conjugate_gradient(system, pulled(query), query, solver_steps), jax.tree.map(jnp.zeros_like, meta.rates)
-    ), metrics
+    return _of_init(_conjugate_gradient(system, pulled(query), query, solver_steps), meta), metrics
 
 
 def _conjugate_gradient(system: Callable[[Params], Params], target: Params, start: Params, steps: int) -> Params:

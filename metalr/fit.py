@@ -1,7 +1,7 @@
 """Fine-tuning one network on one task's data by minibatches, epoch by epoch: what a hyperparameter search repeats.
 
-Learning rates and seeds go side by side in one program, epochs are snapshots of one trajectory, and every batch size
-is compiled once; the step is `inner`'s, as for learned rates.
+Learning rates go side by side in one program, epochs are snapshots of one trajectory, and every batch size is compiled
+once; the step is `inner`'s, as for learned rates.
 """
 
 from __future__ import annotations

@@ -280,8 +280,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(folder: Path | None, name: str, files: set[str], *, overwrite: bool) -> Iterator[Path]:
-    """A folder for a new run, locked and cleared of what `files` an earlier run left: see check_free, claim, locked."""
-    check_free(folder, files, overwrite=overwrite)
+    """A folder for a new run, locked and cleared of what `files` an earlier run left: see claim, locked, clear.
+
+    Call check_free before, when nothing has been made yet; here it is asked again with the lock held.
+    """
     path = claim(folder, name)
     with locked(path):
         check_free(path, files, overwrite=overwrite, locked=True)  # somebody may have been faster

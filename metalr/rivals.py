@@ -12,7 +12,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -243,29 +242,15 @@ def searched(
         for searcher in names
         if (origin, searcher, task) not in known
     ]
-    free, done, failed, one_at_a_time = list(jax.local_devices()), dict(known), threading.Event(), threading.Lock()
+    done, one_at_a_time = dict(known), threading.Lock()
 
-    def go_on() -> None:
-        if failed.is_set():
-            raise CancelledError
-        between()
+    def run(job: Key, device: Any, go_on: Callable[[], None]) -> None:
+        found = search_one(job, device, go_on)
+        with one_at_a_time:
+            done[job] = found
+            keep(job, found)
 
-    def run(job: Key) -> None:
-        device = free.pop()
-        try:
-            go_on()
-            with jax.default_device(device):
-                found = search_one(job, device)
-            with one_at_a_time:
-                done[job] = found
-                keep(job, found)
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            free.append(device)
-
-    def search_one(job: Key, device: Any) -> Searched:
+    def search_one(job: Key, device: Any, go_on: Callable[[], None]) -> Searched:
         origin, searcher, task = job
         episode = draw(pool, field.keys[task])
         key = jax.random.fold_in(field.keys[task], 2)
@@ -286,10 +271,7 @@ def searched(
         cost = best.params["epochs"] * (field.support // best.batch_size) * best.batch_size
         return Searched(trials, float(point.test.mean()), cost)
 
-    with ThreadPoolExecutor(len(free)) as threads:
-        futures = [threads.submit(run, job) for job in jobs]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        searchers.raise_first(futures)
+    devices.spread(run, jobs, jax.local_devices(), between)
     return done
 
 
@@ -308,9 +290,7 @@ def best_of(
     """
     spent, naive, seconds, chosen = [], [], [], []
     for one in found:
-        ordered = sorted(one.trials)
-        costs = np.cumsum([trial.example_gradients for trial in ordered])
-        within = [trial for i, trial in enumerate(ordered) if i == 0 or costs[i] <= budget]
+        within = trials_lib.within(one.trials, budget)
         done, alone = trials_lib.cost(within, grid)
         again = one.again_example_gradients if choose == "again" else 0
         spent.append(done + again)

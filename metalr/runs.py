@@ -53,7 +53,7 @@ def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> 
     folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
     setup = set_up(config)
     with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
-        folders.write_file(folder / "config.json", json.dumps(config.to_json(), indent=1).encode())
+        folders.write_json(folder / "config.json", config.to_json())
         return _carry_out(config, setup, folder, name, reporter)
 
 

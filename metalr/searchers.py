@@ -12,13 +12,13 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from metalr import fit
+from metalr.devices import spread
 from metalr.errors import ConfigError
 from metalr.trials import Trial
 from metalr.types import Params
@@ -163,28 +163,14 @@ def _grid(
     cells = list(itertools.product(space.batch_sizes, space.learning_rates, space.epochs))
     number = {cell: i for i, cell in enumerate(cells)}
     found = {(t.batch_size, t.learning_rate, t.epochs): t for t in known}
-    free, failed, one_at_a_time = list(devices), threading.Event(), threading.Lock()
+    one_at_a_time = threading.Lock()
 
-    def go_on() -> None:
-        if failed.is_set():
-            raise CancelledError
-        between()
-
-    def run(batch_size: int) -> None:
+    def run(batch_size: int, device: jax.Device, go_on: Callable[[], None]) -> None:
         rates = [r for r in space.learning_rates if not all((batch_size, r, e) in found for e in space.epochs)]
-        if not rates:
-            return
-        device = free.pop()
-        try:
-            with jax.default_device(device):
-                trajectory(_place(problem, device), batch_size, rates)
-        except BaseException:
-            failed.set()  # the others end before their next epoch
-            raise
-        finally:
-            free.append(device)
+        if rates:
+            trajectory(_place(problem, device), batch_size, rates, go_on)
 
-    def trajectory(here: Problem, batch_size: int, rates: list[float]) -> None:
+    def trajectory(here: Problem, batch_size: int, rates: list[float], go_on: Callable[[], None]) -> None:
         curves: dict[float, dict[int, float]] = {rate: {} for rate in rates}
         began = time.perf_counter()
         for point in fit.trajectory(
@@ -205,22 +191,8 @@ def _grid(
                     found[key] = trial
                     finished(trial)
 
-    with ThreadPoolExecutor(len(free)) as pool:  # smallest batches first: they take longest
-        futures = [pool.submit(run, size) for size in sorted(space.batch_sizes)]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        raise_first(futures)
+    spread(run, sorted(space.batch_sizes), devices, between)  # smallest batches first: they take longest
     return [found[cell] for cell in cells]
-
-
-def raise_first(futures: Sequence[Future]) -> None:
-    """Cancel what has not begun if one failed, wait for the rest, and raise the failure that was not a cancellation."""
-    if any(future.done() and not future.cancelled() and future.exception() for future in futures):
-        for future in futures:
-            future.cancel()
-        wait(futures)
-    errors = [future.exception() for future in futures if not future.cancelled()]
-    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, CancelledError)):
-        raise error
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:

@@ -66,15 +66,16 @@ def cost(trials: Sequence[Trial], grid: bool) -> tuple[int, int]:
     return sum(longest.values()), alone
 
 
-def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
-    """The trial with the highest validation accuracy among those that finished within a budget of example-gradients.
-
-    Trials count in their order, and the first is always in; of equal ones the earliest wins.
-    """
+def within(trials: Sequence[Trial], budget: float) -> list[Trial]:
+    """The trials, in their order, that finished within a budget of example-gradients; the first is always in."""
     ordered = sorted(trials)
     spent = np.cumsum([trial.example_gradients for trial in ordered])
-    within = [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
-    return max(within, key=lambda trial: (trial.score, -trial.number))
+    return [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
+
+
+def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
+    """The trial with the highest validation accuracy `within` a budget; of equal ones the earliest wins."""
+    return max(within(trials, budget), key=lambda trial: (trial.score, -trial.number))
 
 
 class SearchResult(NamedTuple):
