@@ -95,7 +95,7 @@ class _Form(NamedTuple):
 
     start: Callable[[Params, jax.Array], inner.Carry]
     make_step: Callable[..., inner.Step]  # (apply, x, y, rates, steps, **options) of inner.make_step
-    axes: Callable[[Params], Any]  # of init's leaves: where the axis [rates] stands in carry's params
+    params: Callable[[Params], Params]  # one rate's params in carry -> the model's
 
 
 def _side_by_side(optimizer: Optimizer) -> _Form:
@@ -113,41 +113,40 @@ def _side_by_side(optimizer: Optimizer) -> _Form:
 
         return step
 
-    return _Form(start, make_step, lambda init: jax.tree.map(lambda _: 0, init))
+    return _Form(start, make_step, lambda params: params)
 
 
 def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
     """The fast form: one network as wide as all, whose loss is the sum of theirs, so each gets its own gradient.
 
-    Rates stand next to the last axis, where a layer's kernels make one wide matrix: products are large, and the input
-    is read once. For optimizers whose update is elementwise, and the rate times a direction.
+    A kernel [inputs, outputs] is kept as [rates, outputs, inputs]: all rates' kernels are one wide matrix, so products
+    are large and the input is read once, and their gradient comes out of its product in that very order. For
+    optimizers whose update is elementwise, and the rate times a direction.
     """
 
-    def axes(init: Params) -> Any:
-        return jax.tree.map(lambda leaf: max(leaf.ndim - 1, 0), init)
+    def turn(params: Params) -> Params:
+        return jax.tree.map(jnp.transpose, params)
 
     def optimizer(rates: jax.Array) -> optax.GradientTransformation:
         def scaled(update: jax.Array) -> jax.Array:
-            last = (1,) if update.ndim > 1 else ()
-            return -rates.reshape(*[1] * (update.ndim - 2), len(rates), *last) * update
+            return -rates.reshape(-1, *[1] * (update.ndim - 1)) * update
 
         return optax.chain(direction(), optax.stateless(lambda updates, _: jax.tree.map(scaled, updates)))
 
     def start(init: Params, rates: jax.Array) -> inner.Carry:
-        params = jax.tree.map(lambda v, axis: jnp.repeat(jnp.expand_dims(v, axis), len(rates), axis), init, axes(init))
+        params = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(rates), 0), turn(init))
         return params, optimizer(rates).init(params)
 
     def make_step(apply: Apply, x: jax.Array, y: jax.Array, rates: jax.Array, steps: int, **options: Any) -> inner.Step:
         def together(params: Params, x: jax.Array, **options: Any) -> jax.Array:
-            one = jax.tree.map(lambda v: max(v.ndim - 2, 0), params)
-            return jax.vmap(lambda p: apply(p, x, **options), in_axes=(one,))(params)
+            return jax.vmap(lambda one: apply(turn(one), x, **options))(params)
 
         def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
             return jax.vmap(inner.cross_entropy, (0, None))(logits, labels).sum()
 
         return inner.make_step(together, x, y, optimizer(rates), steps, loss=loss, **options)
 
-    return _Form(start, make_step, axes)
+    return _Form(start, make_step, turn)
 
 
 DIRECTIONS = {"adam": optax.scale_by_adam, "sgd": optax.identity}  # what `_wide` is fit for
@@ -166,8 +165,7 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
 
     def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
         def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
-            axes = form.axes(jax.eval_shape(model.init, jax.random.key(0)))
-            return jax.vmap(lambda p: accuracy(apply, p, x, y), in_axes=(axes,))(params)
+            return jax.vmap(lambda one: accuracy(apply, form.params(one), x, y))(params)
 
         return devices.by_platform(model, in_form, carry[0], x)
 
