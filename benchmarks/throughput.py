@@ -72,6 +72,7 @@ def with_metalr(model: models.Model, spec: rates.RatesSpec, meta: MetaParams, ep
         devices.split_tasks(lambda *args: outer.meta_gradient(model, spec, *args), mesh, replicated=1, mean=True)
     )
     episodes, keys = devices.place_tasks((episodes, keys), mesh)
+    meta = devices.replicate(meta, mesh)  # stays on the devices, as in `train`
     return lambda: jax.block_until_ready(gradient(meta, episodes, keys)[0])
 
 
