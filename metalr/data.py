@@ -220,7 +220,7 @@ def from_npz(path: Path | str, name: str | None = None) -> Dataset:
         test_labels=arrays.get("test_labels"),
         class_split=arrays.get("class_split", arrays.get("split")),
         name=name or path.stem,
-        source=str(path),
+        source=path.name,  # what is in it is in the hash
     )
 
 

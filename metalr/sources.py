@@ -246,5 +246,5 @@ def read_tfds(name: str, folder: Path) -> data.Dataset:
         test_images=test[0],
         test_labels=test[1],
         name=name,
-        source=f"TFDS {versions[-1].parent}",
+        source=f"TFDS {name}/{versions[-1].name}",
     )

@@ -15,7 +15,7 @@ from metalr.errors import ConfigError
 SMALL = [
     "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.shot", "2", "--tasks.query", "3",
     "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8",
-    "--evaluation.validation-episodes", "4", "--model.widths", "16",
+    "--evaluation.validation-episodes", "4", "--model.widths", "16", "--inner.steps", "2", "--evaluation.steps", "3",
 ]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def refused(capsys, *argv):
 
 
 def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
-    call("train", "--data", blobs_npz, *SMALL, "--grid.run", "--grid.steps", "1", "--out", tmp_path / "run")
+    call("train", "--data", blobs_npz, *SMALL, "--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.1", "--out", tmp_path / "run")
     out = capsys.readouterr()
     assert "learned init + learned rates" in out.out
     first = out.err.splitlines()
@@ -46,9 +46,9 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(6))
-    assert len(results["curve"]) == 11
+    assert len(results["curve"]) == 4
     methods = {row["method"] for row in results["comparison"]}
-    assert "random init + grid, best cell at 5 steps" in methods
+    assert "random init + grid, best cell at 2 steps" in methods
     assert len(methods) == 7
     assert results["grid"]["cells"]
 
@@ -77,6 +77,7 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
 def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
     inner = ["--inner.steps", "12", "--inner.knots", "3", "--inner.batch-size", "5", "--inner.momentum", "0.5"]
     inner += ["--inner.signed", "--inner.lowest", "0", "--inner.highest", "1", "--inner.derivative", "forward"]
+    inner += ["--evaluation.steps", "12"]
     call("train", "--data", blobs_npz, *SMALL, *inner, "--out", tmp_path / "run")
     assert "12" in capsys.readouterr().out
     call("show", tmp_path / "run")
@@ -146,11 +147,11 @@ def test_same_seed_same_artifact(blobs_npz, tmp_path):
         (["--outer.optimizer", "scale"], "outer.optimizer: expected an optax optimizer"),
         (["--evaluation.validation-episodes", "1"], "evaluation.validation_episodes: expected at least 2"),
         (["--evaluation.seed", "-1"], "evaluation.seed: expected 0 <= seed"),
-        (["--grid.run", "--evaluation.steps", "2"], "evaluation.steps: expected at least inner.steps (5)"),
+        (["--grid.run", "--evaluation.steps", "1"], "evaluation.steps: expected at least inner.steps (2)"),
         (["--inner.algorithm", "reptile", "--inner.learned", "True"], "inner.learned: expected False with reptile"),
         (["--seed", "-1"], "seed: expected 0 <= seed"),
         (["--seed", "99999999999999999999"], "seed: expected 0 <= seed"),
-        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "evaluation.steps: expected at most the 5 trained"),
+        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "evaluation.steps: expected at most the 2 trained"),
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(blobs_npz, tmp_path, capsys, change, message):

@@ -13,20 +13,10 @@ from metalr import devices
 from metalr.errors import ConfigError
 
 TRAIN = [
-    *(
-        "--tasks.way",
-        "3",
-        "--outer.steps",
-        "6",
-        "--outer.meta-batch",
-        "4",
-        "--outer.validate-every",
-        "3",
-        "--tasks.query",
-        "3",
-    ),
-    *("--evaluation.episodes", "8", "--evaluation.validation-episodes", "8", "--model.widths", "16"),
-]
+    "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "6", "--outer.meta-batch", "4", "--outer.validate-every",
+    "3", "--inner.steps", "2", "--evaluation.steps", "3", "--evaluation.episodes", "8",
+    "--evaluation.validation-episodes", "8", "--model.widths", "16",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 6, 7])
