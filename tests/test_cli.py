@@ -34,7 +34,8 @@ def refused(capsys, *argv):
 
 
 def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
-    call("train", "--data", blobs_npz, *SMALL, "--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.1", "--out", tmp_path / "run")
+    grid = ["--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.1"]
+    call("train", "--data", blobs_npz, *SMALL, *grid, "--out", tmp_path / "run")
     out = capsys.readouterr()
     assert "learned init + learned rates" in out.out
     first = out.err.splitlines()

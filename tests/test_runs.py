@@ -76,7 +76,9 @@ def test_seeds_are_checked_before_any_is_trained(small, tmp_path):
 
 
 def test_seeds_are_averaged_and_their_choices_listed(small, tmp_path):
-    config = dataclasses.replace(small, out=tmp_path / "s", grid=GridConfig(run=True, learning_rates=(0.01, 0.1), steps=(1,), batch_sizes=(5,)))
+    config = dataclasses.replace(
+        small, out=tmp_path / "s", grid=GridConfig(run=True, learning_rates=(0.01, 0.1), steps=(1,), batch_sizes=(5,))
+    )
     results = seeds.run_seeds(config, "x", (0, 1), tmp_path)
     assert json.loads((tmp_path / "results" / "x.json").read_text())["seeds"] == [0, 1]
     assert (tmp_path / "artifacts" / "x" / "metalr.json").is_file()
