@@ -25,6 +25,8 @@ class TaskConfig:
     """Support images a class."""
     query: int = 15
     """Query images a class."""
+    distort: float = 0.0
+    """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not."""
 
 
 @dataclasses.dataclass(frozen=True)

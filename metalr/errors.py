@@ -1,5 +1,7 @@
 """The errors that metalr raises on purpose. Each message names the thing, what was expected, what came."""
 
+from collections.abc import Collection
+
 
 class MetalrError(Exception):
     """Base of every error that metalr raises; its text is one line fit to show to a person."""
@@ -27,6 +29,14 @@ class LockedError(ConfigError):
 
 class StoppedError(MetalrError):
     """A signal asked the run to stop; it was saved and can be resumed."""
+
+
+def check_choices(setting: str, values: Collection[object]) -> None:
+    """Raises ConfigError if a setting that lists what to try has no value, or one twice."""
+    if not values:
+        raise ConfigError(f"{setting}: expected at least one value, got none")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{setting}: expected different values, got {values}")
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from metalr import evaluate
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_choices
 from metalr.models import Model
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
@@ -35,11 +35,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            if not values:
-                raise ConfigError(f"grid.{field.name}: expected at least one value, got none")
-            if len(set(values)) < len(values):
-                raise ConfigError(f"grid.{field.name}: expected different values, got {values}")
+            check_choices(f"grid.{field.name}", getattr(self, field.name))
         if not all(0 < rate < np.inf for rate in self.learning_rates):
             raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
         if min(self.steps) < 1 or min(self.batch_sizes) < 1:

@@ -19,7 +19,7 @@ import numpy as np
 
 from metalr import fit
 from metalr.devices import spread
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_choices
 from metalr.trials import Trial
 from metalr.types import Params
 
@@ -55,10 +55,7 @@ class Space:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
-            if not values:
-                raise ConfigError(f"space.{field.name}: expected at least one value, got none")
-            if len(set(values)) < len(values):
-                raise ConfigError(f"space.{field.name}: expected different values, got {values}")
+            check_choices(f"space.{field.name}", values)
             if not all(0 < value < np.inf for value in values):
                 raise ConfigError(f"space.{field.name}: expected positive numbers, got {values}")
 

@@ -126,6 +126,8 @@ def set_up(config: TrainConfig) -> Setup:
     )
     shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
     samplers = {part.part: tasks.make_sampler(part, *shape) for part in splits}
+    if config.tasks.distort:
+        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort)
     return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
 
 

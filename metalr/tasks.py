@@ -218,14 +218,24 @@ class Pool(NamedTuple):
 Sampler = Callable[[Pool, jax.Array], Episode]
 
 
-def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Pool, Sampler]:
+def make_sampler(split: TaskSplit, way: int, shot: int, query: int, *, distort: float = 0.0) -> tuple[Pool, Sampler]:
     """The split's arrays and a jit-able `sample(pool, key) -> Episode` with way*shot support, way*query query images.
 
     Support and query are one draw without replacement; their rows are shuffled.
 
+    Args:
+      distort: 0..1; above 0, every episode goes through one random affine map of about that strength, and half of
+        them are mirrored: classes that no data has. For meta-training in the family "classes", where no angle is held
+        out and no label is fixed.
+
     Raises:
-      ConfigError: more ways than classes, fewer than the family's fixed number, or too few images in a class.
+      ConfigError: more ways than classes, fewer than the family's fixed number, too few images in a class, or distort
+        outside 0..1 or in another family.
     """
+    if not 0 <= distort <= 1 or (distort and FAMILIES[split.family].transform != "turns"):
+        raise ConfigError(
+            f"tasks.distort: expected 0..1 in the family 'classes', 0 in the others, got {distort} in {split.family!r}"
+        )
     kind = FAMILIES[split.family]
     for name, value, least in (("way", way, 2), ("shot", shot, 1), ("query", query, 1)):
         if value < least:
@@ -264,6 +274,8 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int) -> tuple[Poo
         parts = shuffled(support_key, slice(0, shot)), shuffled(query_key, slice(shot, need))
         rows, labels, turns = (jnp.concatenate(v) for v in zip(*parts, strict=True))
         pixels = _transform(kind, split, transform_key, pool.images[rows], turns, (height, width, channels))
+        if distort:
+            pixels = _distorted(transform_key, pixels, distort, (height, width, channels))
         x, y = pixels.reshape(-1, height, width, channels), labels.astype(jnp.int32)
         return Episode(x[: way * shot], y[: way * shot], x[way * shot :], y[way * shot :])
 
@@ -344,17 +356,32 @@ def _transform(
     return pixels.reshape(-1, height * width * channels).astype(jnp.float32) / 255
 
 
+def _distorted(key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int, int, int]) -> jax.Array:
+    """All images through one map: the identity, mirrored or not, plus strength times uniform numbers in -1/2..1/2."""
+    mirror_key, map_key = jax.random.split(key)
+    mirror = jnp.array([1.0, jax.random.rademacher(mirror_key, (), jnp.float32)])
+    matrix = jnp.diag(mirror) + strength * jax.random.uniform(map_key, (2, 2), minval=-0.5, maxval=0.5)
+    images = pixels.reshape(len(pixels), shape[0] * shape[1], shape[2])
+    return _affine(images, matrix, shape).reshape(pixels.shape)
+
+
 def rotate(pixels: jax.Array, degrees: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Rotate images counter-clockwise about their centre, bilinear, zeros outside.
 
     pixels: [n, height * width, channels] numbers; degrees: [] float; result: float32 of the same shape.
     """
-    height, width, _ = shape
     angle = jnp.deg2rad(degrees)
+    matrix = jnp.array([[jnp.cos(angle), jnp.sin(angle)], [-jnp.sin(angle), jnp.cos(angle)]])
+    return _affine(pixels, matrix, shape)
+
+
+def _affine(pixels: jax.Array, matrix: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Every pixel from where `matrix` [2, 2] takes its (y, x) about the centre; as `rotate` otherwise."""
+    height, width, _ = shape
     y, x = (v.reshape(-1) for v in jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
     dy, dx = y - (height - 1) / 2, x - (width - 1) / 2
-    from_y = jnp.cos(angle) * dy + jnp.sin(angle) * dx + (height - 1) / 2
-    from_x = -jnp.sin(angle) * dy + jnp.cos(angle) * dx + (width - 1) / 2
+    from_y = matrix[0, 0] * dy + matrix[0, 1] * dx + (height - 1) / 2
+    from_x = matrix[1, 0] * dy + matrix[1, 1] * dx + (width - 1) / 2
     y0, x0 = jnp.floor(from_y).astype(jnp.int32), jnp.floor(from_x).astype(jnp.int32)
     rotated = jnp.zeros(pixels.shape, jnp.float32)
     for corner_y, corner_x in ((0, 0), (0, 1), (1, 0), (1, 1)):

@@ -33,7 +33,7 @@ def test_a_wrong_process_is_refused(monkeypatch):
 
 def train(out, **env):
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
     call = [sys.executable, "-m", "metalr.cli", "train", *TRAIN, "--out", str(out)]
     return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

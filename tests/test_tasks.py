@@ -1,12 +1,16 @@
 """Families, splits and the sampler."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from metalr import data, tasks
+from metalr.config import TaskConfig, TrainConfig
 from metalr.errors import ConfigError, DataError
+from metalr.setup import set_up
 
 SUBSETS = [name for name, family in tasks.FAMILIES.items() if family.classes == "subset"]
 
@@ -138,6 +142,41 @@ def test_one_transform_per_episode(numbered):
         assert (x == x[0]).all()
         assert sorted(np.round(x[0] * 255).astype(int).tolist()) == list(range(36))
     assert not np.array_equal(episodes[0].support_x[0], episodes[1].support_x[0])
+
+
+def test_a_distorted_episode_is_one_map_of_the_plain_one_mirrored_or_not(blobs):
+    split = tasks.make_splits(blobs, "classes").train
+    pool, plain = tasks.make_sampler(split, 3, 2, 2)
+
+    def images(sample, seed):
+        episode = sample(pool, jax.random.key(seed))
+        return np.concatenate([episode.support_x, episode.query_x])[..., 0]
+
+    _, hardly = tasks.make_sampler(split, 3, 2, 2, distort=1e-5)
+    mirrored = []
+    for seed in range(8):
+        before, after = images(plain, seed), images(hardly, seed)
+        mirrored.append(not np.allclose(before, after, atol=1e-3))
+        np.testing.assert_allclose(after, before[:, :, ::-1] if mirrored[-1] else before, atol=1e-3)
+    assert 0 < sum(mirrored) < 8
+    _, strongly = tasks.make_sampler(split, 3, 2, 2, distort=0.5)
+    before, after = images(plain, 0), images(strongly, 0)
+    assert np.abs(after - (before[:, :, ::-1] if mirrored[0] else before)).mean() > 0.02
+    for family, strength in (("rotated", 0.1), ("classes", 1.5)):
+        other = tasks.make_splits(blobs, family).train
+        with pytest.raises(ConfigError, match="tasks.distort: expected 0..1 in the family 'classes'"):
+            tasks.make_sampler(other, 3, 2, 2, distort=strength)
+
+
+def test_only_meta_training_is_distorted(blobs_npz):
+    config = TrainConfig(data=str(blobs_npz), tasks=TaskConfig("classes", 2, 2, 2))
+    distorted = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, distort=0.3))
+    for part, same in (("train", False), ("val", True), ("test", True)):
+        one, other = (
+            np.asarray(sample(pool, jax.random.key(0)).support_x)
+            for pool, sample in (set_up(c).samplers[part] for c in (config, distorted))
+        )
+        assert np.array_equal(one, other) == same, part
 
 
 def numbered_labels():
