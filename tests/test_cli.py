@@ -34,7 +34,7 @@ def refused(capsys, *argv):
 
 
 def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
-    grid = ["--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.1"]
+    grid = ["--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.001"]
     call("train", "--data", blobs_npz, *SMALL, *grid, "--out", tmp_path / "run")
     out = capsys.readouterr()
     assert "learned init + learned rates" in out.out
