@@ -8,7 +8,7 @@ tasks. Few-shot: whole support sets, up to 50 steps. Full data: 700 images a cla
 was learned on MNIST, on Omniglot's characters (if they were imported: `metalr data import FILE --name omniglot`).
 Everything finished is kept in runs/grid_search and not run again, so the benchmark can be stopped; it writes
 results/grid_search.json after every case. --small: bundled data, minutes, written to runs/. Needs the extra `search`,
-and MNIST (`metalr data prepare mnist`). Some three hours on 2 CPU cores.
+and MNIST (`metalr data prepare mnist`). Some four hours on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched
 
 def full(
     family: str,
-    steps: int = 800,
+    steps: int = 1200,
     model: ModelConfig = ModelConfig(dropout=0.2),  # noqa: B008
     **compare: Any,
 ) -> Case:
@@ -89,7 +89,7 @@ def full(
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
 CASES = {
-    "rotated, full data": full("rotated"),
+    "rotated, full data": full("rotated", steps=2400),
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
@@ -103,14 +103,16 @@ CASES = {
         ),
         of="rotated, full data",
     ),
-    "permuted, full data": full("permuted", steps=400, searched=2, tasks=6),
+    "permuted, full data": full(
+        "permuted", searched=2, tasks=6, lengths=(0.05, 0.2, 1, 2, 5, 10, 15, 20)
+    ),
     "rotated, 1 % of the data": Case(
         None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
     ),
     "digits 3-way 1-shot": few_shot(TaskConfig("digits", 3, 1), CONV, OuterConfig(steps=400), 10),
     "digits 3-way 5-shot": few_shot(TaskConfig("digits", 3, 5), CONV, OuterConfig(steps=300), 10),
     "rotated, full data, 8 hidden layers": full(
-        "rotated", 300, ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
+        "rotated", model=ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
 }  # fmt: skip
 
