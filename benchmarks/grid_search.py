@@ -88,6 +88,7 @@ def full(
 
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
+PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
 CASES = {
     "rotated, full data": full("rotated", steps=2400),
     "rotated 10-way 5-shot": few_shot(
@@ -103,9 +104,8 @@ CASES = {
         ),
         of="rotated, full data",
     ),
-    "permuted, full data": full(
-        "permuted", searched=2, tasks=6, lengths=(0.05, 0.2, 1, 2, 5, 10, 15, 20)
-    ),
+    "permuted, full data": full("permuted", steps=400, **PERMUTED),
+    "permuted, full data, trained longer": full("permuted", **PERMUTED),
     "rotated, 1 % of the data": Case(
         None, CompareConfig(shot=7, query=100, tasks=50, searched=10, lengths=(1, 2, 5, 20)), of="rotated, full data"
     ),
