@@ -3,8 +3,10 @@
     python benchmarks/adaptation.py [--repeats N]
 
 5 inner steps with per-layer rates, the adapted params checked against PyTorch's to 1e-3 of the largest (in float32 a
-ReLU whose input rounds to another sign makes larger differences than rounding alone). Cold start: a new process
-loads an artifact, compiles, adapts; with an empty and with a filled compilation cache. Needs the extra `bench`.
+ReLU whose input rounds to another sign makes larger differences than rounding alone). Beside it what no inner loop
+can save: a compiled call with the same arguments that only doubles the params, and for a thousand tasks filling as much
+new memory as their params take. Cold start: a new process loads an artifact, compiles, adapts; with an empty and with a
+filled compilation cache. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -111,18 +113,23 @@ def run(name: str, shot: int, repeats: int) -> dict[str, Any]:
     error = max(float(np.abs(ours[f"p/{k}"] - v).max()) for k, v in theirs.items()) / largest
     if not error < 1e-3:
         raise SystemExit(f"{name}: adapted params differ from PyTorch's by {error:.2e}")
+    double = jax.jit(lambda init, rates, x, y: jax.tree.map(lambda leaf: 2 * leaf, init), keep_unused=True)
     seconds = measure.side_by_side(
         {
             "metalr": lambda: jax.block_until_ready(learner.adapt(x[0], y[0], steps=STEPS)),
             "torch": peer,
+            "double": lambda: jax.block_until_ready(double(learner.init, learner.rates, x[0], y[0])),
         },
         repeats,
     )
-    bulk = []
+    bulk, fill = [], []
     for _ in range(4):  # the first compiles
         began = time.perf_counter()
         jax.block_until_ready(learner.adapt(x, y, steps=STEPS))
         bulk.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        np.full((TASKS, sum(leaf.size for leaf in jax.tree.leaves(learner.init))), 1, np.float32)
+        fill.append(time.perf_counter() - began)
     many = float(np.median(bulk[1:]))
     with tempfile.TemporaryDirectory() as folder:
         cold = cold_start(Path(folder), learner, {k: v[:1] for k, v in arrays.items()})
@@ -132,7 +139,9 @@ def run(name: str, shot: int, repeats: int) -> dict[str, Any]:
         "milliseconds_a_task": round(1e3 * seconds["metalr"], 3),
         "torch_milliseconds_a_task": round(1e3 * seconds["torch"], 3),
         "times_faster": round(seconds["torch"] / seconds["metalr"], 2),
+        "doubling_milliseconds": round(1e3 * seconds["double"], 3),
         "thousand_tasks_seconds": round(many, 3),
+        "filling_their_memory_seconds": round(float(np.median(fill[1:])), 3),
         "times_faster_in_bulk": round(TASKS * seconds["torch"] / many, 2),
         "largest_difference": error,
         **cold,

@@ -3,7 +3,9 @@
 With one rate per tensor, a dense kernel after s steps is exactly W0 - sum_j A_j^T B_j, where A_j holds the support
 activations that entered the layer in step j and B_j the rate times the errors that left it. So `x @ W` is
 `x @ W0 - (x @ A^T) @ B`: W0 is shared by all tasks, whose rows go through one large matrix product, and the first
-layer, whose A is the support set itself in every step, multiplies by W0 once for all steps.
+layer, whose A is the support set itself in every step, multiplies by W0 once for all steps. A bias that shares its
+kernel's rate has moved by the sum of B's rows, so it adapts as if every activation had one more entry, 1:
+`x @ W0 + b0 - (x @ A^T + 1) @ B`.
 
 `inner.adapt` with `descent.optimizer` is the plain form of the same computation and the oracle of its tests.
 """
@@ -95,7 +97,8 @@ def adapt(
         layers = stack.step(layers, step)
     first, rest = layers
     kernel = params[stack.names[0]]["kernel"] - jnp.dot(stack.x.T, first.errors)
-    formed = [(kernel, first.bias), *((layer.kernel, layer.bias) for layer in rest)]
+    bias = first.bias - first.errors.sum(0) if stack.one_rate else first.bias
+    formed = [(kernel, bias), *((layer.kernel, layer.bias) for layer in rest)]
     return {name: {"kernel": kernel, "bias": bias} for name, (kernel, bias) in zip(stack.names, formed, strict=True)}
 
 
@@ -117,17 +120,19 @@ class _Stack:
         self.names = [*body, "head"]
         self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
         self.of_steps = of_steps
+        self.one_rate = spec.granularity != "tensor"  # for a layer's kernel and bias
         self.x = support_x.reshape(support_x.shape[0], -1)
         self.targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
         self.on_support = self.products(self.x)
 
     def products(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The only products with the first kernel, and with the support images, that any step needs."""
-        return jnp.dot(x, self.params[self.names[0]]["kernel"]), jnp.dot(x, self.x.T)
+        gram = jnp.dot(x, self.x.T)
+        return jnp.dot(x, self.params[self.names[0]]["kernel"]), gram + 1 if self.one_rate else gram
 
     def start(self) -> _Layers:
-        first = _First(self.params[self.names[0]]["bias"], jnp.zeros_like(self.on_support[0]))
-        return first, [_later(self.params[name], len(self.x) * self.steps) for name in self.names[1:]]
+        first = _First(self.params[self.names[0]]["bias"], jnp.zeros_like(self.on_support[0]), self.one_rate)
+        return first, [_later(self.params[name], len(self.x) * self.steps, self.one_rate) for name in self.names[1:]]
 
     def forward(self, layers: _Layers, products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         """Logits, and what entered each later layer."""
@@ -163,27 +168,33 @@ def _rates(spec: RatesSpec, now: Rates, layer: str) -> tuple[jax.Array | float, 
 class _First(NamedTuple):
     """The first layer: the products with its kernel are given; its errors, times the rates, add up."""
 
-    bias: jax.Array  # [out]
+    bias: jax.Array  # [out], adapted unless it shares the kernel's rate: then the products see to it
     errors: jax.Array  # [support, out]
+    one_rate: bool
 
     def forward(self, product: jax.Array, gram: jax.Array) -> jax.Array:
         return product + self.bias[None] - jnp.dot(gram, self.errors)
 
     def updated(self, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float) -> _First:
-        return _First(self.bias - bias_rate * delta.sum(0), self.errors + kernel_rate * delta)
+        bias = self.bias if self.one_rate else self.bias - bias_rate * delta.sum(0)
+        return _First(bias, self.errors + kernel_rate * delta, self.one_rate)
 
 
 class _LowRank(NamedTuple):
     """A later layer as its shared kernel and the activations and errors of the steps so far."""
 
     kernel: jax.Array  # [in, out], not adapted
-    bias: jax.Array  # [out]
+    bias: jax.Array  # [out], as in _First
     a: jax.Array  # [rows so far, in]
     b: jax.Array  # [rows so far, out]
+    one_rate: bool
 
     def forward(self, x: jax.Array) -> jax.Array:
         z = jnp.dot(x, self.kernel) + self.bias[None]
-        return z - jnp.dot(jnp.dot(x, self.a.T), self.b) if len(self.a) else z
+        if not len(self.a):
+            return z
+        gram = jnp.dot(x, self.a.T)
+        return z - jnp.dot(gram + 1 if self.one_rate else gram, self.b)
 
     def backward(self, error: jax.Array) -> jax.Array:
         back = jnp.dot(error, self.kernel.T)
@@ -193,7 +204,8 @@ class _LowRank(NamedTuple):
         self, activation: jax.Array, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float
     ) -> _LowRank:
         a, b = jnp.concatenate([self.a, activation]), jnp.concatenate([self.b, kernel_rate * delta])
-        return _LowRank(self.kernel, self.bias - bias_rate * delta.sum(0), a, b)
+        bias = self.bias if self.one_rate else self.bias - bias_rate * delta.sum(0)
+        return _LowRank(self.kernel, bias, a, b, self.one_rate)
 
 
 class _Formed(NamedTuple):
@@ -218,8 +230,8 @@ class _Formed(NamedTuple):
 _Layers = tuple[_First, list[_Formed | _LowRank]]
 
 
-def _later(layer: Params, rows: int) -> _Formed | _LowRank:
+def _later(layer: Params, rows: int, one_rate: bool) -> _Formed | _LowRank:
     kernel, bias = layer["kernel"], layer["bias"]
     if rows * sum(kernel.shape) < LOW_RANK_SHARE * kernel.size:
-        return _LowRank(kernel, bias, kernel[:0].T[:, :0].reshape(0, kernel.shape[0]), kernel[:0])
+        return _LowRank(kernel, bias, kernel[:0].T[:, :0].reshape(0, kernel.shape[0]), kernel[:0], one_rate)
     return _Formed(kernel, bias)
