@@ -7,6 +7,7 @@ Runs the commands in processes of their own with an empty cache folder, so that 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ def seconds_of(*call: str, repeats: int = 5) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"METALR_CACHE_DIR": str(Path(folder) / "cache")}

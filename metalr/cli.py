@@ -284,6 +284,8 @@ def compare(
       resume: the folder of a comparison that was stopped: go on with that one, with its own settings.
       json_: print the results as JSON instead of a table.
     """
+    if resume is not None and (runs or pretrained or config != COMPARISON):
+        raise ConfigError(f"resume: expected no runs and no settings beside it ({resume} has its own), got some")
     start_jax()
     from metalr import contest, report
 

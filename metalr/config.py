@@ -19,7 +19,7 @@ class TaskConfig:
 
     family: Literal["digits", "rotated", "permuted", "relabeled", "classes"] = "digits"
     """Task family: which digits, which transform; see docs/tasks.md."""
-    way: int = 5
+    way: int = 3
     """Classes a task (families rotated, permuted and relabeled use all classes of the data)."""
     shot: int = 1
     """Support images a class."""
@@ -314,7 +314,7 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
 
     def build(kind: Any, given: Any, prefix: str) -> Any:
         if not isinstance(given, dict):
-            raise ConfigError(f"{prefix or 'config'}: expected an object of settings, got {given!r}")
+            raise ConfigError(f"{prefix.rstrip('.') or 'config'}: expected an object of settings, got {given!r}")
         names = [field.name for field in dataclasses.fields(kind)]
         values = {}
         for name, value in given.items():

@@ -144,7 +144,8 @@ def _predicted(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Factors of each layer's rate and decay (ALFA, Baik et al. 2020, eq. 5 and section 3.2).
 
-    The paper feeds means, which vanish for large layers; here it is the logarithm of the root mean square.
+    The paper feeds means, which vanish for large layers; here it is the logarithm of the root mean square, through a
+    network with one hidden layer.
     """
     seen = [
         0.5 * jnp.log(total / count + TINY)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from scipy import special
 
 from metalr import descent, devices, factored, inner
 from metalr import rates as rates_lib
@@ -17,7 +18,6 @@ from metalr.rates import RatesSpec
 from metalr.tasks import Pool, Sampler
 from metalr.types import Curve, Episode, Params, Rates
 
-Z95 = 1.96
 Evaluator = Callable[..., Curve]
 
 
@@ -33,13 +33,13 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
 
 
 def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
-    """Mean and 95 % half-width over tasks.
+    """Mean and 95 % half-width over tasks (Student's t).
 
     tasks: [tasks, points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
     """
     tasks = np.asarray(tasks, np.float64)
     at = np.arange(tasks.shape[1]) if steps is None else np.asarray(steps)
-    return Curve(at, tasks.mean(0), Z95 * tasks.std(0, ddof=1) / np.sqrt(len(tasks)), tasks)
+    return Curve(at, tasks.mean(0), half_width(tasks), tasks)
 
 
 def points(steps: int, trained: int) -> list[int]:
@@ -53,7 +53,12 @@ def points(steps: int, trained: int) -> list[int]:
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Mean of a - b over tasks and its 95 % half-width. a, b: [tasks], on the same tasks in the same order."""
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    return float(difference.mean()), float(Z95 * difference.std(ddof=1) / np.sqrt(len(difference)))
+    return float(difference.mean()), float(half_width(difference))
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half-width of the mean's 95 % confidence interval (Student's t) over the first axis. values: [n >= 2, ...]."""
+    return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
 
 
 def make_evaluator(

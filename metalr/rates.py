@@ -33,9 +33,9 @@ class RatesSpec:
     """The static choices about the learned hyperparameters.
 
     Attributes:
-      granularity: what shares one rate: "shared" (MAML, Finn et al. 2017, eq. 1), "layer", "tensor" (with per_step:
-        LSLR of MAML++, Antoniou et al. 2019, section 4), "channel" (one for each output of a layer), or "parameter"
-        (Meta-SGD, Li et al. 2017, eq. 2).
+      granularity: what shares one rate: "shared" (MAML, Finn et al. 2017, section 2.2), "layer", "tensor" (with
+        per_step: LSLR of MAML++, Antoniou et al. 2019, section 4), "channel" (one for each output of a layer), or
+        "parameter" (Meta-SGD, Li et al. 2017, eq. 2).
       per_step: a rate of its own for every inner step.
       knots: a schedule of that many rates instead, spread evenly over the steps of a fine-tune however many those
         are, and interpolated between them (geometrically if positive). 0: no schedule.

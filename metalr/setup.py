@@ -76,11 +76,6 @@ def set_up(config: TrainConfig) -> Setup:
     for name in ("multi_step", "first_order_share"):
         if not 0 <= getattr(row, name) <= 1:
             raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")
-    if row.multi_step and (row.meta_gradient != "query" or config.inner.derivative in ("truncated", "forward")):
-        raise ConfigError(
-            f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative "
-            f"{config.inner.derivative}, which see the last step only, got {row.multi_step}"
-        )
     for name in ("last", "solver_steps"):
         if getattr(config.inner, name) < 1:
             raise ConfigError(f"inner.{name}: expected at least 1, got {getattr(config.inner, name)}")
@@ -119,6 +114,12 @@ def set_up(config: TrainConfig) -> Setup:
         config.inner.last,
         config.inner.solver_steps,
     )
+    if row.multi_step and (row.meta_gradient != "query" or method.derivative in ("truncated", "forward")):
+        raise ConfigError(
+            f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative {method.derivative}"
+            f"{' (what auto picks here)' if derivative == 'auto' else ''}, which see the last step only, "
+            f"got {row.multi_step}"
+        )
     phases = train.Phases(
         round(row.first_order_share * config.outer.steps),
         round(row.multi_step * config.outer.steps),
@@ -156,11 +157,19 @@ def grid_of(config: TrainConfig) -> search.Grid:
 
 
 def task_cost(config: TrainConfig) -> int:
-    """Example-gradients of one task's adaptation and query gradient, second derivatives counted as one more each."""
+    """Example-gradients of one task's inner steps and query gradient.
+
+    Differentiating through an inner step costs about two more than the step itself (docs/scaling.md).
+    """
     support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
-    if algorithms.algorithm_row(config.inner.algorithm).meta_gradient == "joint":
+    row = algorithms.algorithm_row(config.inner.algorithm)
+    if row.meta_gradient == "joint":
         return support + query
-    return 2 * config.inner.steps * min(config.inner.batch_size or support, support) + query
+    first_order = row.first_order if config.inner.first_order is None else config.inner.first_order
+    inner_steps = (1 if first_order or row.meta_gradient != "query" else 3) * config.inner.steps
+    if row.meta_gradient == "implicit":
+        inner_steps += 2 * config.inner.solver_steps
+    return inner_steps * min(config.inner.batch_size or support, support) + query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

@@ -95,8 +95,9 @@ def test_many_tasks_at_once():
         np.testing.assert_allclose(logits[i], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_as_optax_in_an_own_training_loop():
-    learned = learner("lslr")
+@pytest.mark.parametrize("name", list(algorithms.ALGORITHMS))
+def test_as_optax_in_an_own_training_loop(name):
+    learned = learner(name)
     x, tx = jnp.asarray(X, jnp.float32)[..., None] / 255, learned.as_optax()
     params, state = learned.init, tx.init(learned.init)
     for _ in range(5):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import cli, config, data
+from metalr import cli, config, data, setup
 from metalr.errors import ConfigError
 
 SMALL = [
@@ -110,6 +110,7 @@ def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
         (["--inner.algorithm", "maml", "--outer.learns", "rates"], "outer.learns: expected both or init"),
         (["--model.name", "conv4", "--inner.dropout", "0.1"], "inner.dropout: expected None with the model 'conv4'"),
         (["--outer.multi-step", "0.5", "--inner.derivative", "forward"], "outer.multi_step: expected 0"),
+        (["--outer.multi-step", "0.5", "--inner.steps", "9000"], "forward (what auto picks here)"),
         (["--outer.first-order-share", "2"], "outer.first_order_share: expected a share"),
         (["--inner.knots", "1"], "inner.knots: expected 0"),
     ],
@@ -196,6 +197,17 @@ def test_resume_from_the_command_line(blobs_npz, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["config"]["evaluation"]["episodes"] == 12
 
 
+def test_a_comparison_goes_on_with_its_own_settings_only(tmp_path, capsys):
+    for change in (["--tasks", "50"], ["--pretrained", str(tmp_path)], [str(tmp_path)]):
+        assert "resume: expected no runs and no settings" in refused(
+            capsys, "compare", *change, "--resume", tmp_path / "comparison"
+        )
+
+
+def test_the_defaults_of_train_fit_together():
+    setup.set_up(config.TrainConfig())
+
+
 def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
     for mistyped, meant in (("--outer.stepps", "--outer.steps"), ("--inner.algoritm", "--inner.algorithm")):
         with pytest.raises(SystemExit) as caught:
@@ -207,7 +219,7 @@ def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
         ({"tasks": {"way": True}}, "tasks.way: expected int, got True"),
         ({"grid": {"steps": 3}}, "grid.steps: expected a list, got 3"),
         ({"grid": {"steps": ["a"]}}, "grid.steps: expected int, got 'a'"),
-        ({"model": 3}, "model.: expected an object of settings, got 3"),
+        ({"model": 3}, "model: expected an object of settings, got 3"),
     ):
         with pytest.raises(ConfigError, match=message):
             config.from_json(mistyped)

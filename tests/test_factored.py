@@ -57,14 +57,12 @@ def test_both_ways_to_keep_a_layer_and_every_step(share, widths, monkeypatch):
             np.testing.assert_allclose(ours[step], model.apply(fast, qx), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("adapts", ["all", "head", "body"])
-@pytest.mark.parametrize("widths", [(), (7,), (20, 9)])
-def test_adapted_params_are_those_of_the_plain_form(widths, adapts):
+@pytest.mark.parametrize("granularity", ["shared", "layer", "tensor"])
+@pytest.mark.parametrize(("widths", "adapts"), [((), "all"), ((7,), "body"), ((20, 9), "head"), ((20, 9), "all")])
+def test_adapted_params_are_those_of_the_plain_form(widths, adapts, granularity):
     with jax.enable_x64(True):
         model, params, sx, sy, _, _ = problem(widths, support=6)
-        if adapts == "body" and not widths:
-            return
-        spec = RatesSpec("tensor", per_step=True, steps=4, initial=0.3, adapts=adapts)
+        spec = RatesSpec(granularity, per_step=True, steps=4, initial=0.3, adapts=adapts)
         values = rates.actual(spec, rates.initial_raw(spec, params))
         ours = factored.adapt(params, values, spec, sx, sy, 4)
         plain, _ = inner.adapt(model.apply, params, sx, sy, descent.optimizer(spec, values), 4)

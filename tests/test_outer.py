@@ -173,7 +173,8 @@ def test_contract_of_every_algorithm(name, blobs):
         if leaf.startswith("predict:"):  # a hidden unit may be dead
             moved.rates[leaf] = bool((first.rates[leaf] != state.meta.rates[leaf]).any())
     assert all(jax.tree.leaves(moved.init)), moved.init
-    assert all(jax.tree.leaves(moved.rates)) == row.learned or row.granularity == "parameter"
+    rates_moved = jax.tree.leaves(moved.rates)
+    assert row.granularity == "parameter" or (all(rates_moved) if row.learned else not any(rates_moved))
     if row.granularity == "parameter":  # a pixel that is always blank has no gradient
         pairs = zip(*map(jax.tree.leaves, (first.rates, state.meta.rates)), strict=True)
         assert all(float((np.asarray(a) != b).mean()) > 0.5 for a, b in pairs)
