@@ -61,6 +61,15 @@ class Model:
     transductive: bool = False
 
 
+def _kernel_first(x: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> jax.Array:
+    """x [n, inputs] times kernel [inputs, outputs], asked for the other way round.
+
+    It is the same where kernels are stored as they are here; where `fit` keeps them as [rates, outputs, inputs], XLA
+    needs no transposed copy of them in every step.
+    """
+    return jax.lax.dot_general(kernel, x, (((0,), (1,)), ((), ())), precision=precision).T
+
+
 class _Mlp(nn.Module):
     way: int
     widths: tuple[int, ...]
@@ -71,7 +80,8 @@ class _Mlp(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False, dropout: jax.Array | None = None) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, dtype=_compute(self.dtype), name=f"dense_{i}")(x))
+            dense = nn.Dense(width, dtype=_compute(self.dtype), name=f"dense_{i}", dot_general=_kernel_first)
+            x = nn.relu(dense(x))
             if dropout is None:
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
             else:  # Gaussian noise of dropout's variance: its rate has a derivative
