@@ -66,13 +66,14 @@ def full(
     family: str,
     steps: int = 1200,
     model: ModelConfig = ModelConfig(dropout=0.2),  # noqa: B008
+    label_noise: float = 0.0,
     **compare: Any,
 ) -> Case:
     """All of a task's data, in minibatches; trained for 30 steps, used for thousands."""
     return Case(
         TrainConfig(
             "mnist",
-            TaskConfig(family=family, way=10, shot=40, query=40),
+            TaskConfig(family=family, way=10, shot=40, query=40, label_noise=label_noise),
             model,
             InnerConfig(steps=30, batch_size=32, base="adam", rate=3e-3, knots=3),
             OuterConfig(steps=steps, meta_batch=4, init_rate=2e-3, rates_rate=3e-2, validate_every=100),
@@ -114,6 +115,7 @@ CASES = {
     "rotated, full data, 8 hidden layers": full(
         "rotated", model=ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
+    "rotated, full data, label noise 0.4": full("rotated", label_noise=0.4, searched=3, tasks=6),
 }  # fmt: skip
 
 

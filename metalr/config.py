@@ -27,6 +27,8 @@ class TaskConfig:
     """Query images a class."""
     distort: float = 0.0
     """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not."""
+    label_noise: float = 0.0
+    """Share of the support labels that are drawn anew at random, in every split; query labels stay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +279,8 @@ class CompareConfig:
     """Support images a class; None: the runs'."""
     query: int | None = None
     """Query images a class; None: the runs'."""
+    label_noise: float | None = None
+    """Share of the support labels that are drawn anew at random; None: the runs'."""
     tasks: int = 20
     """Meta-test tasks that all methods meet."""
     searched: int = 5

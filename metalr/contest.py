@@ -152,7 +152,8 @@ def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.L
     if (*dataset.shape,) != (*learner.model.input_shape,):
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
     splits = tasks.make_splits(dataset, family)
-    samplers = {part.part: tasks.make_sampler(part, way, shot, query) for part in splits}
+    noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise
+    samplers = {part.part: tasks.make_sampler(part, way, shot, query, label_noise=noise) for part in splits}
     support = way * shot
     size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
     keys = evaluate.episode_keys(config.seed, config.tasks)
@@ -177,6 +178,7 @@ def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.L
         "searched_tasks": config.searched,
         "support": support,
         "query": way * query,
+        "label_noise": noise,
     }
 
 

@@ -94,7 +94,9 @@ def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
     if config.task < 0:
         raise ConfigError(f"task: expected 0 or more, got {config.task}")
     split = tasks.make_splits(dataset, config.tasks.family).test
-    pool, sample = tasks.make_sampler(split, config.tasks.way, config.tasks.shot, config.tasks.query)
+    pool, sample = tasks.make_sampler(
+        split, config.tasks.way, config.tasks.shot, config.tasks.query, label_noise=config.tasks.label_noise
+    )
     return jax.jit(sample)(pool, evaluate.episode_keys(0, max(config.task + 1, 2))[config.task])
 
 

@@ -126,9 +126,10 @@ def set_up(config: TrainConfig) -> Setup:
         config.outer.learns == "rates",
     )
     shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
-    samplers = {part.part: tasks.make_sampler(part, *shape) for part in splits}
+    noise = config.tasks.label_noise
+    samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=noise) for part in splits}
     if config.tasks.distort:
-        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort)
+        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort, label_noise=noise)
     return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
 
 

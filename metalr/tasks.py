@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalr import transforms
 from metalr.data import Dataset, last_sixth
 from metalr.errors import ConfigError, DataError
 from metalr.types import Episode
@@ -218,7 +219,9 @@ class Pool(NamedTuple):
 Sampler = Callable[[Pool, jax.Array], Episode]
 
 
-def make_sampler(split: TaskSplit, way: int, shot: int, query: int, *, distort: float = 0.0) -> tuple[Pool, Sampler]:
+def make_sampler(
+    split: TaskSplit, way: int, shot: int, query: int, *, distort: float = 0.0, label_noise: float = 0.0
+) -> tuple[Pool, Sampler]:
     """The split's arrays and a jit-able `sample(pool, key) -> Episode` with way*shot support, way*query query images.
 
     Support and query are one draw without replacement; their rows are shuffled.
@@ -227,11 +230,14 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int, *, distort: 
       distort: 0..1; above 0, every episode goes through one random affine map of about that strength, and half of
         them are mirrored: classes that no data has. For meta-training in the family "classes", where no angle is held
         out and no label is fixed.
+      label_noise: share of the support labels, 0..1, that are drawn anew, each label as likely; query labels stay.
 
     Raises:
-      ConfigError: more ways than classes, fewer than the family's fixed number, too few images in a class, or distort
-        outside 0..1 or in another family.
+      ConfigError: more ways than classes, fewer than the family's fixed number, too few images in a class, label_noise
+        outside 0..1, or distort outside 0..1 or in another family.
     """
+    if not 0 <= label_noise <= 1:
+        raise ConfigError(f"tasks.label_noise: expected 0..1, got {label_noise}")
     if not 0 <= distort <= 1 or (distort and FAMILIES[split.family].transform != "turns"):
         raise ConfigError(
             f"tasks.distort: expected 0..1 in the family 'classes', 0 in the others, got {distort} in {split.family!r}"
@@ -275,9 +281,14 @@ def make_sampler(split: TaskSplit, way: int, shot: int, query: int, *, distort: 
         rows, labels, turns = (jnp.concatenate(v) for v in zip(*parts, strict=True))
         pixels = _transform(kind, split, transform_key, pool.images[rows], turns, (height, width, channels))
         if distort:
-            pixels = _distorted(transform_key, pixels, distort, (height, width, channels))
+            pixels = transforms.distort(transform_key, pixels, distort, (height, width, channels))
         x, y = pixels.reshape(-1, height, width, channels), labels.astype(jnp.int32)
-        return Episode(x[: way * shot], y[: way * shot], x[way * shot :], y[way * shot :])
+        support_y = y[: way * shot]
+        if label_noise:
+            wrong_key, drawn_key = jax.random.split(jax.random.fold_in(label_key, 0))
+            drawn = jax.random.randint(drawn_key, support_y.shape, 0, way)
+            support_y = jnp.where(jax.random.bernoulli(wrong_key, label_noise, support_y.shape), drawn, support_y)
+        return Episode(x[: way * shot], support_y, x[way * shot :], y[way * shot :])
 
     return Pool(
         jnp.asarray(split.images.reshape(len(split.images), -1)),
@@ -339,7 +350,7 @@ def _transform(
     if kind.transform == "rotation":
         arc_key, angle_key = jax.random.split(key)
         start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
-        pixels = rotate(
+        pixels = transforms.rotate(
             pixels.reshape(-1, height * width, channels),
             start + degrees * jax.random.uniform(angle_key),
             shape,
@@ -354,40 +365,3 @@ def _transform(
         orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
         pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)
     return pixels.reshape(-1, height * width * channels).astype(jnp.float32) / 255
-
-
-def _distorted(key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int, int, int]) -> jax.Array:
-    """All images through one map: the identity, mirrored or not, plus strength times uniform numbers in -1/2..1/2."""
-    mirror_key, map_key = jax.random.split(key)
-    mirror = jnp.array([1.0, jax.random.rademacher(mirror_key, (), jnp.float32)])
-    matrix = jnp.diag(mirror) + strength * jax.random.uniform(map_key, (2, 2), minval=-0.5, maxval=0.5)
-    images = pixels.reshape(len(pixels), shape[0] * shape[1], shape[2])
-    return _affine(images, matrix, shape).reshape(pixels.shape)
-
-
-def rotate(pixels: jax.Array, degrees: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Rotate images counter-clockwise about their centre, bilinear, zeros outside.
-
-    pixels: [n, height * width, channels] numbers; degrees: [] float; result: float32 of the same shape.
-    """
-    angle = jnp.deg2rad(degrees)
-    matrix = jnp.array([[jnp.cos(angle), jnp.sin(angle)], [-jnp.sin(angle), jnp.cos(angle)]])
-    return _affine(pixels, matrix, shape)
-
-
-def _affine(pixels: jax.Array, matrix: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Every pixel from where `matrix` [2, 2] takes its (y, x) about the centre; as `rotate` otherwise."""
-    height, width, _ = shape
-    y, x = (v.reshape(-1) for v in jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
-    dy, dx = y - (height - 1) / 2, x - (width - 1) / 2
-    from_y = matrix[0, 0] * dy + matrix[0, 1] * dx + (height - 1) / 2
-    from_x = matrix[1, 0] * dy + matrix[1, 1] * dx + (width - 1) / 2
-    y0, x0 = jnp.floor(from_y).astype(jnp.int32), jnp.floor(from_x).astype(jnp.int32)
-    rotated = jnp.zeros(pixels.shape, jnp.float32)
-    for corner_y, corner_x in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        at_y, at_x = y0 + corner_y, x0 + corner_x
-        weight = (1 - jnp.abs(from_y - at_y)) * (1 - jnp.abs(from_x - at_x))
-        inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
-        source = jnp.clip(at_y, 0, height - 1) * width + jnp.clip(at_x, 0, width - 1)
-        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[None, :, None] * pixels[:, source]
-    return rotated

@@ -103,10 +103,11 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
 
     cli.main(
         ["compare", str(seeds[0]), "--tasks", "3", "--searched", "0", "--lengths", "1", "--tuning-tasks", "2",
-         "--data", json.loads((seeds[0] / "config.json").read_text())["data"], "--family", "rotated", "--json"]
+         "--data", json.loads((seeds[0] / "config.json").read_text())["data"], "--family", "rotated",
+         "--label-noise", "0.3", "--json"]
     )  # fmt: skip
     other = json.loads(capsys.readouterr().out)
-    assert other["family"] == "rotated"
+    assert (other["family"], other["label_noise"], results["label_noise"]) == ("rotated", 0.3, 0.0)
     assert other["trained_on"]["family"] == "permuted"
     assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
 

@@ -123,13 +123,6 @@ def test_label_orders_of_different_residues_never_meet(way):
         assert len(set.union(*seen)) == 6  # all orders are reached
 
 
-def test_rotation_by_right_angles_is_exact():
-    images = jax.random.uniform(jax.random.key(0), (2, 5, 5))
-    for quarter in range(4):
-        turned = tasks.rotate(images.reshape(2, 25, 1), jnp.float32(90 * quarter), (5, 5, 1)).reshape(2, 5, 5)
-        np.testing.assert_allclose(turned, jnp.rot90(images, quarter, (1, 2)), atol=1e-4)
-
-
 def test_one_transform_per_episode(numbered):
     """Under a permutation every image of an episode moves alike, and another episode moves otherwise."""
     ramp = data.from_arrays(
@@ -166,6 +159,34 @@ def test_a_distorted_episode_is_one_map_of_the_plain_one_mirrored_or_not(blobs):
         other = tasks.make_splits(blobs, family).train
         with pytest.raises(ConfigError, match="tasks.distort: expected 0..1 in the family 'classes'"):
             tasks.make_sampler(other, 3, 2, 2, distort=strength)
+
+
+def test_label_noise_changes_support_labels_only_and_as_many_as_asked(blobs):
+    split = tasks.make_splits(blobs, "rotated").train
+    pool, plain = tasks.make_sampler(split, 10, 20, 2)
+    for noise in (0.4, 1.0):
+        _, noisy = tasks.make_sampler(split, 10, 20, 2, label_noise=noise)
+        before, after = (
+            jax.vmap(sample, (None, 0))(pool, jax.random.split(jax.random.key(0), 20)) for sample in (plain, noisy)
+        )
+        for name in ("support_x", "query_x", "query_y"):
+            assert np.array_equal(getattr(before, name), getattr(after, name))
+        changed = before.support_y != after.support_y
+        assert abs(float(changed.mean()) - 0.9 * noise) < 0.02  # one in ten is drawn as it was
+        assert set(np.unique(after.support_y[changed]).tolist()) == set(range(10))
+    with pytest.raises(ConfigError, match="tasks.label_noise: expected 0..1"):
+        tasks.make_sampler(split, 10, 2, 2, label_noise=1.5)
+
+
+def test_label_noise_is_in_every_split(blobs_npz):
+    config = TrainConfig(data=str(blobs_npz), tasks=TaskConfig("rotated", 10, 2, 2))
+    noisy = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, label_noise=1.0))
+    for part in ("train", "val", "test"):
+        one, other = (
+            np.asarray(sample(pool, jax.random.key(0)).support_y)
+            for pool, sample in (set_up(c).samplers[part] for c in (config, noisy))
+        )
+        assert not np.array_equal(one, other), part
 
 
 def test_only_meta_training_is_distorted(blobs_npz):

@@ -1,0 +1,43 @@
+"""Geometric maps of images: rotation, and any affine map about the centre. Bilinear, zeros outside."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def distort(key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int, int, int]) -> jax.Array:
+    """All images through one map: the identity, mirrored or not, plus strength times uniform numbers in -1/2..1/2."""
+    mirror_key, map_key = jax.random.split(key)
+    mirror = jnp.array([1.0, jax.random.rademacher(mirror_key, (), jnp.float32)])
+    matrix = jnp.diag(mirror) + strength * jax.random.uniform(map_key, (2, 2), minval=-0.5, maxval=0.5)
+    images = pixels.reshape(len(pixels), shape[0] * shape[1], shape[2])
+    return affine(images, matrix, shape).reshape(pixels.shape)
+
+
+def rotate(pixels: jax.Array, degrees: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Rotate images counter-clockwise about their centre, bilinear, zeros outside.
+
+    pixels: [n, height * width, channels] numbers; degrees: [] float; result: float32 of the same shape.
+    """
+    angle = jnp.deg2rad(degrees)
+    matrix = jnp.array([[jnp.cos(angle), jnp.sin(angle)], [-jnp.sin(angle), jnp.cos(angle)]])
+    return affine(pixels, matrix, shape)
+
+
+def affine(pixels: jax.Array, matrix: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Every pixel from where `matrix` [2, 2] takes its (y, x) about the centre; as `rotate` otherwise."""
+    height, width, _ = shape
+    y, x = (v.reshape(-1) for v in jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
+    dy, dx = y - (height - 1) / 2, x - (width - 1) / 2
+    from_y = matrix[0, 0] * dy + matrix[0, 1] * dx + (height - 1) / 2
+    from_x = matrix[1, 0] * dy + matrix[1, 1] * dx + (width - 1) / 2
+    y0, x0 = jnp.floor(from_y).astype(jnp.int32), jnp.floor(from_x).astype(jnp.int32)
+    rotated = jnp.zeros(pixels.shape, jnp.float32)
+    for corner_y, corner_x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        at_y, at_x = y0 + corner_y, x0 + corner_x
+        weight = (1 - jnp.abs(from_y - at_y)) * (1 - jnp.abs(from_x - at_x))
+        inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
+        source = jnp.clip(at_y, 0, height - 1) * width + jnp.clip(at_x, 0, width - 1)
+        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[None, :, None] * pixels[:, source]
+    return rotated
