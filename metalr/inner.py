@@ -6,6 +6,7 @@ and work under jit, vmap and grad; `factored` has the form for ReLU stacks that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ def make_step(
         epochs = jnp.arange(max(1, -(-steps // batches)))  # all orders at once: a sort in every step costs more
         orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(batch_key, epoch), support))(epochs)
 
+    @functools.partial(jax.jit, inline=True)  # so that the steps of an unrolled loop are traced once
+    def gradient(now: Params, x: jax.Array, y: jax.Array, drop: dict[str, Any]) -> Params:
+        return jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
+
     def step(carry: Carry, number: int | jax.Array) -> Carry:
         now, state = carry
         x, y = support_x, support_y
@@ -71,7 +76,7 @@ def make_step(
             drop["key"] = jax.random.fold_in(drop_key, number)
         if not isinstance(dropout, bool):
             drop["dropout"] = dropout
-        grads = jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
+        grads = gradient(now, x, y, drop)
         if first_order:
             grads = jax.lax.stop_gradient(grads)
         updates, state = optimizer.update(grads, state, now)
