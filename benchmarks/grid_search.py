@@ -67,17 +67,19 @@ def full(
     steps: int = 1200,
     model: ModelConfig = ModelConfig(dropout=0.2),  # noqa: B008
     label_noise: float = 0.0,
+    horizon: int = 30,
+    rates_rate: float = 3e-2,
     **compare: Any,
 ) -> Case:
-    """All of a task's data, in minibatches; trained for 30 steps, used for thousands."""
+    """All of a task's data, in minibatches; trained for `horizon` steps, used for thousands."""
     return Case(
         TrainConfig(
             "mnist",
             TaskConfig(family=family, way=10, shot=40, query=40, label_noise=label_noise),
             model,
-            InnerConfig(steps=30, batch_size=32, base="adam", rate=3e-3, knots=3),
-            OuterConfig(steps=steps, meta_batch=4, init_rate=2e-3, rates_rate=3e-2, validate_every=100),
-            EvaluationConfig(episodes=20, validation_episodes=20, steps=30),
+            InnerConfig(steps=horizon, batch_size=32, base="adam", rate=3e-3, knots=3),
+            OuterConfig(steps=steps, meta_batch=4, init_rate=2e-3, rates_rate=rates_rate, validate_every=100),
+            EvaluationConfig(episodes=20, validation_episodes=20, steps=horizon),
         ),
         CompareConfig(
             **{"shot": 700, "query": 190, "tasks": 10, "searched": 5, "tuning_tasks": 4}
@@ -116,6 +118,9 @@ CASES = {
         "rotated", model=ModelConfig(widths=(64,) * 8, dropout=0.0), searched=2, tasks=6, tuning_tasks=2
     ),
     "rotated, full data, label noise 0.4": full("rotated", label_noise=0.4, searched=3, tasks=6),
+    "rotated, full data, label noise 0.4, trained for 200 steps": full(
+        "rotated", steps=300, label_noise=0.4, horizon=200, rates_rate=0.1, searched=0, tasks=6
+    ),
 }  # fmt: skip
 
 
