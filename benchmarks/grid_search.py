@@ -8,7 +8,7 @@ tasks. Few-shot: whole support sets, up to 50 steps. Full data: 700 images a cla
 was learned on MNIST, on Omniglot's characters (if they were imported: `metalr data import FILE --name omniglot`).
 Everything finished is kept in runs/grid_search and not run again, so the benchmark can be stopped; it writes
 results/grid_search.json after every case. --small: bundled data, minutes, written to runs/. Needs the extra `search`,
-and MNIST (`metalr data prepare mnist`). Some four hours on 2 CPU cores.
+and MNIST (`metalr data prepare mnist`). Some five hours on 2 CPU cores.
 """
 
 from __future__ import annotations
