@@ -21,6 +21,7 @@ from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
 
 COMPARISON = CompareConfig()
 EXIT_ERROR, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, the run was saved and can go on
+EXIT_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +58,13 @@ def data() -> None:
 def guard(run: Callable[[], Any]) -> Any:
     """What `run` gives; a MetalrError becomes one line on stderr and an exit code, as the command line promises."""
     try:
-        return run()
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # here, where what it raises is caught
+    except BrokenPipeError:  # the reader has seen enough, as `metalr train --help | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
     except StoppedError as error:
         print(f"metalr: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

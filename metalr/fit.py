@@ -21,6 +21,7 @@ from metalr.models import Apply, Model
 from metalr.types import Episode, Params
 
 SCORED_AT_ONCE = 1000  # images; bounds the memory of a validation
+VECTOR = 16  # float32 numbers in the widest CPU registers; products with a number of inputs that it divides are faster
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 
 
@@ -80,6 +81,30 @@ def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Ar
         return (apply(params, unit(group[0])).argmax(-1) == group[1]).sum()
 
     return jax.lax.map(correct, (x, y)).sum() / np.float32(groups * size - fill)
+
+
+def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Params) -> tuple[Arrays, Params]:
+    """The same training on fewer inputs: pixels that are zero in every image, of all three parts, are left out.
+
+    No gradient moves their rows of the first kernel and no prediction depends on them: accuracies stay what they are.
+    MNIST has 65 of them. Only for ReLU stacks, and optimizers whose update of a weight depends on its own gradients.
+
+    Args:
+      arrays: of numpy, pixels [n, height, width, channels].
+      init: params of `model`, with leading axes or none.
+
+    Returns:
+      (arrays, init): pixels [n, 1, inputs, 1], and as many rows in the first kernel.
+    """
+    if not (model.relu_stack and optimizer in DIRECTIONS):
+        return arrays, init
+    flat = [images.reshape(len(images), -1) for images in (arrays.train_x, arrays.val_x, arrays.test_x)]
+    blank = ~np.any([images.any(axis=0) for images in flat], axis=0)
+    kept = np.sort(np.argsort(blank, kind="stable")[: -(-np.sum(~blank) // VECTOR) * VECTOR])
+    x = [images[:, None, kept, None] for images in flat]
+    first = next(name for name in ("dense_0", model.head) if name in init)
+    layer = init[first] | {"kernel": init[first]["kernel"][..., kept, :]}
+    return arrays._replace(train_x=x[0], val_x=x[1], test_x=x[2]), init | {first: layer}
 
 
 class Program(NamedTuple):

@@ -78,6 +78,7 @@ def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
     searchers.check_fits(space, len(arrays.train_y))
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     init = jax.jit(jax.vmap(model.init))(keys)
+    arrays, init = fit.without_blank_pixels(model, config.optimizer, arrays, init)
     return searchers.Problem(
         jax.tree.map(jax.numpy.asarray, arrays), init, keys, fit.make_programs(model, config.optimizer)
     ), space

@@ -253,3 +253,15 @@ def test_quickstart_in_small(tmp_path, capsys):
     rows = json.loads((tmp_path / "q" / "results.json").read_text())["comparison"]
     by_method = {row["method"]: row["accuracy"] for row in rows}
     assert by_method["learned init + learned rates"] > by_method["random init + grid, best cell at 5 steps"]
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import sys; sys.argv[0] = 'metalr'; from metalr import cli; cli.main({})"
+    for argv in (["--help"], ["train", "--help"]):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code.format(argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait() == 141
+        child.stderr.close()

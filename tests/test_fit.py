@@ -36,6 +36,39 @@ def test_one_image_a_class_validates_on_what_it_trains_on(task):
         fit.hold_out(task, 1)
 
 
+@pytest.mark.parametrize("widths", [(16,), ()])
+def test_without_blank_pixels_it_is_the_same(task, widths):
+    rng = np.random.default_rng(0)
+    live = rng.permutation(64)[:37]
+    images = [np.zeros_like(v.reshape(len(v), -1)) for v in (task.support_x, task.query_x)]
+    for new, old in zip(images, (task.support_x, task.query_x), strict=True):
+        new[:, live[:36]] = old.reshape(len(old), -1)[:, live[:36]]
+    images[1][7, live[36]] = 255  # one test image has a pixel that no other has
+    x, test_x = (v.reshape(-1, 8, 8, 1) for v in images)
+    arrays = fit.hold_out(task._replace(support_x=x, query_x=test_x))
+    model = models.mlp(10, (8, 8, 1), widths=widths, dropout=0.0)
+    keys = jax.random.split(jax.random.key(1), 2)
+    init = jax.vmap(model.init)(keys)
+    fewer, narrow = fit.without_blank_pixels(model, "adam", arrays, init)
+    assert fewer.train_x.shape == (480, 1, 48, 1)
+    assert fewer.test_x[7].max() == 255
+    kernels = [tree["dense_0" if widths else "head"]["kernel"].shape[1] for tree in (init, narrow)]
+    assert kernels == [64, 48]
+    program = fit.make_programs(model, "adam")(32)
+    whole, part = (
+        list(fit.trajectory(program, a, i, (1e-3, 1e-2), keys, (1, 3))) for a, i in ((arrays, init), (fewer, narrow))
+    )
+    for one, other in zip(whole, part, strict=True):
+        np.testing.assert_allclose(one.validation, other.validation, atol=1.5 / 120)  # a prediction may round over
+        np.testing.assert_allclose(one.test, other.test, atol=1.5 / 300)
+
+
+def test_pixels_stay_where_leaving_them_out_could_matter(task):
+    arrays = fit.hold_out(task)
+    for model, optimizer in ((models.rnn(10, (8, 8, 1)), "adam"), (models.mlp(10, (8, 8, 1)), "lamb")):
+        assert fit.without_blank_pixels(model, optimizer, arrays, {}) == (arrays, {})
+
+
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001])
 def test_accuracy_in_groups_is_the_accuracy(count):
     rng = np.random.default_rng(0)
