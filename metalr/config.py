@@ -26,7 +26,8 @@ class TaskConfig:
     query: int = 15
     """Query images a class."""
     distort: float = 0.0
-    """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not."""
+    """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not, and
+    of a weaker one an image."""
     label_noise: float = 0.0
     """Share of the support labels that are drawn anew at random, in every split; query labels stay."""
 

@@ -228,8 +228,8 @@ def make_sampler(
 
     Args:
       distort: 0..1; above 0, every episode goes through one random affine map of about that strength, and half of
-        them are mirrored: classes that no data has. For meta-training in the family "classes", where no angle is held
-        out and no label is fixed.
+        them are mirrored: classes that no data has; every image through a weaker one of its own too. For meta-training
+        in the family "classes", where no angle is held out and no label is fixed.
       label_noise: share of the support labels, 0..1, that are drawn anew, each label as likely; query labels stay.
 
     Raises:

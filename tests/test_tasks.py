@@ -137,7 +137,7 @@ def test_one_transform_per_episode(numbered):
     assert not np.array_equal(episodes[0].support_x[0], episodes[1].support_x[0])
 
 
-def test_a_distorted_episode_is_one_map_of_the_plain_one_mirrored_or_not(blobs):
+def test_a_hardly_distorted_episode_is_the_plain_one_mirrored_or_not(blobs):
     split = tasks.make_splits(blobs, "classes").train
     pool, plain = tasks.make_sampler(split, 3, 2, 2)
 
