@@ -2,7 +2,8 @@
 
 `lax.conv` with one kernel a task lowers to a slow grouped convolution on CPUs, and even a single one is slower than
 this. Convolution, its input gradient and its kernel gradient are bilinear and each other's derivatives, so three
-functions with rules in terms of one another give derivatives of any order, every product in its fastest form.
+functions with rules in terms of one another give derivatives of any order in reverse mode (there is no forward mode),
+every product in its fastest form.
 """
 
 from __future__ import annotations

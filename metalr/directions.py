@@ -133,9 +133,9 @@ def implicit(
 ) -> Direction:
     """The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, lemma 1 and algorithm 2).
 
-    If adaptation ends in a minimum of support loss + lambda/2 |w - init|^2, the init's gradient is the g of
-    (H + lambda) g = lambda * (query gradient), with H the support loss's Hessian there; solved by `solver_steps` of
-    conjugate gradient. Costs no memory for the path that adaptation took. Rates get zeros: they do not learn.
+    If adaptation ends in a minimum of support loss + lambda/2 |w - init|^2, the init's gradient is lambda * z with
+    (H + lambda) z = query gradient, and H the support loss's Hessian there; solved by `solver_steps` of conjugate
+    gradient. Layers that do not adapt get query gradient - H z. Costs no memory for the path that adaptation took. Rates get zeros: they do not learn.
 
     It is right only near a minimum: take enough steps, at a rate that is stable there (16 steps at 0.1, say).
     """
@@ -143,24 +143,30 @@ def implicit(
     (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, loss), has_aux=True)(fast)
     rates = rates_lib.actual(spec, meta.rates)
 
-    def pulled(tree: Params) -> Params:
+    def scaled(tree: Params, by: Callable[[jax.Array], jax.Array | float]) -> Params:
+        """Times by(lambda) in layers that adapt, zero elsewhere."""
+
         def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
             layer = rates_lib.layer_of(spec, path)
-            return leaf if layer is None else rates[f"proximal:{layer}"] * leaf  # where nothing adapts, g = query
+            return jnp.zeros_like(leaf) if layer is None else by(rates[f"proximal:{layer}"]) * leaf
 
         return jax.tree_util.tree_map_with_path(scale, tree)
 
-    def gradient(params: Params) -> Params:
-        grads = jax.grad(lambda p: loss(apply(p, episode.support_x), episode.support_y))(params)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, g: jnp.zeros_like(g) if rates_lib.group_of(spec, path) is None else g, grads
-        )
+    # Reverse over reverse, for the convolution that CPUs use has no forward mode; the Hessian is symmetric.
+    _, curved = jax.vjp(jax.grad(lambda p: loss(apply(p, episode.support_x), episode.support_y)), fast)
 
     def system(v: Params) -> Params:
-        curved = jax.jvp(gradient, (fast,), (v,))[1]
-        return jax.tree.map(jnp.add, curved, pulled(v))
+        return jax.tree.map(jnp.add, scaled(curved(v)[0], lambda _: 1.0), scaled(v, lambda pull: pull))
 
-    return _of_init(_conjugate_gradient(system, pulled(query), query, solver_steps), meta), metrics
+    target, start = scaled(query, lambda _: 1.0), scaled(query, lambda pull: 1 / pull)
+    solved = _conjugate_gradient(system, target, start, solver_steps)
+    crossed = curved(solved)[0]  # what does not adapt moves what does
+
+    def gradient(path: tuple[Any, ...], q: jax.Array, z: jax.Array, h: jax.Array) -> jax.Array:
+        layer = rates_lib.layer_of(spec, path)
+        return q - h if layer is None else rates[f"proximal:{layer}"] * z
+
+    return _of_init(jax.tree_util.tree_map_with_path(gradient, query, solved, crossed), meta), metrics
 
 
 def _conjugate_gradient(system: Callable[[Params], Params], target: Params, start: Params, steps: int) -> Params:
@@ -195,16 +201,18 @@ def forward(
     *,
     loss: inner.Loss = inner.cross_entropy,
     dropout: bool = False,
+    first_order: bool = False,
 ) -> Direction:
     """The exact gradient of the rates by forward mode (Franceschi et al. 2017, section 3.2); the init's is first order.
 
     Carries one derivative of the params for every learned number instead of the path, so memory does not grow with
-    steps; time grows with the number of learned numbers.
+    steps; time grows with the number of learned numbers. first_order leaves second derivatives out here too.
     """
     flat, restore = ravel_pytree(meta.rates)
 
     def final(flat: jax.Array) -> Params:
-        return adapted(apply, spec, MetaParams(meta.init, restore(flat)), episode, key, loss=loss, dropout=dropout)
+        options: dict[str, Any] = {"loss": loss, "dropout": dropout, "first_order": first_order}
+        return adapted(apply, spec, MetaParams(meta.init, restore(flat)), episode, key, **options)
 
     push = jax.vmap(lambda one: jax.jvp(final, (flat,), (one,)), out_axes=(None, 0))
     fast, changes = push(jnp.eye(flat.size, dtype=flat.dtype))

@@ -70,17 +70,23 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Share of correct predictions, some images at a time: [] float32."""
-    size = min(SCORED_AT_ONCE, len(y))
-    groups = -(-len(y) // size)
-    fill = groups * size - len(y)
-    x = jnp.pad(x, [(0, fill), *[(0, 0)] * (x.ndim - 1)]).reshape(groups, size, *x.shape[1:])
-    y = jnp.pad(y, (0, fill), constant_values=-1).reshape(groups, size)  # -1 is never predicted
+    """Share of correct predictions, some images at a time: [] float32.
+
+    Groups are of one size and of real images only, since predictions of a transductive model depend on all of them: the
+    last one takes images of the group before again, and does not count them.
+    """
+    groups = -(-len(y) // SCORED_AT_ONCE)
+    size = -(-len(y) // groups)
+    begins = np.arange(groups) * size
+    starts = np.minimum(begins, len(y) - size)
 
     def correct(group: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (apply(params, unit(group[0])).argmax(-1) == group[1]).sum()
+        start, already = group
+        images, labels = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, y))
+        right = apply(params, unit(images)).argmax(-1) == labels
+        return (right & (jnp.arange(size) >= already)).sum()
 
-    return jax.lax.map(correct, (x, y)).sum() / np.float32(groups * size - fill)
+    return jax.lax.map(correct, (starts, begins - starts)).sum() / np.float32(len(y))
 
 
 def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Params) -> tuple[Arrays, Params]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +133,8 @@ def meta_gradient(
     name = method.meta_gradient if method.meta_gradient != "query" else method.derivative
     fast = name in ("reverse", "remat") and loss is inner.cross_entropy and not plain
     fast = fast and factored.pays(model, spec, support, spec.steps)
+    if name == "forward":
+        model = dataclasses.replace(model, cpu_apply=None)  # that form may have no forward mode: conv4's has not
 
     def one(apply: Apply, meta: MetaParams, episode: Episode, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         every = step_weights is not None
@@ -154,8 +157,11 @@ def meta_gradient(
 
     def mean_of_group(apply: Apply, tasks: tuple[Episode, jax.Array]) -> tuple[MetaParams, dict[str, jax.Array]]:
         if name in directions.DIRECTIONS:
-            options: Any = {"solver_steps": method.solver_steps} if name == "implicit" else {}
-            direction = directions.DIRECTIONS[name]
+            own: dict[str, Any] = {
+                "implicit": {"solver_steps": method.solver_steps},
+                "forward": {"first_order": method.first_order},
+            }
+            direction, options = directions.DIRECTIONS[name], own.get(name, {})
             each = devices.vmap_group(
                 lambda task: direction(apply, spec, meta, *task, loss=loss, dropout=dropout, **options), tasks
             )

@@ -92,15 +92,40 @@ def test_truncation_to_all_steps_is_exact_and_to_fewer_is_not():
         close(metrics, gradient(spec, Method())[2], rtol=1e-9)
 
 
-def test_implicit_gradient_at_a_minimum_is_the_derivative_through_the_path():
+@pytest.mark.parametrize("adapts", ["all", "head", "body"])
+def test_implicit_gradient_at_a_minimum_is_the_derivative_through_the_path(adapts):
     """Enough steps to reach the proximal minimum: iMAML's gradient is then that of the whole adaptation."""
     with jax.enable_x64(True):
-        spec = RatesSpec("shared", steps=400, initial=0.2, proximal=2.0)
+        spec = RatesSpec("shared", steps=400, initial=0.2, proximal=2.0, adapts=adapts)
         _, exact, _ = gradient(spec, Method(derivative="remat"), model=SMOOTH)
         _, implicit, _ = gradient(spec, Method("implicit", solver_steps=100), model=SMOOTH)
         close(implicit.init, exact.init, rtol=1e-4, atol=1e-6)
         _, coarse, _ = gradient(spec, Method("implicit", solver_steps=1), model=SMOOTH)
         assert not np.allclose(coarse.init["head"]["kernel"], exact.init["head"]["kernel"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Method("implicit"), Method(derivative="forward")])
+def test_directions_compile_for_convolutions(method):
+    """The form that CPUs run has no forward mode."""
+    model = models.conv4(3, (4, 4, 1), channels=2, layers=1, norm="none")
+    spec = RatesSpec("layer", steps=2, initial=0.1, proximal=1.0)
+    meta, tasks = outer.initial(model, spec, jax.random.key(0)), episodes(dtype=jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def found(model):
+        return jax.jit(lambda meta: outer.meta_gradient(model, spec, meta, tasks, keys, method))(meta)
+
+    close(found(model), found(dataclasses.replace(model, cpu_apply=None)), rtol=2e-3, atol=1e-5)
+
+
+def test_first_order_leaves_second_derivatives_out_in_forward_mode_too():
+    with jax.enable_x64(True):
+        spec = SPECS["all"]
+        _, reverse, _ = gradient(spec, Method(first_order=True), plain=True)
+        _, forward, _ = gradient(spec, Method(derivative="forward", first_order=True))
+        close(forward.rates, reverse.rates, rtol=1e-7, atol=1e-11)
+        _, exact, _ = gradient(spec, Method(derivative="forward"))
+        assert not np.allclose(exact.rates["head"], forward.rates["head"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("derivative", ["truncated", "forward"])

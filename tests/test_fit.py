@@ -83,6 +83,20 @@ def test_accuracy_in_groups_is_the_accuracy(count):
     )
 
 
+def test_predictions_that_depend_on_the_group_see_real_images_only(monkeypatch):
+    monkeypatch.setattr(fit, "SCORED_AT_ONCE", 10)
+    x = np.arange(1, 26, dtype=np.float32).reshape(25, 1, 1, 1)
+    seen = []
+
+    def apply(params, x):
+        jax.debug.callback(lambda v: seen.append(np.sort(v.reshape(-1)).tolist()), x, ordered=True)
+        return jnp.concatenate([x.reshape(-1, 1), 0 * x.reshape(-1, 1)], axis=1)
+
+    assert float(fit.accuracy(apply, None, jnp.asarray(x), jnp.zeros(25, np.int32))) == 1
+    jax.effects_barrier()
+    assert seen == [list(range(1, 10)), list(range(10, 19)), list(range(17, 26))]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "dropout", "plain"), [("adam", 0.0, False), ("adam", 0.3, False), ("adam", 0.3, True),
      ("sgd", 0.0, False), ("rmsprop", 0.0, False)],
