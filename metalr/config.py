@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional
 
@@ -54,6 +54,12 @@ class ModelConfig:
     """rnn: state size."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute layers in this dtype; params, rates, norms and loss stay in float32."""
+
+    @classmethod
+    def of(cls, model: Any) -> ModelConfig:
+        """What says as much of a models.Model as a config can: all, or of a network of your own that it is one."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.settings.items()}
+        return cls(model.name, **given)
 
     def settings(self) -> dict[str, Any]:
         """The settings that this model takes."""
@@ -347,6 +353,19 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
         return value
 
     return build(kind, facts, "")
+
+
+def check_literals(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a setting whose value is not one of its choices: the command line refuses it by itself."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint, name = getattr(config, field.name), hints[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_literals(value, f"{name}.")
+        parts = (hint, *get_args(hint))
+        choices = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
+        if choices and value not in choices and not (value is None and type(None) in parts):
+            raise ConfigError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 
 def read_config(folder: Path, kind: Any = TrainConfig) -> Any:

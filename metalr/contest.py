@@ -22,6 +22,7 @@ from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, s
 from metalr import trials as trials_lib
 from metalr.config import CompareConfig, TrainConfig, differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.models import Model
 from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, peak_memory, provenance
 from metalr.rivals import Field, Key, Scores, Searched
@@ -44,26 +45,32 @@ class _Parts(NamedTuple):
 
 
 def run(
-    runs: Sequence[Path], config: CompareConfig, *, pretrained: Path | None = None, reporter: Reporter | None = None
+    runs: Sequence[Path],
+    config: CompareConfig,
+    *,
+    pretrained: Path | None = None,
+    model: Model | None = None,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Compare finished runs of one setting, which differ in their seed only, with everything else.
 
     Args:
       runs: run folders; accuracies are averaged over them.
       pretrained: the run folder of a jointly pre-trained init of the same network (--inner.algorithm joint).
+      model: the network of your own that the runs are of, if they are.
 
     Raises:
       MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
     """
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    parts = _set_up(runs, config, pretrained)
+    parts = _set_up(runs, config, pretrained, model)
     stored = {"runs": [str(path) for path in runs], "pretrained": pretrained and str(pretrained)}
     with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", stored | {"config": config.to_json()})
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
 
 
-def resume(folder: Path, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
     """Go on with a comparison that was stopped or killed, with its own settings; finished searches are kept.
 
     Raises:
@@ -78,13 +85,13 @@ def resume(folder: Path, *, reporter: Reporter | None = None) -> dict[str, Any]:
         raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
-    parts = _set_up(runs, config, pretrained and Path(pretrained))
+    parts = _set_up(runs, config, pretrained and Path(pretrained), model)
     with folders.locked(folder):
         folders.sweep(folder)
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
 
 
-def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None) -> _Parts:
+def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None, model: Model | None) -> _Parts:
     """Check everything, before anything is written."""
     for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
         if not values or not all(0 < value < np.inf for value in values):
@@ -101,8 +108,8 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
         raise ConfigError(f"batch_size: expected at least 1, got {config.batch_size}")
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
-    learners, trained = load_runs(runs)
-    joint, joint_trained = load_runs([pretrained]) if pretrained else ([], [])
+    learners, trained = load_runs(runs, model)
+    joint, joint_trained = load_runs([pretrained], model) if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
         raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
     field, facts = _make_field(from_json(trained[0]["config"]), config, learners[0])
@@ -125,7 +132,7 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
     )
 
 
-def load_runs(runs: Sequence[Path]) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
+def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
     """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
     if not runs:
         raise ConfigError("runs: expected at least one run folder, got none")
@@ -141,7 +148,7 @@ def load_runs(runs: Sequence[Path]) -> tuple[list[artifact.Learner], list[dict[s
             results.append(json.loads((path / "results.json").read_text()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
-    return [artifact.load(path / "artifact") for path in runs], results
+    return [artifact.load(path / "artifact", model) for path in runs], results
 
 
 def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.Learner) -> tuple[Field, dict[str, Any]]:

@@ -135,7 +135,8 @@ def implicit(
 
     If adaptation ends in a minimum of support loss + lambda/2 |w - init|^2, the init's gradient is lambda * z with
     (H + lambda) z = query gradient, and H the support loss's Hessian there; solved by `solver_steps` of conjugate
-    gradient. Layers that do not adapt get query gradient - H z. Costs no memory for the path that adaptation took. Rates get zeros: they do not learn.
+    gradient. Layers that do not adapt get query gradient - H z. Costs no memory for the path that adaptation took.
+    Rates get zeros: they do not learn.
 
     It is right only near a minimum: take enough steps, at a rate that is stable there (16 steps at 0.1, say).
     """

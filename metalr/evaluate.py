@@ -15,7 +15,7 @@ from metalr import rates as rates_lib
 from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 from metalr.rates import RatesSpec
-from metalr.tasks import Pool, Sampler
+from metalr.tasks import Pool, Sampler, second_key
 from metalr.types import Curve, Episode, Params, Rates
 
 Evaluator = Callable[..., Curve]
@@ -153,7 +153,7 @@ def _compiled(
 
     def curves(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> jax.Array:
         def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
-            init_key, step_key = jax.random.split(jax.random.fold_in(key, 1))
+            init_key, step_key = jax.random.split(second_key(key))
             return sample(pool, key), step_key, model.init(init_key) if random_init else init
 
         def in_fast_form(key: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from metalr.types import Params
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
 NORMS = ("batch", "instance", "none")
 CELLS = ("gru", "lstm")
+CUSTOM = "custom"  # the name of a user's own model
 MOST_LAYERS = 64  # a model is built from an artifact's facts before those can be trusted
 DTYPES = ("float32", "bfloat16")
 
@@ -324,7 +325,7 @@ def from_linen(
         logits. Checked here, by abstract evaluation.
     """
     init, apply = _linen_init(module, input_shape), _linen_apply(module)
-    return _checked(Model("custom", init, apply, input_shape, way, head, dropout=dropout, transductive=transductive))
+    return _checked(Model(CUSTOM, init, apply, input_shape, way, head, dropout=dropout, transductive=transductive))
 
 
 def from_nnx(
@@ -369,7 +370,7 @@ def from_nnx(
         nnx.replace_by_pure_dict(state, given)
         return nnx.merge(graph, state)(x)
 
-    return _checked(Model("custom", init, apply, input_shape, way, head, transductive=transductive))
+    return _checked(Model(CUSTOM, init, apply, input_shape, way, head, transductive=transductive))
 
 
 def _checked(model: Model) -> Model:

@@ -24,7 +24,7 @@ from metalr import rates as rates_lib
 from metalr import trials as trials_lib
 from metalr.artifact import Learner
 from metalr.models import Model
-from metalr.tasks import Pool, Sampler
+from metalr.tasks import Pool, Sampler, second_key
 from metalr.types import Params
 
 UNSEARCHED_RATE = 1e-3  # Adam as most people start it
@@ -253,9 +253,9 @@ def searched(
     def search_one(job: Key, device: Any, go_on: Callable[[], None]) -> Searched:
         origin, searcher, task = job
         episode = draw(pool, field.keys[task])
-        key = jax.random.fold_in(field.keys[task], 2)
+        init_key, key = jax.random.split(second_key(field.keys[task]))  # as in `evaluate`: its random init too
         start = inits[origin]
-        init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(key) if start is None else start)
+        init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(init_key) if start is None else start)
         arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
         arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
         problem = searchers.Problem(arrays, init, keys, program)

@@ -24,8 +24,9 @@ import numpy as np
 
 from metalr import artifact, checkpoints, compare, evaluate, folders, preemption, search, train
 from metalr import rates as rates_lib
-from metalr.config import TrainConfig, differences, read_config
+from metalr.config import ModelConfig, TrainConfig, differences, read_config
 from metalr.errors import ConfigError, StoppedError
+from metalr.models import Model
 from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, peak_memory, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
@@ -38,31 +39,39 @@ MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 Asked = Callable[[], bool]
 
 
-def run(config: TrainConfig, *, name: str, reporter: Reporter | None = None) -> dict[str, Any]:
+def run(
+    config: TrainConfig, *, name: str, model: Model | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Meta-train, evaluate on held-out tasks, compare if asked to; leave a run folder; return its results.
 
     SIGTERM and SIGINT save the run at the next outer step and raise StoppedError; `resume` goes on.
 
     Args:
       name: names the default folder runs/NAME.
+      model: a network of your own (models.from_linen, models.from_nnx), instead of config.model.
 
     Raises:
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
     """
     reporter = reporter or ConsoleReporter()
     folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
-    setup = set_up(config)
+    if model is not None:
+        config = dataclasses.replace(config, model=ModelConfig.of(model))
+    setup = set_up(config, model)
     with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
         return _carry_out(config, setup, folder, name, reporter)
 
 
-def resume(folder: Path, config: TrainConfig | None = None, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path, config: TrainConfig | None = None, *, model: Model | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Go on with a stopped or killed run from its newest whole checkpoint; it ends as if it had never stopped.
 
     Args:
       folder: the run folder.
       config: the run's config, with other values for MAY_CHANGE if wanted; default: the run's own.
+      model: the network of your own that the run was started with, if it was.
 
     Raises:
       MetalrError: no run, a finished one, one in use, or a changed setting that the result depends on.
@@ -78,7 +87,7 @@ def resume(folder: Path, config: TrainConfig | None = None, *, reporter: Reporte
             )
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
-    setup = set_up(config)
+    setup = set_up(config, model)
     with folders.locked(folder):
         folders.sweep(folder)
         folders.sweep(folder / "checkpoints")

@@ -18,31 +18,42 @@ import numpy as np
 
 from metalr import data, evaluate, fit, folders, models, preemption, searchers, tasks
 from metalr import trials as trials_lib
-from metalr.config import SearchConfig, differences, read_config
+from metalr.config import ModelConfig, SearchConfig, differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, provenance
-from metalr.setup import optax_by_name
+from metalr.setup import check_choices_of, model_of, optax_by_name
 from metalr.types import Episode
 
 FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", folders.LOCK}
 MAY_CHANGE = ("out", "overwrite")
 
 
-def run(config: SearchConfig, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def run(config: SearchConfig, *, model: models.Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
     """Search, and leave a folder; the results.
+
+    Args:
+      model: a network of your own, instead of config.model.
 
     Raises:
       MetalrError: a setting cannot work (nothing is written then), a signal asked to stop, or the disk refuses.
     """
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    problem, space = set_up(config)
+    if model is not None:
+        config = dataclasses.replace(config, model=ModelConfig.of(model))
+    problem, space = set_up(config, model)
     with folders.taken(config.out, f"search-{config.searcher}", FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
         return _carry_out(config, problem, space, folder, reporter or ConsoleReporter())
 
 
-def resume(folder: Path, config: SearchConfig | None = None, *, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path,
+    config: SearchConfig | None = None,
+    *,
+    model: models.Model | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
     """Go on with a search that was stopped or killed: the trials that finished are kept, and it ends as it would have.
 
     Raises:
@@ -55,14 +66,15 @@ def resume(folder: Path, config: SearchConfig | None = None, *, reporter: Report
             raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); nothing to go on with")
-    problem, space = set_up(stored)
+    problem, space = set_up(stored, model)
     with folders.locked(folder):
         folders.sweep(folder)
         return _carry_out(stored, problem, space, folder, reporter or ConsoleReporter())
 
 
-def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
+def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[searchers.Problem, searchers.Space]:
     """Check a config and make its parts. Raises MetalrError naming the setting, what was expected and what came."""
+    check_choices_of(config, model)
     space = searchers.Space(**dataclasses.asdict(config.space))
     if config.trials is not None and config.trials < 1:
         raise ConfigError(f"trials: expected at least 1, got {config.trials}")
@@ -73,7 +85,7 @@ def set_up(config: SearchConfig) -> tuple[searchers.Problem, searchers.Space]:
     optax_by_name(config.optimizer, "optimizer")
     dataset = data.load(config.data)
     way = dataset.classes if config.task is None else config.tasks.way
-    model = models.build(config.model.name, way, dataset.shape, **config.model.settings())
+    model = model_of(config.model, way, dataset, model)
     arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed)
     searchers.check_fits(space, len(arrays.train_y))
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)

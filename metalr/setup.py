@@ -14,7 +14,7 @@ import optax
 
 from metalr import algorithms, data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
-from metalr.config import TrainConfig
+from metalr.config import ModelConfig, SearchConfig, TrainConfig, check_literals
 from metalr.errors import ConfigError
 from metalr.models import Model
 from metalr.outer import Method
@@ -35,12 +35,16 @@ class Setup(NamedTuple):
     samplers: dict[str, tuple[Pool, Sampler]]
 
 
-def set_up(config: TrainConfig) -> Setup:
+def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
     """Check a config and make its parts.
+
+    Args:
+      model: a network of your own, instead of config.model.
 
     Raises:
       MetalrError: naming the setting, what was expected and what came.
     """
+    check_choices_of(config, model)
     row = algorithms.algorithm_row(config.inner.algorithm)
     given = dataclasses.asdict(config.inner)
     shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
@@ -104,7 +108,7 @@ def set_up(config: TrainConfig) -> Setup:
     )
     dataset = data.load(config.data)
     splits = tasks.make_splits(dataset, config.tasks.family)
-    model = models.build(config.model.name, config.tasks.way, dataset.shape, **config.model.settings())
+    model = model_of(config.model, config.tasks.way, dataset, model)
     outer.initial_shapes(model, spec)
     derivative = config.inner.derivative
     method = Method(
@@ -131,6 +135,25 @@ def set_up(config: TrainConfig) -> Setup:
     if config.tasks.distort:
         samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort, label_noise=noise)
     return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
+
+
+def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
+    """Raises ConfigError for a value that is none of a setting's choices, or a network of your own that is missing."""
+    if model is None and config.model.name == models.CUSTOM:
+        raise ConfigError("model: these settings are of a network of your own; expected it as model=..., got None")
+    check_literals(config if model is None else dataclasses.replace(config, model=ModelConfig()))
+
+
+def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None) -> Model:
+    """The network for a dataset: the given one if it fits, or what the config says. Raises ConfigError."""
+    if given is None:
+        return models.build(config.name, way, dataset.shape, **config.settings())
+    if (given.way, *given.input_shape) != (way, *dataset.shape):
+        raise ConfigError(
+            f"model: expected {way} outputs for images of shape {list(dataset.shape)}, got {given.way} for "
+            f"{list(given.input_shape)}"
+        )
+    return given
 
 
 def optax_by_name(name: str, setting: str = "outer.optimizer") -> Callable[[Any], optax.GradientTransformation]:
@@ -195,9 +218,10 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
     began = time.perf_counter()
     product(x).block_until_ready()
     rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
-    params = jax.eval_shape(setup.model.init, jax.random.key(0))
-    uses = {"mlp": 1, "conv4": 40, "rnn": 28}[config.model.name]  # of each weight, an image
-    per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
+    shapes = jax.eval_shape(setup.model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *setup.model.input_shape), jnp.float32)
+    cost: Any = jax.jit(setup.model.apply).lower(shapes, image).cost_analysis()
+    per_example = 3 * float(cost["flops"])  # the gradient costs twice the prediction
     examples = config.outer.steps * config.outer.meta_batch * task_cost(config)
     if config.grid.run:
         grid, support = grid_of(config), config.tasks.way * config.tasks.shot

@@ -297,6 +297,14 @@ def make_sampler(
     ), sample
 
 
+def second_key(key: jax.Array) -> jax.Array:
+    """The key of what goes on beside sampling with `key`: an episode's inner loop, a random init.
+
+    JAX's fold_in(key, i) is split(key, n)[i], so a small number would give a key that the sampler uses too.
+    """
+    return jax.random.fold_in(key, 0x1AFE)
+
+
 def _choose(key: jax.Array, count: int | jax.Array, k: int) -> jax.Array:
     """k different integers below `count`, in random order: [k] int32. `count` may be traced.
 

@@ -17,7 +17,7 @@ from metalr.errors import ConfigError, MetalrError
 from metalr.models import Model
 from metalr.outer import Method
 from metalr.rates import RatesSpec
-from metalr.tasks import Pool, Sampler
+from metalr.tasks import Pool, Sampler, second_key
 from metalr.types import MetaParams, Params, Rates
 
 SCHEDULES = ("cosine", "constant")
@@ -155,7 +155,7 @@ def make_chunk(
         meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array
     ) -> tuple[MetaParams, dict[str, jax.Array]]:
         episodes = jax.vmap(lambda key: sample(pool, key))(keys)
-        inner_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        inner_keys = jax.vmap(second_key)(keys)
 
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             return outer.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
@@ -185,7 +185,7 @@ def make_chunk(
     def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         now = state.meta
         if phases.fresh_init:
-            now = now._replace(init=model.init(jax.random.fold_in(jax.random.fold_in(key, 2), state.step)))
+            now = now._replace(init=model.init(jax.random.fold_in(second_key(key), state.step)))
         grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
         if phases.fresh_init:  # the init that stays in the state is another one
             grads = grads._replace(init=jax.tree.map(jnp.zeros_like, grads.init))
@@ -239,7 +239,7 @@ def failing_tasks(
     def finite(meta: MetaParams, pool: Pool, keys: jax.Array) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
             episodes = jax.tree.map(lambda v: v[None], sample(pool, key))
-            grads, metrics = outer.meta_gradient(model, spec, meta, episodes, jax.random.fold_in(key, 1)[None], method)
+            grads, metrics = outer.meta_gradient(model, spec, meta, episodes, second_key(key)[None], method)
             return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
 
         return jax.lax.map(one, keys)

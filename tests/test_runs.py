@@ -8,14 +8,26 @@ import subprocess
 import sys
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import metalr
-from metalr import checkpoints, progress, report, runs, search, seeds, train
-from metalr.config import EvaluationConfig, GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
+from metalr import checkpoints, contest, models, progress, report, runs, search, search_runs, seeds, train
+from metalr.config import (
+    CompareConfig,
+    EvaluationConfig,
+    GridConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    SearchConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from metalr.errors import ConfigError, StoppedError
 from metalr.setup import set_up
 
@@ -314,3 +326,51 @@ def test_sigterm_saves_and_exits_with_75(longer, blobs_npz, tmp_path):
     assert "go on with: metalr train --resume" in errors
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert not (tmp_path / "run" / "lock").exists()
+
+
+class Own(nn.Module):
+    """A user's network."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10, name="head")(jnp.tanh(nn.Dense(4, name="body")(x.reshape(len(x), -1))))
+
+
+def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
+    model = models.from_linen(Own(), (8, 8, 1), 10)
+    quiet = progress.ConsoleReporter(quiet=True)
+    folder = tmp_path / "own"
+    results = runs.run(dataclasses.replace(small, out=folder), name="x", model=model, reporter=quiet)
+    assert results["config"]["model"]["name"] == "custom"
+    assert sorted(metalr.load(folder / "artifact", model).init) == ["body", "head"]
+
+    (folder / "results.json").unlink()  # as if it had been killed before its end
+    with pytest.raises(ConfigError, match="a network of your own; expected it as model=..., got None"):
+        runs.resume(folder, reporter=quiet)
+    assert runs.resume(folder, model=model, reporter=quiet)["curve"] == results["curve"]
+
+    compared = contest.run(
+        [folder], CompareConfig(tasks=2, searched=0, lengths=(1,), tuning_tasks=2), model=model, reporter=quiet
+    )
+    assert compared["rows"][0]["method"] == "learned init + learned rates"
+    space = SpaceConfig(learning_rates=(1e-2,), epochs=(1,), batch_sizes=(32,))
+    found = search_runs.run(SearchConfig(data=small.data, space=space), model=model, reporter=quiet)
+    assert found["trials"] == 1
+    with pytest.raises(ConfigError, match=r"model: expected 10 outputs for images of shape \[8, 8, 1\], got 10 for"):
+        set_up(small, models.mlp(10))
+    built = models.mlp(10, (8, 8, 1), widths=(5, 3), dropout=0.1)
+    assert ModelConfig.of(built) == ModelConfig(widths=(5, 3), dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"outer": OuterConfig(learns="rate")}, "outer.learns"),
+        ({"inner": InnerConfig(derivative="Forward")}, "inner.derivative"),
+        ({"inner": InnerConfig(adapts="heads")}, "inner.adapts"),
+        ({"model": ModelConfig(name="resnet")}, "model.name"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused(small, changes, named):
+    with pytest.raises(ConfigError, match=rf"{named}: expected one of \(.*, got '"):
+        set_up(dataclasses.replace(small, **changes))
