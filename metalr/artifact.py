@@ -53,7 +53,7 @@ class Learner:
     rates: Rates
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def adapt(self, support_x: Any, support_y: Any, steps: int | None = None) -> Params:
+    def adapt(self, support_x: Any, support_y: Any, steps: int | None = None, *, init: Params | None = None) -> Params:
         """Fine-tune on a task's support set; compiled once a shape.
 
         Args:
@@ -62,6 +62,8 @@ class Learner:
           support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
             present in every task.
           steps: inner steps; default: as many as were trained.
+          init: params to start from; default: the learned init. Rates that were learned alone (outer.learns "rates")
+            hold for any random init, `model.init(key)`; the one stored beside them is such a one.
 
         A schedule with knots is stretched over the steps. Minibatches, if training had them, and dropout, if the
         model has it, are drawn in every step as they were in training, with a fixed key.
@@ -70,14 +72,18 @@ class Learner:
           Params as in `init` (with a leading axis [tasks] for many tasks).
 
         Raises:
-          DataError: a wrong shape, dtype, label or pixel. ConfigError: steps that spec.extend forbids.
+          DataError: a wrong shape, dtype, label or pixel. ConfigError: steps that spec.extend forbids, or an init of
+            another network.
         """
+        start = self.init if init is None else init
+        if jax.tree.map(np.shape, start) != jax.tree.map(np.shape, self.init):
+            raise ConfigError("init: expected params named and shaped as the learner's own init, got others")
         steps = self.spec.steps if steps is None else steps
         rates_lib.check_steps(self.spec, steps)
         batched = np.ndim(support_y) == 2
         x = self._images(support_x, "support_x", batched)
         y = self._labels(support_y, x.shape[: 1 + batched])
-        return self._adapt(self.init, self.rates, x, y, steps=int(steps))
+        return self._adapt(start, self.rates, x, y, steps=int(steps))
 
     def apply(self, params: Params, x: Any) -> jax.Array:
         """Logits [n, way] float32 of images in any of the forms that `adapt` takes (differentiable in params).
@@ -268,9 +274,11 @@ def describe(learner: Learner) -> dict[str, Any]:
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
     rows = "\n".join(f"| {g} | {v} |" for g, v in rates_lib.summary(learner.spec, learner.rates).items())
     norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
+    alone = learner.facts.get("outer", {}).get("learns") == "rates"
+    init = "a random initialization that was not learned" if alone else "a meta-learned initialization"
     return (
         f"# A metalr learner\n\nA {facts['model']['name']} with {learner.model.way} outputs for "
-        f"{'x'.join(map(str, learner.model.input_shape))} images: a meta-learned initialization and inner-loop "
+        f"{'x'.join(map(str, learner.model.input_shape))} images: {init} and meta-learned inner-loop "
         f"learning rates ({learner.spec.granularity}), trained for {learner.spec.steps} steps.\n{norm}\n"
         '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
         "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"

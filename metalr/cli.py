@@ -149,7 +149,8 @@ def evaluate(
     Args:
       run: a run folder.
       episodes: number of meta-test tasks; default: as in the run.
-      steps: length of the adaptation curve; default: as in the run.
+      steps: length of the adaptation curve, over which a schedule with knots is stretched, as `metalr adapt` does;
+        default: as in the run, with the schedule as trained, and held after its end.
       seed: seed of the tasks; default: as in the run.
       json_: print JSON instead of a table.
     """
@@ -166,7 +167,7 @@ def evaluate(
     learner = artifact.load(run / "artifact")
     if learner.facts.get("split_sha256") != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
-    curve, seconds = compare.held_out(learner, setup, asked.episodes, config.curve_steps, asked.seed)
+    curve, seconds = compare.held_out(learner, setup, asked.episodes, config.curve_steps, asked.seed, of_steps=steps)
     results = {
         "run": str(run),
         "episodes": asked.episodes,

@@ -15,15 +15,20 @@ from metalr.setup import Setup, grid_of
 from metalr.types import Curve
 
 
-def held_out(learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int) -> tuple[Curve, float]:
+def held_out(
+    learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int, of_steps: int | None = None
+) -> tuple[Curve, float]:
     """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation.
 
-    Where rates alone were learned, every task starts from a random init of its own.
+    Where rates alone were learned, every task starts from a random init of its own. of_steps: over how many steps a
+    schedule with knots is stretched; default: the trained ones, after which it holds.
     """
     began = time.perf_counter()
     pool, sample = setup.samplers["test"]
     random_init = setup.phases.fresh_init
-    evaluator = evaluate.make_evaluator(learner.model, learner.spec, sample, steps, random_init=random_init)
+    evaluator = evaluate.make_evaluator(
+        learner.model, learner.spec, sample, steps, random_init=random_init, of_steps=of_steps
+    )
     curve = evaluator(pool, learner.init, learner.rates, evaluate.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
 

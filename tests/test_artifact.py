@@ -69,6 +69,20 @@ def test_adapt_is_the_plain_inner_loop():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_rates_adapt_another_init(tmp_path):
+    learned = learner()
+    other = learned.model.init(jax.random.key(7))
+    expected = dataclasses.replace(learned, init=other).adapt(X, Y)
+    for a, b in zip(leaves(learned.adapt(X, Y, init=other)), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match="init: expected params named and shaped as the learner's own init"):
+        learned.adapt(X, Y, init=models.mlp(3, (8, 8, 1), widths=(7,)).init(jax.random.key(0)))
+    alone = dataclasses.replace(learned, facts={"outer": {"learns": "rates"}})
+    cards = [(metalr.save(tmp_path / n, one) / "README.md").read_text() for n, one in (("a", learned), ("b", alone))]
+    assert "a meta-learned initialization" in cards[0]
+    assert "a random initialization that was not learned" in cards[1]
+
+
 def test_all_forms_of_images_are_the_same():
     learned = learner()
     forms = [X, X[..., None], X / 255.0, (X / np.float32(255))[..., None], jnp.asarray(X)]

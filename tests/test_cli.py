@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import cli, config, data, setup
+from metalr import cli, config, data, evaluate, setup
 from metalr.errors import ConfigError
 
 SMALL = [
@@ -94,6 +94,19 @@ def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
     learned.apply(learned.adapt(x, np.arange(20) % 10, steps=30), x)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["rates"]["momentum:head"] > 0
+
+    curves = {}
+    for steps in (12, 24):  # what is asked for is what the schedule is stretched over
+        call("evaluate", tmp_path / "run", "--steps", steps, "--episodes", "4", "--json")
+        curves[steps] = json.loads(capsys.readouterr().out)["curve"]
+    parts = setup.set_up(config.read_config(tmp_path / "run"))
+    evaluator = evaluate.make_evaluator(
+        learned.model, learned.spec, parts.samplers["test"][1], 24, of_steps=24, at=[24]
+    )
+    keys = evaluate.episode_keys(0, 4)
+    expected = evaluator(parts.samplers["test"][0], learned.init, learned.rates, keys).mean[0]
+    assert curves[24][-1]["accuracy"] == pytest.approx(float(expected), abs=1e-6)
+    assert curves[12][-1]["steps"] == 12
 
 
 def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
