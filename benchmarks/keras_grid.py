@@ -107,7 +107,7 @@ def in_keras(x: np.ndarray, y: np.ndarray, epochs: int, every_epoch: bool, full:
 
 def one_at_a_time(arrays: fit.Arrays, epochs: int) -> tuple[float, dict[int, float]]:
     """The same cells in a plain JAX loop: a jit-compiled epoch for one rate on one device, warm; scaled alike."""
-    model = models.mlp(10)
+    model = models.mlp(10, dropout=0.2)
     key = jax.random.key(0)
     init = model.init(key)
     rates = np.array(SPACE.learning_rates[:1], np.float32)

@@ -29,18 +29,22 @@ SETTINGS: Any = jax.config  # its options are not in its type
 ACCELERATOR_GROUP = 64  # tasks vmapped together on GPUs and TPUs
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores() -> None:
     """Make every CPU core a JAX device. Programs call this first; it does nothing once JAX runs.
 
     Settings that the user made (XLA_FLAGS, jax_num_cpu_devices) stay. The command line and the experiments call it;
     importing metalr as a library changes no setting.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen"
     if SETTINGS.jax_num_cpu_devices > 0 or flag in flags:
         return
     with contextlib.suppress(RuntimeError):  # JAX runs already
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", cores())
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 

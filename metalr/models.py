@@ -203,7 +203,7 @@ def mlp(
     input_shape: tuple[int, int, int] = (28, 28, 1),
     *,
     widths: Sequence[int] = (128,),
-    dropout: float = 0.2,
+    dropout: float = 0.0,
     dtype: str = "float32",
 ) -> Model:
     """Dense-ReLU(-dropout) layers and a dense head; the defaults are the reference MLP 784-128-way.

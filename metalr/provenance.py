@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import optax
 
+from metalr.devices import cores
+
 
 def command() -> str:
     """The command line of this process, as a person would type it again."""
@@ -40,7 +42,7 @@ def provenance() -> dict[str, Any]:
         "commit": commit or "not a checkout",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
-        "machine": f"{model}, {len(devices)} x {devices[0].device_kind}, {platform.system()}",
+        "machine": f"{model}, {cores()} cores, {len(devices)} x {devices[0].device_kind}, {platform.system()}",
     }
 
 

@@ -265,10 +265,11 @@ def searched(
         )  # fmt: skip
         best = trials_lib.best(trials)
         whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
+        size = field.support if best.batch_size == field.train else best.batch_size  # all of it stays all of it
         (point,) = fit.trajectory(
-            program(best.batch_size), whole, init, [best.learning_rate], keys, [best.params["epochs"]], go_on
+            program(size), whole, init, [best.learning_rate], keys, [best.params["epochs"]], go_on
         )
-        cost = best.params["epochs"] * (field.support // best.batch_size) * best.batch_size
+        cost = best.params["epochs"] * (field.support // size) * size
         return Searched(trials, float(point.test.mean()), cost)
 
     devices.spread(run, jobs, jax.local_devices(), between)

@@ -265,10 +265,10 @@ def meta_train(
             save(state)
             raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps")
     init, rates = best
-    return init, rates, _training_facts(config, facts)
+    return init, rates, _training_facts(config, setup, facts)
 
 
-def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
     warm = float(np.median(facts["warm"]))
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
     return {
@@ -280,7 +280,7 @@ def _training_facts(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any
         **numbers,
         "tasks_per_second": round(config.outer.meta_batch / warm, 1),
         "skipped_updates": facts["skipped"],
-        "example_gradients": config.outer.steps * config.outer.meta_batch * task_cost(config),
+        "example_gradients": round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup)),
     }
 
 

@@ -180,20 +180,24 @@ def grid_of(config: TrainConfig) -> search.Grid:
     return search.Grid(**values)
 
 
-def task_cost(config: TrainConfig) -> int:
-    """Example-gradients of one task's inner steps and query gradient.
-
-    Differentiating through an inner step costs about two more than the step itself (docs/scaling.md).
-    """
+def task_cost(config: TrainConfig, setup: Setup) -> float:
+    """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
     support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
-    row = algorithms.algorithm_row(config.inner.algorithm)
-    if row.meta_gradient == "joint":
+    steps, method = config.inner.steps, setup.method
+    if method.meta_gradient == "joint":
         return support + query
-    first_order = row.first_order if config.inner.first_order is None else config.inner.first_order
-    inner_steps = (1 if first_order or row.meta_gradient != "query" else 3) * config.inner.steps
-    if row.meta_gradient == "implicit":
-        inner_steps += 2 * config.inner.solver_steps
-    return inner_steps * min(config.inner.batch_size or support, support) + query
+    if method.meta_gradient == "implicit":
+        steps += 2 * method.solver_steps
+    numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
+    exact = {
+        "reverse": 3 * steps,
+        "remat": 4 * steps,
+        "forward": (2 * numbers + 1) * steps,
+        "truncated": steps + 3 * min(method.last, steps),
+    }[method.derivative]
+    simple = method.first_order or method.meta_gradient != "query"
+    share = 1.0 if simple else setup.phases.first_order_until / config.outer.steps
+    return (share * steps + (1 - share) * exact) * min(config.inner.batch_size or support, support) + query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
@@ -222,7 +226,7 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
     image = jax.ShapeDtypeStruct((1, *setup.model.input_shape), jnp.float32)
     cost: Any = jax.jit(setup.model.apply).lower(shapes, image).cost_analysis()
     per_example = 3 * float(cost["flops"])  # the gradient costs twice the prediction
-    examples = config.outer.steps * config.outer.meta_batch * task_cost(config)
+    examples = config.outer.steps * config.outer.meta_batch * task_cost(config, setup)
     if config.grid.run:
         grid, support = grid_of(config), config.tasks.way * config.tasks.shot
         batches = sum(min(size, support) for size in grid.batch_sizes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metalr import descent, inner, models, outer, rates
+from metalr import config, descent, inner, models, outer, rates
 from metalr.errors import ConfigError
 
 X = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
@@ -45,11 +45,11 @@ def test_reference_mlp_is_the_default():
         "dense_0": {"kernel": (784, 128), "bias": (128,)},
         "head": {"kernel": (128, 10), "bias": (10,)},
     }
-    assert model.settings["dropout"] == 0.2
+    assert model.settings["dropout"] == config.ModelConfig().dropout == 0.0
 
 
 def test_dropout_is_active_with_a_key_only():
-    model = models.mlp(10)
+    model = models.mlp(10, dropout=0.2)
     params = model.init(jax.random.key(0))
     np.testing.assert_array_equal(model.apply(params, X), model.apply(params, X))
     with_key = model.apply(params, X, key=jax.random.key(2))
