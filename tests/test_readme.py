@@ -18,8 +18,18 @@ STUDIES = {name: results for name, results in ALL.items() if "rows" in results}
 OMNIGLOT = {name: results for name, results in ALL.items() if name.startswith("omniglot_")}
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_snippet_of_a_network_of_your_own_runs():
+    scope = {}
+    exec(SNIPPETS[1].replace("steps=500", "steps=2, meta_batch=2"), scope)
+    assert scope["learned"].model is scope["model"]
+    assert scope["results"]["training"]["outer_steps"] == 2
+
+
 def test_snippet_runs():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippet = SNIPPETS[0]
     images, labels = data.bundled().test_images[..., 0], data.bundled().test_labels
     rows = np.concatenate([np.flatnonzero(labels == digit)[:20] for digit in range(10)])
     support = np.arange(len(rows)) % 20 < 5
@@ -112,23 +122,32 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
 
 
 def test_numbers_of_the_comparison_are_those_of_its_results():
-    """Rows of docs/searching.md: case | method | steps | accuracy ± ci | …"""
-    results = json.loads((ROOT / "benchmarks" / "results" / "grid_search.json").read_text())
-    measured = {
-        (row["case"], row["method"], "" if row["steps"] is None else str(row["steps"])): (
-            round(100 * row["accuracy"], 1),
-            round(100 * row["ci95"], 1),
-        )
-        for row in results["rows"]
-    }
-    text = (ROOT / "docs" / "searching.md").read_text()
-    pattern = r"^\| `([^`]+)` \| ([^|]+) \| (\d*) ?\| (\d+\.\d) ± (\d+\.\d) \|"
-    rows = re.findall(pattern, text, re.M)
-    assert {row[0] for row in rows} == {case for case, _, _ in measured}
-    rows += (more := re.findall(pattern, README, re.M))
-    assert more
-    for case, method, steps, accuracy, ci in rows:
-        assert measured[(case, method, steps)] == (float(accuracy), float(ci))
+    """Rows of docs/searching.md, and of README, which has no column of tasks and the cost of each cell alone."""
+
+    def cells(row, in_readme):
+        cost = row["naive_example_gradients" if in_readme else "example_gradients"] / 1000
+        paired = row.get("learned_minus_this_at_equal_cost")
+        if row["method"] == "learned init + learned rates":
+            paired = None
+        return [
+            f"`{row['case']}`",
+            row["method"],
+            "" if row["steps"] is None else str(row["steps"]),
+            f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}",
+            *([] if in_readme else [str(row["tasks"])]),
+            f"{cost:,.0f}" if in_readme else f"{cost:,.1f}",
+            f"{100 * paired[0]:+.1f} ± {100 * paired[1]:.1f}" if paired else "",
+        ]
+
+    measured = json.loads((ROOT / "benchmarks" / "results" / "grid_search.json").read_text())["rows"]
+    cases = {row["case"] for row in measured}
+    for text in (README, (ROOT / "docs" / "searching.md").read_text()):
+        expected = [cells(row, text is README) for row in measured]
+        shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()
+                 if line.startswith("| `") and line.split("`")[1] in cases]  # fmt: skip
+        assert shown
+        assert [row for row in shown if row not in expected] == []
+    assert {row[0].strip("`") for row in shown} == cases
 
 
 def test_numbers_of_the_benchmarks_are_those_of_their_results():
