@@ -132,7 +132,7 @@ class Learner:
                 return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
             def here(init: Params, rates: Rates, x: jax.Array, y: jax.Array) -> Params:
-                return devices.by_platform(model, tasks, init, rates, _unit(x), y)
+                return devices.by_platform(model, tasks, init, rates, models.unit(x), y)
 
             if y.ndim == 1:
                 return here(init, rates, x, y)
@@ -146,7 +146,7 @@ class Learner:
             def forward(apply: models.Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
                 return jax.vmap(apply)(params, x) if x.ndim == 5 else apply(params, x)
 
-            return devices.by_platform(self.model, forward, params, _unit(x))
+            return devices.by_platform(self.model, forward, params, models.unit(x))
 
         return jax.jit(logits)
 
@@ -187,10 +187,6 @@ class Learner:
                 missing = int(np.argwhere(~counts)[0, 1])
                 raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
         return y.astype(np.int32)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
 
 
 def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:

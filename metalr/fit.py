@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalr import devices, inner
+from metalr import devices, inner, models
 from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 from metalr.types import Episode, Params
@@ -64,11 +64,6 @@ def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
     return Arrays(x[~held], y[~held], x[chosen], y[chosen], test_x, test_y)
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """Pixels as float32, 0..1: bytes are scaled, floats stay. So a large set can stay on the device as bytes."""
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-
-
 def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     """Share of correct predictions, some images at a time: [] float32.
 
@@ -83,7 +78,7 @@ def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Ar
     def correct(group: tuple[jax.Array, jax.Array]) -> jax.Array:
         start, already = group
         images, labels = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, y))
-        right = apply(params, unit(images)).argmax(-1) == labels
+        right = apply(params, models.unit(images)).argmax(-1) == labels
         return (right & (jnp.arange(size) >= already)).sum()
 
     return jax.lax.map(correct, (starts, begins - starts)).sum() / np.float32(len(y))
@@ -102,7 +97,7 @@ def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Par
     Returns:
       (arrays, init): pixels [n, 1, inputs, 1], and as many rows in the first kernel.
     """
-    if not (model.relu_stack and optimizer in DIRECTIONS):
+    if not (model.relu_stack and optimizer in ELEMENTWISE):
         return arrays, init
     flat = [images.reshape(len(images), -1) for images in (arrays.train_x, arrays.val_x, arrays.test_x)]
     blank = ~np.any([images.any(axis=0) for images in flat], axis=0)
@@ -180,7 +175,7 @@ def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
     return _Form(start, make_step, turn)
 
 
-DIRECTIONS = {"adam": optax.scale_by_adam, "sgd": optax.identity}  # what `_wide` is fit for
+ELEMENTWISE = {"adam": optax.scale_by_adam, "sgd": optax.identity}  # what `_wide` is fit for
 
 
 def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Callable[[int], Program]:
@@ -191,8 +186,8 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
     Args:
       plain: never use the wide form (it gives the same; tests compare).
     """
-    wide = optimizer in DIRECTIONS and model.relu_stack and not plain
-    form = _wide(DIRECTIONS[optimizer]) if wide else _side_by_side(getattr(optax, optimizer))
+    wide = optimizer in ELEMENTWISE and model.relu_stack and not plain
+    form = _wide(ELEMENTWISE[optimizer]) if wide else _side_by_side(getattr(optax, optimizer))
 
     def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
         def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
@@ -211,7 +206,7 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
 
             def in_form(apply: Apply, _: int, carry: inner.Carry, x: jax.Array) -> inner.Carry:
                 def on_bytes(params: Params, x: jax.Array, **options: Any) -> jax.Array:
-                    return apply(params, unit(x), **options)
+                    return apply(params, models.unit(x), **options)
 
                 step = form.make_step(
                     on_bytes, x, y, rates, steps,

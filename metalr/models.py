@@ -62,6 +62,11 @@ class Model:
     transductive: bool = False
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Pixels as models take them, float32 0..1: bytes are scaled, so large sets can stay on the device as bytes."""
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
+
 def _kernel_first(x: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> jax.Array:
     """x [n, inputs] times kernel [inputs, outputs], asked for the other way round.
 

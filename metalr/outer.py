@@ -127,7 +127,12 @@ def meta_gradient(
 
     Returns:
       (gradients shaped like `meta`, {"loss", "accuracy"}: means over tasks of the query set after adaptation).
+
+    Raises ConfigError for a method that there is not.
     """
+    for choice, known in (("derivative", DERIVATIVES), ("meta_gradient", ("query", *directions.DIRECTIONS))):
+        if getattr(method, choice) not in known:
+            raise ConfigError(f"{choice}: expected one of {known}, got {getattr(method, choice)!r}")
     dropout = model.dropout
     support = episodes.support_y.shape[1]
     name = method.meta_gradient if method.meta_gradient != "query" else method.derivative

@@ -22,7 +22,6 @@ from metalr.types import MetaParams, Params, Rates
 
 SCHEDULES = ("cosine", "constant")
 POLICIES = ("stop", "skip")
-LEARNS = ("both", "init", "rates")
 CHUNK = 50  # most outer steps a dispatch
 DISPATCH_SECONDS = 1.0  # about how long a dispatch takes: progress moves, a signal is heard, and little is lost between
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from metalr import algorithms, config, models, outer, rates, tasks, train
+from metalr import algorithms, config, models, outer, rates, tasks
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in (ROOT / "metalr").glob("*.py") if path.stem != "__init__"}
@@ -62,4 +62,3 @@ def test_choices_on_the_command_line_are_those_of_the_tables():
     assert choices(config.InnerConfig, "extend") == set(rates.EXTENDS)
     assert choices(config.InnerConfig, "base") == set(rates.BASES)
     assert choices(config.InnerConfig, "derivative") == {"auto", *outer.DERIVATIVES}
-    assert choices(config.OuterConfig, "learns") == set(train.LEARNS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metalr import models, outer, rates
+from metalr.errors import ConfigError
 from metalr.outer import Method
 from metalr.rates import RatesSpec
 from metalr.types import Episode
@@ -160,6 +161,15 @@ def test_step_weights_are_the_multi_step_loss():
                 padded = {k: jnp.pad(v, (0, 3 - steps)) for k, v in part.rates.items()}
                 expected = jax.tree.map(lambda a, b, w=weight: a + w * b, expected, part._replace(rates=padded))
             close(grads, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [Method("Implicit"), Method(derivative="remmat"), Method("forward", derivative="x")])
+def test_a_method_that_there_is_not_is_refused(method):
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ConfigError, match=r"(derivative|meta_gradient): expected one of \(.*, got"),
+    ):
+        gradient(SPECS["rates"], method)
 
 
 def test_auto_picks_by_memory():
