@@ -43,7 +43,7 @@ from fault_runs import (
 )
 from fault_trials import QUIET, SEED, Failed, Row, count, expect
 
-from metalr import checkpoints, cli, config, devices, folders, outer, progress, runs, setup, train
+from metalr import checkpoints, cli, config, config_files, devices, folders, outer, progress, runs, setup, train
 from metalr.errors import ConfigError, StorageError
 from metalr.provenance import provenance
 
@@ -173,7 +173,7 @@ def typos(n: int) -> list[Row]:
                 said = ""
                 if form == "config file":
                     try:
-                        config.from_json(nested(wrong, default(name)))
+                        config_files.from_json(nested(wrong, default(name)))
                     except ConfigError as error:
                         said = str(error)
                     refused += bool(said)

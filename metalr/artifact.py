@@ -76,8 +76,9 @@ class Learner:
             another network.
         """
         start = self.init if init is None else init
-        if jax.tree.map(np.shape, start) != jax.tree.map(np.shape, self.init):
-            raise ConfigError("init: expected params named and shaped as the learner's own init, got others")
+        expected, came = (jax.tree.map(np.shape, tree) for tree in (self.init, start))
+        if came != expected:
+            raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
         steps = self.spec.steps if steps is None else steps
         rates_lib.check_steps(self.spec, steps)
         batched = np.ndim(support_y) == 2

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import tyro
 
 from metalr import folders
-from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig, read_config
+from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
+from metalr.config_files import read_config
 from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
 
 COMPARISON = CompareConfig()
@@ -61,7 +62,8 @@ def guard(run: Callable[[], Any]) -> Any:
         try:
             return run()
         finally:
-            sys.stdout.flush()  # here, where what it raises is caught
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()  # here, where what it raises is caught
     except BrokenPipeError:  # the reader has seen enough, as `metalr train --help | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)
@@ -101,7 +103,12 @@ def _default(argv: list[str], kind: Any) -> Any:
     """A command's default settings: those of the run to resume, if there is one."""
     resumed = next((b for a, b in itertools.pairwise(argv) if a == "--resume"), None)
     resumed = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), resumed)
-    return kind() if resumed is None else read_config(Path(resumed), kind)
+    if resumed is None:
+        return kind()
+    config = read_config(Path(resumed), kind)
+    if config.model.own:
+        raise ConfigError(f"resume: {resumed} has a network of your own; go on in Python: resume(folder, model=...)")
+    return config
 
 
 def _train_command(argv: list[str]) -> Callable[..., None]:

@@ -20,7 +20,8 @@ import numpy as np
 
 from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, searchers, tasks
 from metalr import trials as trials_lib
-from metalr.config import CompareConfig, TrainConfig, differences, from_json, read_config
+from metalr.config import CompareConfig, TrainConfig
+from metalr.config_files import differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
 from metalr.models import Model
 from metalr.progress import ConsoleReporter, Reporter
@@ -114,7 +115,7 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
         raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
     field, facts = _make_field(from_json(trained[0]["config"]), config, learners[0])
     spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
-    space = searchers.Space(**dataclasses.asdict(config.space)).fitting(field.train)
+    space = searchers.Space(**dataclasses.asdict(config.space))
     warm = rivals.as_trial(learners[0], space) is not None
     paid_once = {
         name: float(np.mean([results["training"]["example_gradients"] for results in of]))
@@ -269,7 +270,7 @@ def _searches(
             wanted, inits, first=[warm] if warm else [], cells=max(config.budgets), known=known, keep=keep,
             between=between,
         )  # fmt: skip
-    rows, cell = [], rivals.mean_cost(parts.space, parts.field.train)
+    rows, cell = [], rivals.mean_cost(parts.space.fitting(parts.field.train), parts.field.train)
     for origin, names in wanted.items():
         for name in names:
             each, grid = [found[(origin, name, task)] for task in range(config.searched)], name == "grid"

@@ -101,7 +101,7 @@ def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Par
         return arrays, init
     flat = [images.reshape(len(images), -1) for images in (arrays.train_x, arrays.val_x, arrays.test_x)]
     blank = ~np.any([images.any(axis=0) for images in flat], axis=0)
-    kept = np.sort(np.argsort(blank, kind="stable")[: -(-np.sum(~blank) // VECTOR) * VECTOR])
+    kept = np.sort(np.argsort(blank, kind="stable")[: max(1, -(-np.sum(~blank) // VECTOR)) * VECTOR])
     x = [images[:, None, kept, None] for images in flat]
     first = next(name for name in ("dense_0", model.head) if name in init)
     layer = init[first] | {"kernel": init[first]["kernel"][..., kept, :]}

@@ -226,7 +226,7 @@ def searched(
     """Every task's own searches, with 20 % of each class of its support set to choose by; tasks go side by side.
 
     Args:
-      space: fitting the training part.
+      space: batches larger than a task's training part become all of it.
       wanted: name of an init -> searchers from it; "tpe+" is TPE that tries `first` first.
       inits: name -> params; None draws a random init for each task.
       cells: budget of a search that is not a grid, in mean cells of the grid.
@@ -257,15 +257,18 @@ def searched(
         start = inits[origin]
         init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(init_key) if start is None else start)
         arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
+        train = len(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
+        fitting = space.fitting(train)
+        given = [one | {"batch_size": min(fitting.batch_sizes)} for one in first] if searcher.endswith("+") else []
         arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
         problem = searchers.Problem(arrays, init, keys, program)
         trials = searchers.search(
-            searcher.rstrip("+"), space, problem, devices=[device], seed=task, between=go_on,
-            budget=cells * mean_cost(space, field.train), first=first if searcher.endswith("+") else (),
+            searcher.rstrip("+"), fitting, problem, devices=[device], seed=task, between=go_on,
+            budget=cells * mean_cost(fitting, train), first=given,
         )  # fmt: skip
         best = trials_lib.best(trials)
         whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
-        size = field.support if best.batch_size == field.train else best.batch_size  # all of it stays all of it
+        size = field.support if best.batch_size == train else best.batch_size  # all of it stays all of it
         (point,) = fit.trajectory(
             program(size), whole, init, [best.learning_rate], keys, [best.params["epochs"]], go_on
         )

@@ -24,7 +24,8 @@ import numpy as np
 
 from metalr import artifact, checkpoints, compare, evaluate, folders, preemption, search, train
 from metalr import rates as rates_lib
-from metalr.config import ModelConfig, TrainConfig, differences, read_config
+from metalr.config import ModelConfig, TrainConfig
+from metalr.config_files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.models import Model
 from metalr.progress import ConsoleReporter, Reporter
@@ -80,6 +81,8 @@ def resume(
     folders.refuse_if_locked(folder)
     stored = read_config(folder)
     config = dataclasses.replace(config or stored, out=folder)
+    if model is not None:
+        config = dataclasses.replace(config, model=ModelConfig.of(model))
     for field, (old, new) in differences(stored, config).items():
         if not any(field == free or field.startswith(f"{free}.") for free in MAY_CHANGE):
             raise ConfigError(
@@ -146,13 +149,14 @@ def _kept_cells(
     def keep(cells: list[search.Cell]) -> None:
         folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks} for c in cells])
         if asked():
-            raise _stopped(folder, "in the grid")
+            raise _stopped(folder, "in the grid", config.model.own)
 
     return known, keep
 
 
-def _stopped(folder: Path, where: str) -> StoppedError:
-    return StoppedError(f"stopped {where}, and saved; go on with: metalr train --resume {folder}")
+def _stopped(folder: Path, where: str, own: bool) -> StoppedError:
+    how = f"runs.resume({str(folder)!r}, model=...)" if own else f"metalr train --resume {folder}"
+    return StoppedError(f"stopped {where}, and saved; go on with: {how}")
 
 
 def meta_train(
@@ -263,7 +267,7 @@ def meta_train(
             raise error.noted(_diagnosis(config, setup, state.meta, error.step)) from None
         if int(state.step) < steps:
             save(state)
-            raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps")
+            raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps", config.model.own)
     init, rates = best
     return init, rates, _training_facts(config, setup, facts)
 

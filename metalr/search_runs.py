@@ -18,7 +18,8 @@ import numpy as np
 
 from metalr import data, evaluate, fit, folders, models, preemption, searchers, tasks
 from metalr import trials as trials_lib
-from metalr.config import ModelConfig, SearchConfig, differences, read_config
+from metalr.config import ModelConfig, SearchConfig
+from metalr.config_files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, provenance
@@ -61,7 +62,10 @@ def resume(
     """
     folders.refuse_if_locked(folder)
     stored = read_config(folder, SearchConfig)
-    for field, (old, new) in differences(stored, config or stored).items():
+    given = config or stored
+    if model is not None:
+        given = dataclasses.replace(given, model=ModelConfig.of(model))
+    for field, (old, new) in differences(stored, given).items():
         if field not in MAY_CHANGE:
             raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
     if (folder / "results.json").exists():

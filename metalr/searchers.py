@@ -196,7 +196,7 @@ def _grid(
 def jobs_of(space: Space, devices: int) -> list[tuple[int, Sequence[float]]]:
     """The grid's trajectories as (batch size, rates side by side): the smallest batches, which take longest, first.
 
-    Batch sizes that would leave devices idle at the end are split by their rates.
+    Batch sizes that would leave devices idle at the end are split by their rates, as far as there are some.
     """
     sizes = sorted(space.batch_sizes)
     rest = len(sizes) % devices

@@ -14,7 +14,8 @@ import optax
 
 from metalr import algorithms, data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
-from metalr.config import ModelConfig, SearchConfig, TrainConfig, check_literals
+from metalr.config import ModelConfig, SearchConfig, TrainConfig
+from metalr.config_files import check_literals
 from metalr.errors import ConfigError
 from metalr.models import Model
 from metalr.outer import Method
@@ -139,7 +140,7 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
 
 def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
     """Raises ConfigError for a value that is none of a setting's choices, or a network of your own that is missing."""
-    if model is None and config.model.name == models.CUSTOM:
+    if model is None and config.model.own:
         raise ConfigError("model: these settings are of a network of your own; expected it as model=..., got None")
     check_literals(config if model is None else dataclasses.replace(config, model=ModelConfig()))
 
@@ -186,8 +187,7 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
     steps, method = config.inner.steps, setup.method
     if method.meta_gradient == "joint":
         return support + query
-    if method.meta_gradient == "implicit":
-        steps += 2 * method.solver_steps
+    solver = 2 * (method.solver_steps + 2) * support if method.meta_gradient == "implicit" else 0
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
     exact = {
         "reverse": 3 * steps,
@@ -197,7 +197,7 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
     }[method.derivative]
     simple = method.first_order or method.meta_gradient != "query"
     share = 1.0 if simple else setup.phases.first_order_until / config.outer.steps
-    return (share * steps + (1 - share) * exact) * min(config.inner.batch_size or support, support) + query
+    return (share * steps + (1 - share) * exact) * min(config.inner.batch_size or support, support) + solver + query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
@@ -222,10 +222,9 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
     began = time.perf_counter()
     product(x).block_until_ready()
     rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
-    shapes = jax.eval_shape(setup.model.init, jax.random.key(0))
-    image = jax.ShapeDtypeStruct((1, *setup.model.input_shape), jnp.float32)
-    cost: Any = jax.jit(setup.model.apply).lower(shapes, image).cost_analysis()
-    per_example = 3 * float(cost["flops"])  # the gradient costs twice the prediction
+    params = jax.eval_shape(setup.model.init, jax.random.key(0))
+    uses = {"mlp": 1, "conv4": 40, "rnn": 28}.get(config.model.name, 10)  # of a weight, an image; your own: a guess
+    per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
     examples = config.outer.steps * config.outer.meta_batch * task_cost(config, setup)
     if config.grid.run:
         grid, support = grid_of(config), config.tasks.way * config.tasks.shot

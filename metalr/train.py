@@ -184,7 +184,7 @@ def make_chunk(
     def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         now = state.meta
         if phases.fresh_init:
-            now = now._replace(init=model.init(jax.random.fold_in(second_key(key), state.step)))
+            now = now._replace(init=model.init(second_key(jax.random.fold_in(key, state.step))))
         grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
         if phases.fresh_init:  # the init that stays in the state is another one
             grads = grads._replace(init=jax.tree.map(jnp.zeros_like, grads.init))

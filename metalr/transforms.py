@@ -12,8 +12,8 @@ SHIFT = 0.1  # of the image's size, at strength 1: how far each image moves at m
 def distort(key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int, int, int]) -> jax.Array:
     """All images through one map: the identity, mirrored or not, plus strength times uniform numbers in -1/2..1/2.
 
-    Before it, each image goes through a weaker map of its own, never mirrored, and is shifted: as another hand would
-    draw it.
+    Before it, each image is shifted, and after it, goes through a weaker map of its own, never mirrored: as another
+    hand would have drawn it.
     """
     mirror_key, map_key, own_key = jax.random.split(key, 3)
     mirror = jnp.array([1.0, jax.random.rademacher(mirror_key, (), jnp.float32)])

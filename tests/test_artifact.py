@@ -75,7 +75,7 @@ def test_rates_adapt_another_init(tmp_path):
     expected = dataclasses.replace(learned, init=other).adapt(X, Y)
     for a, b in zip(leaves(learned.adapt(X, Y, init=other)), leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ConfigError, match="init: expected params named and shaped as the learner's own init"):
+    with pytest.raises(ConfigError, match="init: expected params as the learner's own init, .*got {"):
         learned.adapt(X, Y, init=models.mlp(3, (8, 8, 1), widths=(7,)).init(jax.random.key(0)))
     alone = dataclasses.replace(learned, facts={"outer": {"learns": "rates"}})
     cards = [(metalr.save(tmp_path / n, one) / "README.md").read_text() for n, one in (("a", learned), ("b", alone))]

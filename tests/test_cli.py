@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import cli, config, data, evaluate, setup
+from metalr import cli, config, config_files, data, evaluate, setup
 from metalr.errors import ConfigError
 
 SMALL = [
@@ -99,7 +99,7 @@ def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
     for steps in (12, 24):  # what is asked for is what the schedule is stretched over
         call("evaluate", tmp_path / "run", "--steps", steps, "--episodes", "4", "--json")
         curves[steps] = json.loads(capsys.readouterr().out)["curve"]
-    parts = setup.set_up(config.read_config(tmp_path / "run"))
+    parts = setup.set_up(config_files.read_config(tmp_path / "run"))
     evaluator = evaluate.make_evaluator(
         learned.model, learned.spec, parts.samplers["test"][1], 24, of_steps=24, at=[24]
     )
@@ -235,11 +235,11 @@ def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
         ({"model": 3}, "model: expected an object of settings, got 3"),
     ):
         with pytest.raises(ConfigError, match=message):
-            config.from_json(mistyped)
+            config_files.from_json(mistyped)
 
 
 def test_config_round_trip():
-    assert config.from_json(json.loads(json.dumps(config.QUICKSTART.to_json()))) == config.QUICKSTART
+    assert config_files.from_json(json.loads(json.dumps(config.QUICKSTART.to_json()))) == config.QUICKSTART
 
 
 @pytest.mark.smoke
