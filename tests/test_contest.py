@@ -112,6 +112,21 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
 
 
+def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path):
+    """Classes differ in size then, and so does what a task's search trains on: all of it means all of each."""
+    space = SpaceConfig(learning_rates=(1e-2,), epochs=(1, 2), batch_sizes=(999,))
+    config = dataclasses.replace(
+        CONFIG, label_noise=0.6, space=space, searched=4, searchers=("grid", "tpe+"), out=tmp_path / "noisy"
+    )
+    contest.run(trained[:1], config, reporter=QUIET)
+    rows = [json.loads(line) for line in (config.out / "searches.jsonl").read_text().splitlines()]
+    sizes = {row["trials"][0]["batch_size"] for row in rows}
+    assert len(sizes) > 1
+    assert max(sizes) < 50
+    for row in rows:  # the winner was trained again on all 50
+        assert row["again_example_gradients"] in (50, 100)
+
+
 def test_refusals(trained, tmp_path):
     a, _, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")

@@ -67,6 +67,11 @@ def test_pixels_stay_where_leaving_them_out_could_matter(task):
     arrays = fit.hold_out(task)
     for model, optimizer in ((models.rnn(10, (8, 8, 1)), "adam"), (models.mlp(10, (8, 8, 1)), "lamb")):
         assert fit.without_blank_pixels(model, optimizer, arrays, {}) == (arrays, {})
+    model = models.mlp(10, (8, 8, 1))
+    black = arrays._replace(**{part: np.zeros_like(getattr(arrays, part)) for part in ("train_x", "val_x", "test_x")})
+    some, init = fit.without_blank_pixels(model, "adam", black, model.init(jax.random.key(0)))
+    assert some.train_x.shape == (480, 1, 16, 1)
+    assert init["dense_0"]["kernel"].shape == (16, 128)
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001])

@@ -29,7 +29,7 @@ from metalr.config import (
     TrainConfig,
 )
 from metalr.errors import ConfigError, StoppedError
-from metalr.setup import set_up
+from metalr.setup import set_up, task_cost
 
 
 @pytest.fixture
@@ -347,7 +347,10 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
     (folder / "results.json").unlink()  # as if it had been killed before its end
     with pytest.raises(ConfigError, match="a network of your own; expected it as model=..., got None"):
         runs.resume(folder, reporter=quiet)
-    assert runs.resume(folder, model=model, reporter=quiet)["curve"] == results["curve"]
+    with pytest.raises(ConfigError, match="model.name: expected 'custom' as in .*, got 'mlp'"):
+        runs.resume(folder, model=models.mlp(10, (8, 8, 1)), reporter=quiet)
+    given = dataclasses.replace(small, out=folder)
+    assert runs.resume(folder, given, model=model, reporter=quiet)["curve"] == results["curve"]
 
     compared = contest.run(
         [folder], CompareConfig(tasks=2, searched=0, lengths=(1,), tuning_tasks=2), model=model, reporter=quiet
@@ -374,3 +377,28 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
 def test_a_value_that_is_no_choice_is_refused(small, changes, named):
     with pytest.raises(ConfigError, match=rf"{named}: expected one of \(.*, got '"):
         set_up(dataclasses.replace(small, **changes))
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [
+        ({}, 3 * 4 * 20),
+        ({"derivative": "remat"}, 4 * 4 * 20),
+        ({"derivative": "truncated", "last": 3}, (4 + 3 * 3) * 20),
+        ({"derivative": "forward"}, (2 * 2 + 1) * 4 * 20),
+        ({"first_order": True}, 4 * 20),
+        ({"batch_size": 5}, 3 * 4 * 5),
+        ({"algorithm": "reptile"}, 4 * 20),
+        ({"algorithm": "imaml", "solver_steps": 5}, 4 * 20 + 2 * 7 * 20),
+        ({"algorithm": "joint"}, 20),
+    ],
+)
+def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
+    """20 support images, 4 steps, 30 query images; two learned numbers. docs/long.md has the factors."""
+    config = dataclasses.replace(small, inner=InnerConfig(**{"steps": 4} | inner), evaluation=EvaluationConfig(steps=4))
+    assert task_cost(config, set_up(config)) == expected + 30
+
+
+def test_cost_of_a_first_order_start_is_in_between(small):
+    config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, first_order_share=0.5))
+    assert task_cost(config, set_up(config)) == (0.5 + 0.5 * 3) * 2 * 20 + 30
