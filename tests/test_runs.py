@@ -29,7 +29,7 @@ from metalr.config import (
     TrainConfig,
 )
 from metalr.errors import ConfigError, StoppedError
-from metalr.setup import set_up, task_cost
+from metalr.setup import set_up
 
 
 @pytest.fixture
@@ -363,42 +363,3 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
         set_up(small, models.mlp(10))
     built = models.mlp(10, (8, 8, 1), widths=(5, 3), dropout=0.1)
     assert ModelConfig.of(built) == ModelConfig(widths=(5, 3), dropout=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"outer": OuterConfig(learns="rate")}, "outer.learns"),
-        ({"inner": InnerConfig(derivative="Forward")}, "inner.derivative"),
-        ({"inner": InnerConfig(adapts="heads")}, "inner.adapts"),
-        ({"model": ModelConfig(name="resnet")}, "model.name"),
-    ],
-)
-def test_a_value_that_is_no_choice_is_refused(small, changes, named):
-    with pytest.raises(ConfigError, match=rf"{named}: expected one of \(.*, got '"):
-        set_up(dataclasses.replace(small, **changes))
-
-
-@pytest.mark.parametrize(
-    ("inner", "expected"),
-    [
-        ({}, 3 * 4 * 20),
-        ({"derivative": "remat"}, 4 * 4 * 20),
-        ({"derivative": "truncated", "last": 3}, (4 + 3 * 3) * 20),
-        ({"derivative": "forward"}, (2 * 2 + 1) * 4 * 20),
-        ({"first_order": True}, 4 * 20),
-        ({"batch_size": 5}, 3 * 4 * 5),
-        ({"algorithm": "reptile"}, 4 * 20),
-        ({"algorithm": "imaml", "solver_steps": 5}, 4 * 20 + 2 * 7 * 20),
-        ({"algorithm": "joint"}, 20),
-    ],
-)
-def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
-    """20 support images, 4 steps, 30 query images; two learned numbers. docs/long.md has the factors."""
-    config = dataclasses.replace(small, inner=InnerConfig(**{"steps": 4} | inner), evaluation=EvaluationConfig(steps=4))
-    assert task_cost(config, set_up(config)) == expected + 30
-
-
-def test_cost_of_a_first_order_start_is_in_between(small):
-    config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, first_order_share=0.5))
-    assert task_cost(config, set_up(config)) == (0.5 + 0.5 * 3) * 2 * 20 + 30
