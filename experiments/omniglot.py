@@ -30,7 +30,7 @@ def config(way: int, shot: int, query: int, meta_batch: int, steps: int, validat
 
 CONFIGS = {
     "5way_1shot": config(5, 1, 5, 8, 32000, 400),
-    "5way_5shot": config(5, 5, 5, 8, 14000, 400),
+    "5way_5shot": config(5, 5, 5, 8, 10000, 400),
     "20way_1shot": config(20, 1, 3, 4, 26000, 200),
 }
 
