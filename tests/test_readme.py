@@ -1,7 +1,9 @@
 """README's snippet runs, its numbers are those of the committed results, and the committed artifacts load."""
 
+import dataclasses
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 
 import metalr
 from metalr import data
+from metalr.config_files import differences, from_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ALL = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*.json")}
-RESULTS = {name: results for name, results in ALL.items() if "comparison" in results}
+RESULTS = {name: results for name, results in ALL.items() if results.get("comparison")}
 STUDIES = {name: results for name, results in ALL.items() if "rows" in results}
 OMNIGLOT = {name: results for name, results in ALL.items() if name.startswith("omniglot_")}
 
@@ -111,7 +114,10 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
     learned = metalr.load(path)
     assert learned.facts["split_sha256"] == results["split_sha256"]
     assert sum(f.stat().st_size for f in path.iterdir()) < 10**6
-    best = next(p for p in results["curve"] if p["steps"] == results["config"]["inner"]["steps"])
+    made = from_json(results["runs"][0]["config"])
+    document = runpy.run_path(str(ROOT / "experiments" / "omniglot.py"))["CONFIGS"][name.removeprefix("omniglot_")]
+    assert differences(dataclasses.replace(made, out=None), document) == {}
+    best = next(p for p in results["curve"] if p["steps"] == made.inner.steps)
     row = re.search(rf"^\| `{name}` \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "choosing.md").read_text(), re.M)
     assert row
     assert tuple(map(float, row.groups())) == (round(100 * best["accuracy"], 1), round(100 * best["ci95"], 1))
