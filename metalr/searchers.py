@@ -162,9 +162,8 @@ def _grid(
     found = {(t.batch_size, t.learning_rate, t.epochs): t for t in known}
     one_at_a_time = threading.Lock()
 
-    def run(job: tuple[int, Sequence[float]], device: jax.Device, go_on: Callable[[], None]) -> None:
-        batch_size, side_by_side = job
-        rates = [r for r in side_by_side if not all((batch_size, r, e) in found for e in space.epochs)]
+    def run(batch_size: int, device: jax.Device, go_on: Callable[[], None]) -> None:
+        rates = [r for r in space.learning_rates if not all((batch_size, r, e) in found for e in space.epochs)]
         if rates:
             trajectory(_place(problem, device), batch_size, rates, go_on)
 
@@ -189,23 +188,8 @@ def _grid(
                     found[key] = trial
                     finished(trial)
 
-    spread(run, jobs_of(space, len(devices)), devices, between)
+    spread(run, sorted(space.batch_sizes), devices, between)  # smallest batches first: they take longest
     return [found[cell] for cell in cells]
-
-
-def jobs_of(space: Space, devices: int) -> list[tuple[int, Sequence[float]]]:
-    """The grid's trajectories as (batch size, rates side by side): the smallest batches, which take longest, first.
-
-    Batch sizes that would leave devices idle at the end are split by their rates, as far as there are some.
-    """
-    sizes = sorted(space.batch_sizes)
-    rest = len(sizes) % devices
-    parts = min(-(-devices // rest), len(space.learning_rates)) if rest else 1
-    whole = len(sizes) - rest
-    jobs: list[tuple[int, Sequence[float]]] = [(size, space.learning_rates) for size in sizes[:whole]]
-    for size in sizes[whole:]:
-        jobs += [(size, rates.tolist()) for rates in np.array_split(space.learning_rates, parts)]
-    return jobs
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:

@@ -39,16 +39,6 @@ def test_the_grid_is_its_cells_alone(problem):
     assert trials_lib.cost(trials, grid=True)[0] == len(problem.keys) * 2 * 3 * (160 + 128)
 
 
-def test_no_device_is_left_idle_at_the_end():
-    space = searchers.Space((1e-3, 1e-2, 1e-1), (1,), (128, 32, 64))
-    jobs = {n: [(size, len(rates)) for size, rates in searchers.jobs_of(space, n)] for n in (1, 2, 3, 8)}
-    assert jobs[1] == jobs[3] == [(32, 3), (64, 3), (128, 3)]
-    assert jobs[2] == [(32, 3), (64, 3), (128, 2), (128, 1)]
-    assert jobs[8] == [(size, 1) for size in (32, 64, 128) for _ in range(3)]
-    cells = [(size, rate) for size, rates in searchers.jobs_of(space, 2) for rate in rates]
-    assert sorted(cells) == sorted((size, rate) for size in space.batch_sizes for rate in space.learning_rates)
-
-
 def test_what_is_known_is_not_run_again(problem):
     whole, seen = searchers.search("grid", SPACE, problem), []
     same(searchers.search("grid", SPACE, problem, known=whole[:5], finished=seen.append), whole)
