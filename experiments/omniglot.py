@@ -6,7 +6,8 @@ Needs Omniglot's published train and validation characters, imported as `omniglo
 omniglot; the parts' classes in it): 1,028 characters for meta-training, 86 of the others for choosing and 86 for the
 1,000 meta-test tasks, each in four quarter turns. conv4 with 64 channels and batch-statistics norm (transductive).
 Every meta-training episode goes through one random affine map, and each image through a weaker one of its own.
-Expected: see results/omniglot_*.json and docs/choosing.md; one seed, 40 to 70 minutes each on one CPU core.
+Expected: see results/omniglot_*.json and docs/choosing.md; one seed, half an hour (5-way 5-shot) to an hour and a
+quarter (20-way 1-shot) on one busy core.
 """
 
 import sys
