@@ -7,8 +7,9 @@ tasks. Few-shot: whole support sets, up to 50 steps. Full data: 700 images a cla
 32, up to 20 epochs, the reference grid of 27 cells, every search with 20 % of each class to choose by. Transfer: what
 was learned on MNIST, on Omniglot's characters (if they were imported: `metalr data import FILE --name omniglot`).
 Everything finished is kept in runs/grid_search and not run again, so the benchmark can be stopped; it writes
-results/grid_search.json after every case. --small: bundled data, minutes, written to runs/. Needs the extra `search`,
-and MNIST (`metalr data prepare mnist`). Some five hours on 2 CPU cores.
+results/grid_search.json after every case. --only measures these cases' rows anew and leaves the others alone (each
+row has its commit and machine). --small: bundled data, minutes, written to runs/. Needs the extra `search`, and MNIST
+(`metalr data prepare mnist`). Some six hours on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+
 from metalr import devices
 
 devices.use_all_cores()
 
 import measure  # noqa: E402
 
-from metalr import contest, data, runs  # noqa: E402
+from metalr import contest, data, models, runs  # noqa: E402
 from metalr.config import (  # noqa: E402
     CompareConfig,
     EvaluationConfig,
@@ -41,11 +45,24 @@ ROOT = Path("runs") / "grid_search"
 
 
 class Case(NamedTuple):
-    """What is meta-trained, and what it is compared on. of: the case whose runs are compared, if not its own."""
+    """What is meta-trained, and what it is compared on.
+
+    of: the case whose runs are compared, if not its own. network: one of its own instead of the config's.
+    """
 
     train: TrainConfig | None
     compare: CompareConfig
     of: str = ""
+    network: models.Model | None = None
+
+
+class Bytes(nn.Module):
+    """The reference MLP without its dropout, on images as they often come: 0..255, left unscaled."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Dense(128)(255 * x.reshape(len(x), -1)))
+        return nn.Dense(10, name="head")(x)
 
 
 def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched: int = 20) -> Case:
@@ -121,6 +138,12 @@ CASES = {
     "rotated, full data, label noise 0.4, trained for 200 steps": full(
         "rotated", steps=300, label_noise=0.4, horizon=200, rates_rate=0.1, searched=0, tasks=6
     ),
+    "rotated, full data, inputs 0 to 255": full("rotated", searched=3, tasks=6)._replace(
+        network=models.from_linen(Bytes(), input_shape=(28, 28, 1), way=10)
+    ),
+    "rotated, full data, GRU": full(
+        "rotated", steps=600, model=ModelConfig(name="rnn", width=64), searched=2, tasks=6, tuning_tasks=2
+    ),
 }  # fmt: skip
 
 
@@ -142,36 +165,39 @@ def small(case: Case) -> Case:
     space = SpaceConfig((1e-3, 1e-2), (1, 2), compare.space.batch_sizes[-1:])
     changes: dict[str, Any] = {"data": None, "tasks": 8, "searched": 2, "tuning_tasks": 4, "space": space}
     changes |= {"lengths": (1, 2), "budgets": (1, 3), "shot": compare.shot and 20, "query": compare.query and 20}
-    return Case(train, dataclasses.replace(compare, **changes), case.of)
+    return case._replace(train=train, compare=dataclasses.replace(compare, **changes))
 
 
-def trained(name: str, train: TrainConfig, root: Path) -> list[Path]:
-    """Run folder(s) of a case: [seed 0, seed 1, …] of `train`; finished ones are kept, stopped ones go on."""
-    folder = root / name.replace(", ", "_").replace(" ", "_").replace("%", "percent")
-    out = folder / f"seed{train.seed}"
+def trained(name: str, train: TrainConfig, root: Path, network: models.Model | None) -> Path:
+    """The run folder of `train`; a finished one is kept, a stopped one goes on."""
+    out = root / folder_name(name) / f"seed{train.seed}"
     if not (out / "results.json").is_file():
         if (out / "config.json").is_file():
-            runs.resume(out)
+            runs.resume(out, model=network)
         else:
-            runs.run(dataclasses.replace(train, out=out), name=name)
-    return [out]
+            runs.run(dataclasses.replace(train, out=out), name=name, model=network)
+    return out
+
+
+def folder_name(case: str) -> str:
+    return case.replace(", ", "_").replace(" ", "_").replace("%", "percent")
 
 
 def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
     source = case.of or name
-    train = cases[source].train
+    train, network = cases[source].train, cases[source].network
     assert train is not None
-    seeded = [trained(source, dataclasses.replace(train, seed=seed), root)[0] for seed in seeds]
+    seeded = [trained(source, dataclasses.replace(train, seed=seed), root, network) for seed in seeds]
     joint_outer = dataclasses.replace(train.outer, steps=2 * train.outer.steps)
     joint = dataclasses.replace(train, inner=InnerConfig(algorithm="joint", steps=5), outer=joint_outer)
-    pretrained = trained(f"{source}_joint", joint, root)[0]
-    out = seeded[0].parent / f"compare_{name.replace(' ', '_').replace(',', '').replace('%', 'percent')}"
+    pretrained = trained(f"{source}_joint", joint, root, network)
+    out = seeded[0].parent / f"compare_{folder_name(name)}"
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())
     config = dataclasses.replace(case.compare, out=out)
     if (out / "config.json").is_file():
-        return contest.resume(out)
-    return contest.run(seeded, config, pretrained=pretrained)
+        return contest.resume(out, model=network)
+    return contest.run(seeded, config, pretrained=pretrained, model=network)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -187,27 +213,32 @@ def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, help="only these cases; not written to results/")
+    parser.add_argument("--only", nargs="+", choices=CASES, help="only these; the results file keeps the others' rows")
     parser.add_argument("--small", action="store_true", help="bundled data, minutes, written to runs/")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     cases = {name: small(case) for name, case in CASES.items()} if options.small else CASES
     root = ROOT / "small" if options.small else ROOT
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"cases": {}}
+    stored = measure.RESULTS / "grid_search.json"
+    if options.only and not options.small and stored.is_file():
+        content = json.loads(stored.read_text())
+        rows, facts = content["rows"], {name: content[name] for name in ("corrected", "cases") if name in content}
     for name in options.only or cases:
         if cases[name].compare.data not in (None, *data.names()):
             print(f"{name}: left out, {cases[name].compare.data} is not there (metalr data list)")
             continue
         results = run_case(name, cases[name], cases, options.seeds, root)
-        rows += rows_of(name, results)
+        rows = [row for row in rows if row["case"] != name] + rows_of(name, results)
         kept = ("conclusions", "seconds", "peak_memory_bytes", "data", "trained_on", "support", "query", "split_sha256")
-        facts[name] = {key: results[key] for key in kept}
+        facts["cases"][name] = {key: results[key] for key in kept}
         print(f"{name}: {len(results['rows'])} rows in {results['seconds']} s", flush=True)
         if options.small:
             (root / "grid_search.json").write_text(json.dumps(rows, indent=1))
-        elif not options.only:
-            measure.save("grid_search", rows, cases=facts)
+        else:
+            rows.sort(key=lambda row: [*cases].index(row["case"]))  # stable
+            measure.save("grid_search", rows, **facts)
 
 
 if __name__ == "__main__":
