@@ -75,10 +75,11 @@ class Learner:
           DataError: a wrong shape, dtype, label or pixel. ConfigError: steps that spec.extend forbids, or an init of
             another network.
         """
+        if init is not None:
+            expected, came = (jax.tree.map(np.shape, tree) for tree in (self.init, init))
+            if came != expected:
+                raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
         start = self.init if init is None else init
-        expected, came = (jax.tree.map(np.shape, tree) for tree in (self.init, start))
-        if came != expected:
-            raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
         steps = self.spec.steps if steps is None else steps
         rates_lib.check_steps(self.spec, steps)
         batched = np.ndim(support_y) == 2

@@ -22,6 +22,7 @@ from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
+FEW_ROWS = 8  # a kernel is updated by that many images in one fused loop, rather than by a product and a difference
 LOW_RANK_SHARE = 2.0  # activations and errors may be this much larger than a kernel: shared products are that good
 
 
@@ -218,12 +219,16 @@ class _Formed(NamedTuple):
         return jnp.dot(x, self.kernel) + self.bias[None]
 
     def backward(self, error: jax.Array) -> jax.Array:
-        return jnp.dot(error, self.kernel.T)
+        return jnp.dot(self.kernel, error.T).T
 
     def updated(
         self, activation: jax.Array, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float
     ) -> _Formed:
-        kernel = self.kernel - kernel_rate * jnp.dot(activation.T, delta)
+        if len(delta) <= FEW_ROWS:
+            change = sum(a[:, None] * d[None] for a, d in zip(activation, kernel_rate * delta, strict=True))
+        else:
+            change = kernel_rate * jnp.dot(activation.T, delta)
+        kernel = self.kernel - change
         return _Formed(kernel, self.bias - bias_rate * delta.sum(0))
 
 
