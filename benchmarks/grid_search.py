@@ -85,6 +85,8 @@ def full(
     model: ModelConfig = ModelConfig(dropout=0.2),  # noqa: B008
     label_noise: float = 0.0,
     horizon: int = 30,
+    rate: float = 3e-3,
+    init_rate: float = 2e-3,
     rates_rate: float = 3e-2,
     **compare: Any,
 ) -> Case:
@@ -94,8 +96,8 @@ def full(
             "mnist",
             TaskConfig(family=family, way=10, shot=40, query=40, label_noise=label_noise),
             model,
-            InnerConfig(steps=horizon, batch_size=32, base="adam", rate=3e-3, knots=3),
-            OuterConfig(steps=steps, meta_batch=4, init_rate=2e-3, rates_rate=rates_rate, validate_every=100),
+            InnerConfig(steps=horizon, batch_size=32, base="adam", rate=rate, knots=3),
+            OuterConfig(steps=steps, meta_batch=4, init_rate=init_rate, rates_rate=rates_rate, validate_every=100),
             EvaluationConfig(episodes=20, validation_episodes=20, steps=horizon),
         ),
         CompareConfig(
@@ -138,9 +140,9 @@ CASES = {
     "rotated, full data, label noise 0.4, trained for 200 steps": full(
         "rotated", steps=300, label_noise=0.4, horizon=200, rates_rate=0.1, searched=0, tasks=6
     ),
-    "rotated, full data, inputs 0 to 255": full("rotated", searched=3, tasks=6)._replace(
-        network=models.from_linen(Bytes(), input_shape=(28, 28, 1), way=10)
-    ),
+    "rotated, full data, inputs 0 to 255": full(
+        "rotated", steps=400, rate=1e-3, init_rate=1e-4, searched=3, tasks=6
+    )._replace(network=models.from_linen(Bytes(), input_shape=(28, 28, 1), way=10)),
     "rotated, full data, GRU": full(
         "rotated", steps=600, model=ModelConfig(name="rnn", width=64), searched=2, tasks=6, tuning_tasks=2
     ),
