@@ -110,8 +110,17 @@ class Learner:
 
         Beyond the trained steps, per-step rates go on by spec.extend ("error" cannot be raised in a compiled loop: it
         holds).
+
+        Raises ConfigError unless steps is None or an integer of at least 1.
         """
+        if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
+            raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
         return descent.optimizer(self.spec, self.rates, steps)
+
+    @property
+    def kind_of_rates(self) -> str:
+        """What reports call them: "learned rates", or "fixed rates" as of MAML."""
+        return "learned rates" if self.facts.get("learned_rates", True) else "fixed rates"
 
     @functools.cached_property
     def _adapt(self) -> Callable[..., Params]:

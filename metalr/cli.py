@@ -166,6 +166,11 @@ def evaluate(
     from metalr.setup import set_up
 
     config = read_config(run)
+    if config.model.own:
+        raise ConfigError(
+            f"{run}: this run is of a network of your own, which the command line cannot build; its curve is in "
+            f"results.json; in Python: metalr.load({str(run / 'artifact')!r}, model=...)"
+        )
     given = {"episodes": episodes, "steps": steps, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     asked = dataclasses.replace(config.evaluation, **changed)

@@ -72,7 +72,7 @@ def horizons(
         )
         ours = evaluator(pool, learner.init, learner.rates, keys).tasks[:, 0]
         named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
-            (f"{'random' if random_init else 'learned'} init + learned rates", ours, {})
+            (f"{'random' if random_init else 'learned'} init + {learner.kind_of_rates}", ours, {})
         ]
         for origin, at in best.items():
             cell = at[steps]
@@ -145,13 +145,14 @@ def compare(
             }
         )
 
-    add(f"{start} init + learned rates", steps, reference, steps * per_step)
+    kind = learner.kind_of_rates
+    add(f"{start} init + {kind}", steps, reference, steps * per_step)
     if taken[-1] > steps:
-        add(f"{start} init + learned rates", taken[-1], curve.tasks[:, -1], taken[-1] * per_step)
+        add(f"{start} init + {kind}", taken[-1], curve.tasks[:, -1], taken[-1] * per_step)
     if start == "learned":
         random = evaluate.make_evaluator(setup.model, learner.spec, sample, steps, random_init=True, at=[steps])
         found = random(pool, learner.init, learner.rates, keys).tasks[:, 0]
-        add("random init + learned rates", steps, found, steps * per_step)
+        add(f"random init + {kind}", steps, found, steps * per_step)
     for origin in origins:
         same = search.best(cells[origin], steps)
         cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)

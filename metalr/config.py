@@ -181,7 +181,8 @@ class EvaluationConfig:
     validation_episodes: int = 200
     """Fixed meta-validation tasks, for choosing among checkpoints."""
     steps: int | None = None
-    """Length of the adaptation curve, beyond the trained steps too; None: 10, or more if more are trained."""
+    """Length of the adaptation curve, beyond the trained steps too; None: 10, or more if more are trained
+    (as many as are trained with inner.extend error)."""
     seed: int = 0
     """Seed of those tasks."""
 
@@ -224,7 +225,9 @@ class TrainConfig:
     @property
     def curve_steps(self) -> int:
         """Length of the adaptation curve."""
-        return max(10, self.inner.steps) if self.evaluation.steps is None else self.evaluation.steps
+        if self.evaluation.steps is not None:
+            return self.evaluation.steps
+        return self.inner.steps if self.inner.extend == "error" else max(10, self.inner.steps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

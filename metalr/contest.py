@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, searchers, tasks
+from metalr import rates as rates_lib
 from metalr import trials as trials_lib
 from metalr.config import CompareConfig, TrainConfig
 from metalr.config_files import differences, from_json, read_config
@@ -28,7 +29,7 @@ from metalr.progress import ConsoleReporter, Reporter
 from metalr.provenance import command, peak_memory, provenance
 from metalr.rivals import Field, Key, Scores, Searched
 
-FILES = {"config.json", "searches.jsonl", "results.json", folders.LOCK}
+FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
 WARM = "tpe+"  # TPE that tries the learned rates first
 FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
 
@@ -94,6 +95,7 @@ def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | Non
 
 def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None, model: Model | None) -> _Parts:
     """Check everything, before anything is written."""
+    from_json(config.to_json(), CompareConfig)  # the types, as in a config file
     for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
         if not values or not all(0 < value < np.inf for value in values):
             raise ConfigError(f"{name}: expected one or more positive numbers, got {values}")
@@ -105,15 +107,26 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
     unknown = sorted(set(config.searchers) - {*searchers.SEARCHERS, WARM})
     if unknown or not config.searchers:
         raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, WARM]}, got {unknown or 'none'}")
-    if config.batch_size is not None and config.batch_size < 1:
-        raise ConfigError(f"batch_size: expected at least 1, got {config.batch_size}")
+    for name in ("batch_size", "shot", "query"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed: expected 0 <= seed < 2^32, got {config.seed}")
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
     learners, trained = load_runs(runs, model)
     joint, joint_trained = load_runs([pretrained], model) if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
         raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
-    field, facts = _make_field(from_json(trained[0]["config"]), config, learners[0])
+    made = from_json(trained[0]["config"])
+    for found in joint_trained:
+        _check_pretrained(f"pretrained: {pretrained}", from_json(found["config"]), made)
+    field, facts = _make_field(made, config, learners[0])
+    try:
+        rates_lib.check_steps(learners[0].spec, max(field.lengths))
+    except ConfigError as error:
+        raise ConfigError(f"lengths: in {error}") from error
     spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
     space = searchers.Space(**dataclasses.asdict(config.space))
     warm = rivals.as_trial(learners[0], space) is not None
@@ -133,10 +146,21 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
     )
 
 
+def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> None:
+    """Raises ConfigError unless an init was pre-trained jointly, and on the tasks that the runs were trained on."""
+    if joint.inner.algorithm != "joint":
+        raise ConfigError(f"{where}: expected a run of --inner.algorithm joint, got {joint.inner.algorithm}")
+    for name, (other, own) in differences(joint, trained).items():
+        if name == "data" or (name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query")):
+            raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
+
+
 def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
     """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
     if not runs:
         raise ConfigError("runs: expected at least one run folder, got none")
+    if len({Path(path).resolve() for path in runs}) < len(runs):
+        raise ConfigError(f"runs: expected different run folders, got {[str(path) for path in runs]}")
     configs = [read_config(path) for path in runs]
     for path, config in zip(runs, configs, strict=True):
         free = ("seed", "out", "overwrite", "grid.", "evaluation.")
@@ -180,6 +204,7 @@ def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.L
         "family": family,
         "regime": "few-shot" if shot <= FEW_SHOTS else "full",
         "data": str(dataset),
+        "data_sha256": dataset.sha256,
         "split_sha256": splits.sha256,
         "trained_on": {"data": trained.data, "family": trained.tasks.family},
         "tasks": config.tasks,
@@ -192,6 +217,7 @@ def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.L
 
 def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
+    folders.same_data(folder, parts.facts["data_sha256"])
     with preemption.watch() as asked:
 
         def between() -> None:

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 from metalr.errors import ConfigError, LockedError, StorageError, one_line
 
 LOCK = "lock"
+DATA = "data.json"  # which data a run folder was begun with
+OWN = {LOCK, DATA}
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -202,6 +204,18 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict):
                 rows.append(row)
     return rows
+
+
+def same_data(folder: Path, sha256: str) -> None:
+    """Remember which data a run folder was begun with. Raises ConfigError if it was begun with other data."""
+    file = folder / DATA
+    if not file.is_file():
+        write_json(file, {"sha256": sha256})
+    elif (begun := _facts(file.read_bytes()).get("sha256", sha256)) != sha256:
+        raise ConfigError(
+            f"data: expected the arrays that {folder} was begun with (sha256 {str(begun)[:12]}), found others "
+            f"({sha256[:12]}); bring those back, or start anew in another folder"
+        )
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

@@ -384,6 +384,11 @@ def _checked(model: Model) -> Model:
         params = jax.eval_shape(model.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((3, *model.input_shape), jnp.float32)
     logits = jax.eval_shape(model.apply, params, x)
+    if model.dropout:
+        try:
+            jax.eval_shape(model.apply, params, x, jax.random.key(0))
+        except TypeError as error:
+            raise ConfigError(f"model: dropout=True: expected a module called with train=True: {error}") from error
     if logits.shape != (3, model.way):
         raise ConfigError(f"model: expected logits of shape [3, {model.way}] for 3 images, got {logits.shape}")
     return model

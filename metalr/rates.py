@@ -136,7 +136,9 @@ class RatesSpec:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as one string: "dense_0/kernel"."""
+    """A pytree path as one string: "dense_0/kernel"; the value of a variable of NNX goes by the variable's name."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -139,7 +139,7 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     def run(learner: Learner, length: int) -> np.ndarray:
         return evaluator(length)(pool, learner.init, learner.rates, field.keys).tasks
 
-    return of_lengths(f"{start} init + learned rates", learners, field, run, every=not stretched)
+    return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not stretched)
 
 
 Baselines = Callable[[str, bool, bool], evaluate.Evaluator]

@@ -33,7 +33,7 @@ from metalr.provenance import command, peak_memory, provenance
 from metalr.setup import Setup, describe, set_up, task_cost
 from metalr.types import MetaParams, Params, Rates
 
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", folders.LOCK}
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
 MAY_CHANGE = ("out", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every")
 MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 
@@ -94,14 +94,22 @@ def resume(
     with folders.locked(folder):
         folders.sweep(folder)
         folders.sweep(folder / "checkpoints")
+        kept = dataclasses.replace(config, out=stored.out, overwrite=stored.overwrite)
+        if kept != stored:  # another resume, or `metalr evaluate`, goes by these
+            folders.write_json(folder / "config.json", kept.to_json())
         return _carry_out(config, setup, folder, folder.name, reporter)
 
 
 def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
+    folders.same_data(folder, setup.dataset.sha256)
     with preemption.watch() as asked:
         reporter.line(describe(config, setup))
+        training_began = time.perf_counter()
         init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
+        before = max(
+            0.0, training["seconds"] - (time.perf_counter() - training_began)
+        )  # in processes that were stopped
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
         if not (folder / "config.json").is_file():
             folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
@@ -128,7 +136,7 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
             results["comparison"], results["grid"] = compare.compare(
                 config, setup, learner, curve, reporter.line, known, keep
             )
-    results["seconds"] = round(time.perf_counter() - began, 2)
+    results["seconds"] = round(before + time.perf_counter() - began, 2)
     results["peak_memory_bytes"] = peak_memory()
     folders.write_json(folder / "results.json", results)
     results["folder"] = str(folder)
@@ -341,6 +349,7 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         "data": {"name": setup.dataset.name, "sha256": setup.dataset.sha256},
         "split_sha256": setup.splits.sha256,
         "algorithm": config.inner.algorithm,
+        "learned_rates": setup.learned,
         "seed": config.seed,
         "outer": dataclasses.asdict(config.outer),
         "validation_accuracy": training["validation_accuracy"],

@@ -26,7 +26,7 @@ from metalr.provenance import command, provenance
 from metalr.setup import check_choices_of, model_of, optax_by_name
 from metalr.types import Episode
 
-FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", folders.LOCK}
+FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", *folders.OWN}
 MAY_CHANGE = ("out", "overwrite")
 
 
@@ -80,6 +80,8 @@ def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[sea
     """Check a config and make its parts. Raises MetalrError naming the setting, what was expected and what came."""
     check_choices_of(config, model)
     space = searchers.Space(**dataclasses.asdict(config.space))
+    if config.trials is not None and config.searcher == "grid":
+        raise ConfigError(f"trials: expected None with grid, which takes all {space.cells} cells, got {config.trials}")
     if config.trials is not None and config.trials < 1:
         raise ConfigError(f"trials: expected at least 1, got {config.trials}")
     if config.seeds < 1 or not 0 <= config.seed < 2**32:
@@ -121,6 +123,7 @@ def _carry_out(
     config: SearchConfig, problem: searchers.Problem, space: searchers.Space, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     began, file = time.perf_counter(), folder / "trials.jsonl"
+    folders.same_data(folder, data.load(config.data).sha256)
     try:
         known = [trials_lib.Trial.from_json(row) for row in folders.read_rows(file)]
     except (TypeError, KeyError, ValueError) as error:

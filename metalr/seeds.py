@@ -122,7 +122,7 @@ def _run_once(config: TrainConfig, name: str) -> dict[str, Any]:
     assert config.out is not None
     finished = config.out / "results.json"
     if not finished.is_file():
-        return resume(config.out) if (config.out / "config.json").is_file() else run(config, name=name)
+        return resume(config.out, config) if (config.out / "config.json").is_file() else run(config, name=name)
     results = json.loads(finished.read_text())
     if results["config"] != config.to_json():
         raise ConfigError(f"{config.out}: expected a run with this study's settings, found another; move it away")

@@ -15,7 +15,7 @@ import optax
 from metalr import algorithms, data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
 from metalr.config import ModelConfig, SearchConfig, TrainConfig
-from metalr.config_files import check_literals
+from metalr.config_files import check_literals, from_json
 from metalr.errors import ConfigError
 from metalr.models import Model
 from metalr.outer import Method
@@ -24,7 +24,7 @@ from metalr.tasks import Pool, Sampler, Splits
 
 
 class Setup(NamedTuple):
-    """The parts of a run. samplers: by part of the split: "train", "val", "test"."""
+    """The parts of a run. samplers: by part of the split: "train", "val", "test". learned: whether rates are."""
 
     dataset: data.Dataset
     splits: Splits
@@ -34,6 +34,7 @@ class Setup(NamedTuple):
     phases: train.Phases
     optimizer: optax.GradientTransformation
     samplers: dict[str, tuple[Pool, Sampler]]
+    learned: bool
 
 
 def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
@@ -51,6 +52,8 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
     shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
     row = row._replace(**{k: v for k, v in (given | shares).items() if k in row._fields and v is not None})
     if config.outer.learns == "init":
+        if config.inner.learned:
+            raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
         row = row._replace(learned=False)
     same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps"}
     spec = RatesSpec(
@@ -110,6 +113,7 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
     dataset = data.load(config.data)
     splits = tasks.make_splits(dataset, config.tasks.family)
     model = model_of(config.model, config.tasks.way, dataset, model)
+    spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
     derivative = config.inner.derivative
     method = Method(
@@ -135,14 +139,16 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
     samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=noise) for part in splits}
     if config.tasks.distort:
         samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort, label_noise=noise)
-    return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers)
+    return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers, row.learned)
 
 
 def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
-    """Raises ConfigError for a value that is none of a setting's choices, or a network of your own that is missing."""
+    """Raises ConfigError for a wrong type, for none of a setting's choices, and if a network of your own is missing."""
     if model is None and config.model.own:
         raise ConfigError("model: these settings are of a network of your own; expected it as model=..., got None")
-    check_literals(config if model is None else dataclasses.replace(config, model=ModelConfig()))
+    named = config if model is None else dataclasses.replace(config, model=ModelConfig())
+    from_json(named.to_json(), type(named))  # the types, as in a config file
+    check_literals(named)
 
 
 def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None) -> Model:

@@ -122,6 +122,32 @@ def test_as_optax_in_an_own_training_loop(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+def test_as_optax_refuses_lengths_that_are_none(steps):
+    with pytest.raises(ConfigError, match=r"steps: expected an integer of at least 1, got"):
+        learner().as_optax(steps)
+
+
+def test_as_optax_in_the_training_loop_of_nnx():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(64, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(x.reshape(len(x), -1))
+
+    net, x = Net(), jnp.asarray(X, jnp.float32)[..., None] / 255
+    learned = learner(model=models.from_nnx(net, (8, 8, 1), 3))
+    nnx.update(net, learned.init)
+    optimizer = nnx.Optimizer(net, learned.as_optax(), wrt=nnx.Param)
+    for _ in range(5):
+        optimizer.update(net, nnx.grad(lambda net: inner.cross_entropy(net(x), Y))(net))
+    expected = learned.adapt(X, Y, steps=5)["head"]["kernel"]
+    np.testing.assert_allclose(net.head.kernel[...], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_custom_model_is_asked_for(tmp_path):
     custom = dataclasses.replace(models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0), name="custom", settings={})
     path = metalr.save(tmp_path / "a", learner(model=custom))

@@ -42,7 +42,7 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert first[0].startswith("data    blobs: 600 train + 300 test images")
     assert [line.split()[0] for line in first[1:4]] == ["device", "tasks", "time"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "artifact", "checkpoints", "config.json", "grid.jsonl", "metrics.jsonl", "results.json",
+        "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "results.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

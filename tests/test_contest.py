@@ -128,7 +128,7 @@ def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path):
 
 
 def test_refusals(trained, tmp_path):
-    a, _, joint = trained
+    a, b, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
     for runs_, change, message in (
         ([], {}, "runs: expected at least one"),
@@ -140,12 +140,19 @@ def test_refusals(trained, tmp_path):
         ([a], {"lengths": ()}, "lengths: expected one or more positive"),
         ([a], {"budgets": (0.0,)}, "budgets: expected one or more positive"),
         ([a], {"batch_size": 0}, "batch_size: expected at least 1"),
+        ([a], {"shot": 0}, "shot: expected at least 1"),
+        ([a], {"seed": -1}, "seed: expected 0 <= seed"),
+        ([a], {"tasks": 2.5}, "tasks: expected int, got 2.5"),
+        ([a, a], {}, "runs: expected different run folders"),
         ([a], {"shot": 99}, "tasks.shot"),
         ([a], {"data": "mnist12k"}, "data: expected images of shape"),
     ):
         with pytest.raises(ConfigError, match=message):
             contest.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
         assert not config.out.exists()
+    with pytest.raises(ConfigError, match="pretrained: .*: expected a run of --inner.algorithm joint, got"):
+        contest.run([a], config, pretrained=b, reporter=QUIET)
+    assert not config.out.exists()
     with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
         contest.resume(tmp_path / "nothing", reporter=QUIET)
     unfinished = tmp_path / "unfinished"
@@ -153,6 +160,21 @@ def test_refusals(trained, tmp_path):
     (unfinished / "results.json").unlink()
     with pytest.raises(ConfigError, match="expected a finished run"):
         contest.run([unfinished], config, reporter=QUIET)
+
+
+def test_an_init_pretrained_on_other_tasks_is_refused():
+    train = TrainConfig(data="a", tasks=TaskConfig("rotated", 10, 5, 15))
+    joint = dataclasses.replace(train, inner=InnerConfig(algorithm="joint"))
+    contest._check_pretrained("pretrained", dataclasses.replace(joint, tasks=TaskConfig("rotated", 10, 1, 5)), train)
+    for change, message in (
+        (
+            {"tasks": TaskConfig("permuted", 10, 5, 15)},
+            "expected tasks.family 'rotated' as in the runs, got 'permuted'",
+        ),
+        ({"data": "b"}, "expected data 'a' as in the runs, got 'b'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            contest._check_pretrained("pretrained", dataclasses.replace(joint, **change), train)
 
 
 def test_what_a_search_found_within_a_budget():

@@ -117,6 +117,11 @@ def test_running_statistics_are_refused_with_a_way_out():
         models.from_linen(Small(batch_norm=True), (8, 8, 1), 3)
 
 
+def test_dropout_needs_a_module_that_takes_train():
+    with pytest.raises(ConfigError, match=r"dropout=True: expected a module called with train=True: .*'train'"):
+        models.from_linen(Small(), (8, 8, 1), 3, dropout=True)
+
+
 def test_wrong_number_of_outputs():
     with pytest.raises(ConfigError, match=r"expected logits of shape \[3, 4\]"):
         models.from_linen(Small(), (8, 8, 1), 4)

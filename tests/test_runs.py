@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import checkpoints, contest, models, progress, report, runs, search, search_runs, seeds, train
+from metalr import checkpoints, config_files, contest, models, progress, report, runs, search, search_runs, seeds, train
 from metalr.config import (
     CompareConfig,
     EvaluationConfig,
@@ -67,7 +67,7 @@ def test_default_folders_are_numbered(small):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_all_rows_of_a_comparison_follow_one_policy(small, dropout):
-    """MAML's learned rate is its fixed first one, so "learned rates" and the grid's SGD cell are the same thing."""
+    """MAML's rate is fixed, and said to be; its row and the grid's SGD cell are the same thing."""
     results = run(
         small,
         model=ModelConfig(widths=(16,), dropout=dropout),
@@ -76,7 +76,7 @@ def test_all_rows_of_a_comparison_follow_one_policy(small, dropout):
         grid=GridConfig(run=True, learning_rates=(0.1,), steps=(3,), batch_sizes=(1000,), optimizers=("sgd",)),
     )
     rows = {row["method"]: row for row in results["comparison"] if row["steps"] == 3}
-    learned, cell = rows["learned init + learned rates"], rows["learned init + grid, best cell at 3 steps"]
+    learned, cell = rows["learned init + fixed rates"], rows["learned init + grid, best cell at 3 steps"]
     assert abs(learned["accuracy"] - cell["accuracy"]) < (0.03 if dropout else 1e-3)
 
 
@@ -213,8 +213,19 @@ def test_resume_refuses_changes_that_matter_and_takes_the_others(longer, tmp_pat
     more = dataclasses.replace(stored.evaluation, episodes=9, steps=7)
     results = runs.resume(tmp_path / "cut", dataclasses.replace(stored, evaluation=more), reporter=QUIET)
     assert len(results["curve"]) == 8
+    assert config_files.read_config(tmp_path / "cut").evaluation == more  # what another resume or evaluate goes by
     with pytest.raises(ConfigError, match="expected a run folder with config.json"):
         runs.resume(tmp_path / "nowhere", reporter=QUIET)
+
+
+def test_resume_refuses_other_data(longer, blobs_npz, tmp_path):
+    with pytest.raises(Interrupted):
+        runs.run(dataclasses.replace(longer, out=tmp_path / "cut"), name="x", reporter=KillAfter(4))
+    with np.load(blobs_npz) as arrays:
+        changed = dict(arrays) | {"images": arrays["images"][::-1]}
+    np.savez(blobs_npz, **changed)
+    with pytest.raises(ConfigError, match=r"data: expected the arrays that .*cut was begun with \(sha256 "):
+        runs.resume(tmp_path / "cut", reporter=QUIET)
 
 
 def test_a_wish_to_stop_is_heard_at_the_next_step(longer, tmp_path):
@@ -333,16 +344,20 @@ class Own(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(10, name="head")(jnp.tanh(nn.Dense(4, name="body")(x.reshape(len(x), -1))))
+        return nn.Dense(10, name="last")(jnp.tanh(nn.Dense(4, name="body")(x.reshape(len(x), -1))))
 
 
 def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
-    model = models.from_linen(Own(), (8, 8, 1), 10)
+    model = models.from_linen(Own(), (8, 8, 1), 10, head="last")
     quiet = progress.ConsoleReporter(quiet=True)
     folder = tmp_path / "own"
     results = runs.run(dataclasses.replace(small, out=folder), name="x", model=model, reporter=quiet)
     assert results["config"]["model"]["name"] == "custom"
-    assert sorted(metalr.load(folder / "artifact", model).init) == ["body", "head"]
+    assert sorted(metalr.load(folder / "artifact", model).init) == ["body", "last"]
+    anil = dataclasses.replace(small, inner=dataclasses.replace(small.inner, algorithm="anil"))
+    runs.run(dataclasses.replace(anil, out=tmp_path / "anil"), name="x", model=model, reporter=quiet)
+    adapted = metalr.load(tmp_path / "anil" / "artifact", model).spec
+    assert (adapted.head, adapted.adapts) == ("last", "head")
 
     (folder / "results.json").unlink()  # as if it had been killed before its end
     with pytest.raises(ConfigError, match="a network of your own; expected it as model=..., got None"):

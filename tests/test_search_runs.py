@@ -33,7 +33,7 @@ def test_stopped_and_gone_on_with_is_never_stopped(config, tmp_path, monkeypatch
     config = dataclasses.replace(config, searcher=searcher, seeds=2)
     whole = search_runs.run(config, reporter=QUIET)
     assert sorted(p.name for p in config.out.iterdir()) == [
-        "config.json", "cv_results.csv", "results.json", "trials.jsonl",
+        "config.json", "cv_results.csv", "data.json", "results.json", "trials.jsonl",
     ]  # fmt: skip
     with (config.out / "cv_results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -83,7 +83,8 @@ def test_one_task_of_a_family(config, capsys):
     [
         ({"space": SpaceConfig(epochs=())}, "space.epochs: expected at least one value"),
         ({"space": SpaceConfig(batch_sizes=(481,))}, "space.batch_sizes: expected at most 480"),
-        ({"trials": 0}, "trials: expected at least 1"),
+        ({"trials": 0, "searcher": "random"}, "trials: expected at least 1"),
+        ({"trials": 3}, "trials: expected None with grid, which takes all 8 cells, got 3"),
         ({"seeds": 0}, "seeds, seed: expected at least 1"),
         ({"task": -1}, "task: expected 0 or more"),
         ({"task": 0, "tasks": TaskConfig(family="rotated", way=10, shot=99)}, "tasks.shot"),

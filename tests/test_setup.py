@@ -36,6 +36,27 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner": InnerConfig(steps=2.5)}, "inner.steps: expected int, got 2.5"),
+        ({"outer": OuterConfig(steps="10")}, "outer.steps: expected int, got '10'"),
+        ({"outer": OuterConfig(learns="init"), "inner": InnerConfig(learned=True)}, "inner.learned: expected None or"),
+    ],
+)
+def test_wrong_types_and_contradictions_are_refused(small, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(dataclasses.replace(small, **changes))
+
+
+def test_a_curve_ends_at_the_trained_steps_where_rates_cannot_be_extended(small):
+    config = dataclasses.replace(
+        small, inner=InnerConfig(steps=2, per_step=True, extend="error"), evaluation=EvaluationConfig(episodes=6)
+    )
+    set_up(config)
+    assert config.curve_steps == 2
+
+
+@pytest.mark.parametrize(
     ("inner", "expected"),
     [
         ({}, 3 * 4 * 20),
