@@ -18,14 +18,17 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
     def build(kind: Any, given: Any, prefix: str) -> Any:
         if not isinstance(given, dict):
             raise ConfigError(f"{prefix.rstrip('.') or 'config'}: expected an object of settings, got {given!r}")
-        names = [field.name for field in dataclasses.fields(kind)]
-        values = {}
+        names, hints = [field.name for field in dataclasses.fields(kind)], get_type_hints(kind)
+        values: dict[str, Any] = {}
         for name, value in given.items():
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, 1, 0.5)
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {names}"
                 raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
-            values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
+            if value is None and type(None) in get_args(hints[name]):
+                values[name] = None
+            else:
+                values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
         return kind(**values)
 
     def convert(default: Any, value: Any, name: str) -> Any:

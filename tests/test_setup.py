@@ -48,6 +48,10 @@ def test_wrong_types_and_contradictions_are_refused(small, changes, message):
         set_up(dataclasses.replace(small, **changes))
 
 
+def test_a_setting_that_may_be_none_may_be_none(small):
+    set_up(dataclasses.replace(small, outer=OuterConfig(steps=4, meta_batch=2, clip=None)))
+
+
 def test_a_curve_ends_at_the_trained_steps_where_rates_cannot_be_extended(small):
     config = dataclasses.replace(
         small, inner=InnerConfig(steps=2, per_step=True, extend="error"), evaluation=EvaluationConfig(episodes=6)
