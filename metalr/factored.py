@@ -219,7 +219,7 @@ class _Formed(NamedTuple):
         return jnp.dot(x, self.kernel) + self.bias[None]
 
     def backward(self, error: jax.Array) -> jax.Array:
-        return jnp.dot(self.kernel, error.T).T
+        return jnp.dot(error, self.kernel.T)
 
     def updated(
         self, activation: jax.Array, delta: jax.Array, kernel_rate: jax.Array | float, bias_rate: jax.Array | float
