@@ -105,11 +105,10 @@ def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, repor
     folders.same_data(folder, setup.dataset.sha256)
     with preemption.watch() as asked:
         reporter.line(describe(config, setup))
-        training_began = time.perf_counter()
+        here = time.perf_counter()
         init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
-        before = max(
-            0.0, training["seconds"] - (time.perf_counter() - training_began)
-        )  # in processes that were stopped
+        here = time.perf_counter() - here
+        before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
         if not (folder / "config.json").is_file():
             folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))

@@ -42,10 +42,10 @@ def run(config: SearchConfig, *, model: models.Model | None = None, reporter: Re
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
     if model is not None:
         config = dataclasses.replace(config, model=ModelConfig.of(model))
-    problem, space = set_up(config, model)
+    parts = set_up(config, model)
     with folders.taken(config.out, f"search-{config.searcher}", FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
-        return _carry_out(config, problem, space, folder, reporter or ConsoleReporter())
+        return _carry_out(config, *parts, folder, reporter or ConsoleReporter())
 
 
 def resume(
@@ -70,14 +70,14 @@ def resume(
             raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); nothing to go on with")
-    problem, space = set_up(stored, model)
+    parts = set_up(stored, model)
     with folders.locked(folder):
         folders.sweep(folder)
-        return _carry_out(stored, problem, space, folder, reporter or ConsoleReporter())
+        return _carry_out(stored, *parts, folder, reporter or ConsoleReporter())
 
 
-def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[searchers.Problem, searchers.Space]:
-    """Check a config and make its parts. Raises MetalrError naming the setting, what was expected and what came."""
+def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[searchers.Problem, searchers.Space, str]:
+    """Check a config and make its parts, with the sha256 of its data. Raises MetalrError naming the setting."""
     check_choices_of(config, model)
     space = searchers.Space(**dataclasses.asdict(config.space))
     if config.trials is not None and config.searcher == "grid":
@@ -97,9 +97,13 @@ def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[sea
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     init = jax.jit(jax.vmap(model.init))(keys)
     arrays, init = fit.without_blank_pixels(model, config.optimizer, arrays, init)
-    return searchers.Problem(
-        jax.tree.map(jax.numpy.asarray, arrays), init, keys, fit.make_programs(model, config.optimizer)
-    ), space
+    return (
+        searchers.Problem(
+            jax.tree.map(jax.numpy.asarray, arrays), init, keys, fit.make_programs(model, config.optimizer)
+        ),
+        space,
+        dataset.sha256,
+    )
 
 
 def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
@@ -120,10 +124,15 @@ def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
 
 
 def _carry_out(
-    config: SearchConfig, problem: searchers.Problem, space: searchers.Space, folder: Path, reporter: Reporter
+    config: SearchConfig,
+    problem: searchers.Problem,
+    space: searchers.Space,
+    sha256: str,
+    folder: Path,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     began, file = time.perf_counter(), folder / "trials.jsonl"
-    folders.same_data(folder, data.load(config.data).sha256)
+    folders.same_data(folder, sha256)
     try:
         known = [trials_lib.Trial.from_json(row) for row in folders.read_rows(file)]
     except (TypeError, KeyError, ValueError) as error:
