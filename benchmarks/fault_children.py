@@ -108,6 +108,20 @@ def save_killed(folder: str, when: str, k: str) -> None:
     (Path(folder) / "calls.json").write_text(json.dumps(calls))
 
 
+def overwrite_killed(folder: str, form: str, when: str, k: str) -> None:
+    """Write an artifact's folder over an older one, with names exchanged or with two renames, and die as above."""
+    from metalr import folders
+
+    path = Path(folder)
+    path.mkdir()
+    folders.write_folder(path / "artifact", {"a": b"1" * 1000, "b": b"1" * 1000})
+    if form == "renames":
+        folders._exchange = lambda a, b: False
+    calls = _die_at(when, int(k))
+    folders.write_folder(path / "artifact", {"a": b"2" * 1000, "b": b"2" * 1000})
+    (path / "calls.json").write_text(json.dumps(calls))
+
+
 def npz_killed(folder: str, when: str, k: str) -> None:
     """The same for numpy.savez over the old file, whose writes are hooked at the file object."""
     Path(folder).mkdir()
@@ -138,11 +152,15 @@ def npz_killed(folder: str, when: str, k: str) -> None:
 
 
 def _die_at(when: str, k: int) -> dict[str, int]:
-    """Hook os.open, write, fsync and rename: SIGKILL before or after the k-th call of one; gives the counts."""
-    calls = dict.fromkeys(("open", "write", "fsync", "rename"), 0)
+    """Hook os.open, write, fsync, rename and so on: SIGKILL before or after the k-th call of one; gives the counts."""
+    from metalr import folders
+
+    places: dict[str, Any] = dict.fromkeys(("open", "write", "fsync", "rename", "unlink", "rmdir"), os)
+    places["_exchange"] = folders
+    calls = dict.fromkeys(places, 0)
 
     def hook(kind: str) -> None:
-        real = getattr(os, kind)
+        real = getattr(places[kind], kind)
 
         def hooked(*args: Any, **kwargs: Any) -> Any:
             calls[kind] += 1
@@ -153,7 +171,7 @@ def _die_at(when: str, k: int) -> dict[str, int]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        setattr(os, kind, hooked)
+        setattr(places[kind], kind, hooked)
 
     for kind in calls:
         hook(kind)

@@ -18,7 +18,7 @@ import numpy as np
 from fault_children import CONFIG
 from fault_trials import SEED, Row, count, expect
 
-from metalr import checkpoints, cli
+from metalr import checkpoints, cli, folders
 
 CHILD = Path(__file__).with_name("fault_children.py")
 
@@ -127,6 +127,59 @@ def sigterm(reference: Reference, n: int) -> Row:
     return row | {"stopped_and_resumed": len(saved)}
 
 
+def _moments(calls: dict[str, int]) -> list[tuple[str, int, str]]:
+    """(kind of call, its number, before or after it), for every call of a kind that was counted."""
+    return [(kind, k, when) for kind, n in calls.items() for k in range(1, n + 1) for when in ("before", "after")]
+
+
+def overwrite_at_every_call(root: Path) -> list[Row]:
+    """An artifact's folder written over an older one, killed before and after its k-th call into the disk.
+
+    Where names are exchanged, the folder is the old or the new at once; with two renames, after the next run's sweep.
+    """
+    rows = []
+    for form in ("exchange", "renames"):
+        probe = root / f"overwrite-{form}"
+        finish(child("overwrite_killed", probe, form, "none", 0))
+        calls = json.loads((probe / "calls.json").read_text())
+
+        def trial(kind: str, k: int, when: str, form: str = form) -> None:
+            folder = root / f"overwrite-{form}-{when}-{kind}-{k}"
+            finish(child("overwrite_killed", folder, form, f"{when}-{kind}", k), (-signal.SIGKILL,))
+            if form == "renames":
+                folders.sweep(folder)
+            found = {path.name: path.read_bytes() for path in (folder / "artifact").iterdir()}
+            expect(found in [{"a": n * 1000, "b": n * 1000} for n in (b"1", b"2")], "neither old nor new")
+            folders.sweep(folder)
+            expect([path.name for path in folder.iterdir()] == ["artifact"], "leftovers")
+            shutil.rmtree(folder)
+
+        trials = [lambda p=p: trial(*p) for p in _moments(calls)]  # noqa: B023 - run before the next form
+        title = "names exchanged" if form == "exchange" else "two renames and a sweep"
+        rows.append(count(f"SIGKILL before and after every call of overwriting a folder, {title}", trials, 2, calls=calls))
+    return rows
+
+
+def damaged_newest(root: Path) -> Row:
+    """The newest checkpoint damaged, at every step of a run that goes on: one that is whole is always there."""
+
+    def trial(at: int) -> None:
+        store = root / f"newest{at}"
+        store.mkdir()
+        like = {"w": np.zeros(1000, np.float32)}
+        for step in range(1, 8):
+            path = checkpoints.save(store, step, {"w": np.full(1000, step, np.float32)}, {})
+            if step in (at, at + 1):
+                file = path / checkpoints.TENSORS
+                file.write_bytes(file.read_bytes()[:-1] + b"!")
+            found = checkpoints.load(store, like, lambda line: None)
+            expect(found is not None, "no checkpoint")
+        again = checkpoints.save(store, at, {"w": np.full(1000, at, np.float32)}, {})
+        expect(checkpoints._is_whole(again), "a damaged one was not written anew")
+
+    return count("the newest checkpoints damaged while a run goes on", [lambda i=i: trial(i) for i in range(2, 8)])
+
+
 def kill_at_every_call(root: Path) -> list[Row]:
     """One checkpoint written over the one before, killed before and after its k-th call into the disk."""
     probe = root / "probe"
@@ -149,10 +202,9 @@ def kill_at_every_call(root: Path) -> list[Row]:
         value = float(np.load(folder / "state.npz")["w"].mean())
         expect(value in (1.0, 2.0), f"neither old nor new: {value}")
 
-    places = [(kind, k, when) for kind, n in calls.items() for k in range(1, n + 1) for when in ("before", "after")]
     row = count(
         "SIGKILL before and after every open, write, fsync, rename of one save",
-        [lambda p=p: trial(*p) for p in places],
+        [lambda p=p: trial(*p) for p in _moments(calls)],
         2,
         calls=calls,
     )

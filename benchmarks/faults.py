@@ -34,9 +34,11 @@ from fault_children import CONFIG, TINY
 from fault_files import damaged_files, fuzz, hostile
 from fault_runs import (
     Reference,
+    damaged_newest,
     kill_at_every_call,
     killed_search,
     many_on_one_folder,
+    overwrite_at_every_call,
     resume_at_every_step,
     sigkill,
     sigterm,
@@ -311,6 +313,8 @@ def main() -> None:
             "disk": lambda: full_disk(root, 4 if few else 20) if mounts else [],
             "vanished": lambda: vanished(root, 6) if mounts else [],
             "calls": lambda: kill_at_every_call(root),
+            "overwrite": lambda: overwrite_at_every_call(root),
+            "newest": lambda: damaged_newest(root),
             "sigkill": lambda: sigkill(reference(), 4 if few else 200),
             "resume": lambda: resume_at_every_step(reference(), 3 if few else CONFIG.outer.steps),
             "sigterm": lambda: sigterm(reference(), 4 if few else 100),

@@ -1,7 +1,7 @@
 """Checkpoints of a run: everything that the next outer step needs, so that a resumed run ends with the same bits.
 
-A checkpoint is a sealed folder `step_N` with state.safetensors and manifest.json. The newest KEEP stay; a damaged one
-is refused by name and the one before it is used.
+A checkpoint is a sealed folder `step_N` with state.safetensors and manifest.json. The newest KEEP that are whole stay; a
+damaged one is refused by name, the one before it is used, and the next time that step comes it is written anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 34
 
 
 def save(folder: Path, step: int, tree: Any, facts: dict[str, Any]) -> Path:
-    """Write step_N into a folder that exists, then remove all but the newest KEEP. `facts`: plain JSON values.
+    """Write step_N into a folder that exists, then remove all but the newest KEEP whole ones. `facts`: JSON values.
 
     Raises:
       ArtifactError: a value of the tree is not finite; nothing is written. StorageError: the disk refuses.
@@ -39,14 +39,25 @@ def save(folder: Path, step: int, tree: Any, facts: dict[str, Any]) -> Path:
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             raise ArtifactError(f"{folder}: {name}: expected finite values at step {step}, so nothing is written")
     path = folder / f"step_{step:09d}"
-    if not path.exists():
+    if not _is_whole(path):
         facts = {"format": FORMAT, "step": step, "facts": facts}
         sealed.write(path, {TENSORS: tensor_bytes(arrays)}, MANIFEST, facts)
-    for old in _newest_first(folder)[KEEP:]:
+    found = _newest_first(folder)
+    others = [other for other in found if other != path and _is_whole(other)]
+    for old in set(found) - {path, *others[: KEEP - 1]}:
         with contextlib.suppress(OSError):  # the manifest first: what is left of it is no checkpoint
             (old / MANIFEST).unlink()
             shutil.rmtree(old)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the checkpoint is there, with the content that its manifest vouches for."""
+    try:
+        sealed.read_file(path, TENSORS, sealed.read_manifest(path, MANIFEST, FORMAT), MAX_BYTES)
+    except ArtifactError:
+        return False
+    return True
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from metalr import folders
 from metalr.errors import DataError, one_line
 
 BUNDLED = "mnist12k"
@@ -262,22 +261,18 @@ def cached_path(name: str) -> Path:
 def write_cache(dataset: Dataset) -> Path:
     """Save decoded arrays to the cache, whole or not at all; replaces an older copy. Returns the folder."""
     target = cached_path(dataset.name)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{dataset.name}-", dir=target.parent))
-    except OSError as error:
-        raise DataError(f"{target.parent}: cannot write the data cache: {one_line(error)}") from error
-    try:
+
+    def fill(part: Path) -> None:
         for key in PARTS:
             np.save(part / f"{key}.npy", getattr(dataset, key))
         facts = {"source": dataset.source, "class_split": dataset.class_split, "sha256": dataset.sha256}
         (part / "dataset.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folders.build_folder(target, fill)
     except OSError as error:
         raise DataError(f"{target}: cannot write the data cache: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

@@ -7,23 +7,32 @@ the old or the new, whatever happens in between. Imports no jax, so that a run t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
+import functools
 import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from metalr.errors import ConfigError, LockedError, StorageError, one_line
 
+try:
+    import fcntl
+except ImportError:  # Windows, where msvcrt locks bytes instead
+    fcntl = None  # type: ignore[assignment]
+
 LOCK = "lock"
 DATA = "data.json"  # which data a run folder was begun with
 OWN = {LOCK, DATA}
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so it is one after the end of the file
+OLD = "-old"  # the end of the name that a replaced folder has for a moment, where two cannot change places
 
 
 def refuse(path: Path, error: OSError, needed: int | None = None) -> NoReturn:
@@ -94,7 +103,7 @@ def clear(folder: Path, files: set[str]) -> None:
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
     try:
         left = memoryview(content)
         while left:
@@ -105,6 +114,8 @@ def _write_flushed(path: Path, content: bytes) -> None:
 
 
 def _flush_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,7 +130,7 @@ def write_file(path: Path, content: bytes) -> None:
         try:
             part.unlink(missing_ok=True)
             _write_flushed(part, content)
-            os.rename(part, path)
+            os.replace(part, path)
             _flush_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -141,31 +152,64 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
 
     Raises StorageError; nothing is left behind then, and a folder that was there stays.
     """
-    part: Path | None = None
+
+    def fill(part: Path) -> None:
+        for name, content in files.items():
+            _write_flushed(part / name, content)
+
     try:
-        try:
-            part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
-            for name, content in files.items():
-                _write_flushed(part / name, content)
-            part.chmod(0o755)
-            _flush_folder(part)
-            if path.exists():
-                old = part.with_name(f"{part.name}-old")
-                os.rename(path, old)
-                try:
-                    os.rename(part, path)
-                except BaseException:
-                    os.rename(old, path)
-                    raise
-                shutil.rmtree(old)
-            else:
-                os.rename(part, path)
-            _flush_folder(path.parent)
-        finally:
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
+        build_folder(path, fill)
     except OSError as error:
         refuse(path, error, sum(map(len, files.values())))
+
+
+def build_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` of what `fill(folder)` writes, whole or not at all; replaces one that exists.
+
+    At every moment, that of a crash too, `path` is the old folder or the new one. Where the operating system cannot
+    exchange two names (Windows, some network file systems), a crash may leave the old one under a temporary name, from
+    which `sweep` brings it back.
+
+    Raises OSError; nothing is left behind then, and a folder that was there stays.
+    """
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
+    try:
+        fill(part)
+        part.chmod(0o755)
+        _flush_folder(part)
+        if not path.exists():
+            os.rename(part, path)
+        elif not _exchange(part, path):
+            old = part.with_name(f"{part.name}{OLD}")
+            os.rename(path, old)
+            try:
+                os.rename(part, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
+            shutil.rmtree(old)
+        _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@functools.cache
+def _exchange_call() -> Callable[[bytes, bytes], int] | None:
+    """The system call that lets two names change places in one step, where there is one."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "linux":
+            here = -100  # AT_FDCWD; the 2 below is RENAME_EXCHANGE
+            return lambda a, b: library.renameat2(here, a, here, b, 2)
+        if sys.platform == "darwin":
+            return lambda a, b: library.renamex_np(a, b, 2)  # RENAME_SWAP
+    return None
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    call = _exchange_call()
+    return call is not None and call(os.fsencode(a), os.fsencode(b)) == 0
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -174,10 +218,16 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the leftovers. Call it with the lock held."""
+    """Remove the leftovers; bring back a folder that was about to be replaced. Call it with the lock held."""
     for leftover in leftovers(folder):
         with contextlib.suppress(OSError):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            replaced = folder / leftover.name[1:].rpartition("-tmp-")[0]
+            if leftover.name.endswith(OLD) and not replaced.exists():
+                os.rename(leftover, replaced)
+            elif leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -187,7 +237,10 @@ def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """
     try:
         with file.open("a+b") as log:
-            torn = log.tell() and os.pread(log.fileno(), 1, log.tell() - 1) != b"\n"
+            torn = False
+            if end := log.tell():
+                log.seek(end - 1)
+                torn = log.read(1) != b"\n"
             log.write((b"\n" if torn else b"") + "".join(json.dumps(row) + "\n" for row in rows).encode())
             log.flush()
             os.fsync(log.fileno())
@@ -222,15 +275,37 @@ def holder(folder: Path) -> dict[str, Any] | None:
     """Who holds the lock of `folder`: {"pid", "host", "boot_id"}; None if nobody does."""
     try:
         with (folder / LOCK).open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _facts(file.read())
+            free = _lock(file.fileno(), shared=True)
             facts = _facts(file.read())
+            if not free:
+                return facts
             elsewhere = facts.get("host", socket.gethostname()) != socket.gethostname()
             return facts if elsewhere else None
     except OSError:
         return None
+
+
+def _lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file until it is closed, without waiting; False if somebody else holds it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            windows: Any = msvcrt  # its functions are in its type on Windows only
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            windows.locking(descriptor, windows.LK_NBLCK, 1)
+            if shared:  # only asked: a reader must not keep the next run out
+                windows.locking(descriptor, windows.LK_UNLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    finally:
+        if fcntl is None:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    return True
 
 
 def refuse_if_locked(folder: Path) -> None:
@@ -262,25 +337,24 @@ def locked(folder: Path) -> Iterator[None]:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             refuse(folder / LOCK, error)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_ino == (folder / LOCK).stat().st_ino:
-                    break  # and not the file that an ending run has just removed
-        except BlockingIOError:
-            facts = _facts(os.pread(descriptor, 4096, 0))
+        if not _lock(descriptor):
+            facts = _facts(os.read(descriptor, 4096))
             os.close(descriptor)
             _raise_locked(folder, facts)
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == (folder / LOCK).stat().st_ino:
+                break  # and not the file that an ending run has just removed
         os.close(descriptor)
     try:
-        found = _facts(os.pread(descriptor, 4096, 0))
+        found = _facts(os.read(descriptor, 4096))
         if found.get("host", socket.gethostname()) != socket.gethostname():
             _raise_locked(folder, found)  # a network folder whose locks may not reach us
         boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot}
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, json.dumps(facts).encode())
         except OSError as error:
             refuse(folder / LOCK, error)
         try:

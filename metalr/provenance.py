@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +13,11 @@ import jax
 import optax
 
 from metalr.devices import cores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def command() -> str:
@@ -47,7 +51,9 @@ def provenance() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The most memory that this process has had, in bytes; 0 where the system does not say (Windows)."""
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -47,6 +47,29 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path):
         load(tmp_path)
 
 
+def damage(path):
+    file = path / checkpoints.TENSORS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_one_never_pushes_out_a_whole_one(tmp_path):
+    """What stays are the newest whole ones, and a damaged step is written anew when it comes again."""
+    save(tmp_path, 250)
+    damage(save(tmp_path, 500))
+    damage(save(tmp_path, 750))
+    (tree, _), _ = load(tmp_path)
+    assert int(tree["state"]["n"]) == 250
+    save(tmp_path, 500)  # the run goes on from 250
+    (tree, _), lines = load(tmp_path)
+    assert (int(tree["state"]["n"]), lines) == (500, [])
+    damage(tmp_path / "step_000000500")
+    save(tmp_path, 750)
+    damage(tmp_path / "step_000000750")
+    assert int(load(tmp_path)[0][0]["state"]["n"]) == 250
+
+
 def test_every_flip_and_every_cut_is_refused(tmp_path):
     path = save(tmp_path, 1)
     for name in (checkpoints.TENSORS, checkpoints.MANIFEST):
