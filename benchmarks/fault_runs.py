@@ -154,9 +154,11 @@ def overwrite_at_every_call(root: Path) -> list[Row]:
             expect([path.name for path in folder.iterdir()] == ["artifact"], "leftovers")
             shutil.rmtree(folder)
 
-        trials = [lambda p=p: trial(*p) for p in _moments(calls)]  # noqa: B023 - run before the next form
+        trials = [lambda p=p: trial(*p) for p in _moments(calls)]
         title = "names exchanged" if form == "exchange" else "two renames and a sweep"
-        rows.append(count(f"SIGKILL before and after every call of overwriting a folder, {title}", trials, 2, calls=calls))
+        rows.append(
+            count(f"SIGKILL before and after every call of overwriting a folder, {title}", trials, 2, calls=calls)
+        )
     return rows
 
 

@@ -1,6 +1,6 @@
 """metalr: meta-learn an initialization and the inner-loop learning rates; fine-tune later tasks without a search.
 
-learned = metalr.load("runs/x/artifact")
+learned = metalr.load("runs/x")
 fast = learned.adapt(support_x, support_y, steps=5)
 logits = learned.apply(fast, query_x)
 """
@@ -18,6 +18,10 @@ __all__ = ["Learner", "MetalrError", "__version__", "load", "save"]
 
 # Loaded on first use: the command line's --help must not wait for jax.
 _FROM = {"Learner": "metalr.artifact", "load": "metalr.artifact", "save": "metalr.artifact"}
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from safetensors.numpy import save as tensor_bytes
 import metalr
 from metalr import data, descent, devices, factored, folders, inner, models, sealed
 from metalr import rates as rates_lib
-from metalr.errors import ArtifactError, ConfigError, DataError, one_line
+from metalr.errors import ArtifactError, ConfigError, DataError, MetalrWarning, one_line
 from metalr.models import Model
 from metalr.rates import RatesSpec
 from metalr.types import Params, Rates
 
 FORMAT = 2  # 2: hyperparameters beside rates, schedules; 1 is read too
 TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
+FEW_IMAGES_A_CLASS = 2  # below, a transductive network's statistics say too little
+LEARNED, FIXED = "learned rates", "fixed rates"  # what reports call hyperparameters
 MAX_BYTES = {TENSORS: 1 << 32, FACTS: sealed.MANIFEST_BYTES, CARD: 1 << 24}
 
 
@@ -87,17 +90,67 @@ class Learner:
         y = self._labels(support_y, x.shape[: 1 + batched])
         return self._adapt(start, self.rates, x, y, steps=int(steps))
 
-    def apply(self, params: Params, x: Any) -> jax.Array:
+    def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
         """Logits [n, way] float32 of images in any of the forms that `adapt` takes (differentiable in params).
 
         Params with a leading axis [tasks], as from `adapt` on many tasks, take images with one too.
+
+        Args:
+          support_x: the images that the params were adapted to; needed by a network that normalises by their
+            statistics (conv4 with norm "support"), and by no other.
+
+        Warns (MetalrWarning) where a transductive network is given few images: it normalises by the statistics of the
+        images that are given together, which then say little.
+
+        Raises:
+          ConfigError: params of another network. DataError: a wrong shape, dtype or pixel.
         """
-        leaf, reference = jax.tree.leaves(params)[0], jax.tree.leaves(self.init)[0]
-        batched = jnp.ndim(leaf) == jnp.ndim(reference) + 1
+        batched, tasks = self._check_params(params)
         images = self._images(x, "x", batched)
-        if batched and images.shape[0] != jnp.shape(leaf)[0]:
-            raise DataError(f"x: expected images for {jnp.shape(leaf)[0]} tasks, as params are, got {images.shape[0]}")
+        if batched and images.shape[0] != tasks:
+            raise DataError(f"x: expected images for {tasks} tasks, as params are, got {images.shape[0]}")
+        if self.model.uses_support != (support_x is not None):
+            expected = "the task's support images" if self.model.uses_support else "None with this network"
+            raise ConfigError(f"support_x: expected {expected}, got {'None' if support_x is None else 'images'}")
+        if support_x is not None:
+            return self._apply(params, images, self._images(support_x, "support_x", batched))
+        count = images.shape[1 if batched else 0]
+        if self.model.transductive and count < FEW_IMAGES_A_CLASS * self.model.way:
+            warnings.warn(
+                f"x: {count} images for {self.model.way} classes: this network normalises by the statistics of the "
+                "images "
+                "given together (transductive), so predictions are good for many images of all classes only; give "
+                "more, or train a network with model.norm support",
+                MetalrWarning,
+                stacklevel=2,
+            )
         return self._apply(params, images)
+
+    def _check_params(self, params: Params) -> tuple[bool, int]:
+        """(whether params have a leading axis [tasks], how many). Raises ConfigError for those of another network."""
+        expected = {rates_lib.path_name(p): np.shape(v) for p, v in jax.tree_util.tree_leaves_with_path(self.init)}
+        came = {rates_lib.path_name(p): np.shape(v) for p, v in jax.tree_util.tree_leaves_with_path(params)}
+        leading = {shape[: len(shape) - len(expected[name])] for name, shape in came.items() if name in expected}
+        lead = leading.pop() if len(leading) == 1 else ()
+        for name in sorted({*expected, *came}):
+            wanted = (*lead, *expected[name]) if name in expected else None
+            if came.get(name) != wanted or len(lead) > 1:
+                raise ConfigError(
+                    f"params: expected {name} of shape {'absent' if wanted is None else list(wanted)}, as in `init`, "
+                    "got "
+                    f"{list(came[name]) if name in came else 'none'}"
+                )
+        return bool(lead), lead[0] if lead else 0
+
+    def __repr__(self) -> str:
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.init))
+        shape = "x".join(map(str, self.model.input_shape))
+        tasks = self.facts.get("tasks", {})
+        trained = f", trained on {tasks['family']!r} tasks" if "family" in tasks else ""
+        return (
+            f"Learner({self.model.name} with {count:,} params, {shape} images, {self.model.way} classes; "
+            f"{self.kind_of_rates} ({self.spec.granularity}, {self.spec.steps} steps){trained})"
+        )
 
     def as_optax(self, steps: int | None = None) -> optax.GradientTransformation:
         """Gradient descent with the learned hyperparameters, for any training loop over params named as `init`.
@@ -108,6 +161,9 @@ class Learner:
         Args:
           steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
 
+        Under `optax.multi_transform` or `optax.masked` it takes a part of the tree too, but for what needs more than a
+        tensor's own gradient: prediction (all layers) and clipping (whole layers) say so.
+
         Beyond the trained steps, per-step rates go on by spec.extend ("error" cannot be raised in a compiled loop: it
         holds).
 
@@ -115,12 +171,13 @@ class Learner:
         """
         if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
             raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
-        return descent.optimizer(self.spec, self.rates, steps)
+        tensors = [rates_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.init)]
+        return descent.optimizer(self.spec, self.rates, steps, tensors=tensors)
 
     @property
     def kind_of_rates(self) -> str:
         """What reports call them: "learned rates", or "fixed rates" as of MAML."""
-        return "learned rates" if self.facts.get("learned_rates", True) else "fixed rates"
+        return LEARNED if self.facts.get("learned_rates", True) else FIXED
 
     @functools.cached_property
     def _adapt(self) -> Callable[..., Params]:
@@ -153,11 +210,15 @@ class Learner:
 
     @functools.cached_property
     def _apply(self) -> Callable[..., jax.Array]:
-        def logits(params: Params, x: jax.Array) -> jax.Array:
-            def forward(apply: models.Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
-                return jax.vmap(apply)(params, x) if x.ndim == 5 else apply(params, x)
+        def logits(params: Params, x: jax.Array, support_x: jax.Array | None = None) -> jax.Array:
+            def forward(apply: models.Apply, _: int, params: Params, x: jax.Array, *support: jax.Array) -> jax.Array:
+                def one(params: Params, x: jax.Array, *support: jax.Array) -> jax.Array:
+                    return models.predict(apply, params, support[0], x) if support else apply(params, x)
 
-            return devices.by_platform(self.model, forward, params, models.unit(x))
+                return jax.vmap(one)(params, x, *support) if x.ndim == 5 else one(params, x, *support)
+
+            support = () if support_x is None else (models.unit(support_x),)
+            return devices.by_platform(self.model, forward, params, models.unit(x), *support)
 
         return jax.jit(logits)
 
@@ -206,6 +267,9 @@ def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     named = {f"{prefix}/{rates_lib.path_name(path)}": np.asarray(leaf, order="C") for path, leaf in leaves}
     if len(named) < len(leaves):
         raise ConfigError("params: expected path names that differ, got two of the same")
+    for name, value in named.items():
+        if value.dtype.kind not in "fiub":  # safetensors writes bfloat16, and its reader for numpy cannot read it
+            raise ArtifactError(f"{name}: expected numbers of a dtype that numpy has, got {value.dtype}")
     return named
 
 
@@ -294,22 +358,71 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     )
 
 
+def folder_of(path: Path | str) -> Path:
+    """The artifact folder that is meant by it or by its run folder.
+
+    Raises ArtifactError for the folder of a run that has not got as far.
+    """
+    path = Path(path)
+    if (path / FACTS).exists() or not (path / "config.json").is_file():
+        return path
+    if not (path / "artifact").is_dir():
+        raise ArtifactError(
+            f"{path}: expected a finished run, found one without an artifact; go on with: metalr train --resume {path}"
+        )
+    return path / "artifact"
+
+
 def load(path: Path | str, model: Model | None = None) -> Learner:
-    """Read an artifact folder after checking its hashes, names, shapes, dtypes and values.
+    """Read an artifact after checking its hashes, names, shapes, dtypes and values.
 
     Args:
+      path: an artifact folder, or a run folder with one.
       model: needed for a custom model only, built as it was for training.
 
     Raises:
       ArtifactError: missing, damaged, of a newer format, or not fitting the model.
     """
-    path = Path(path)
+    return _load(folder_of(path), model)
+
+
+def load_to_show(path: Path | str) -> Learner:
+    """As `load`, but of a custom model too, without its code: it can be looked at, not applied."""
+    return _load(folder_of(path), None, without_code=True)
+
+
+def _without_code(path: Path, facts: dict[str, Any], info: dict[str, Any]) -> Model:
+    """A custom model that is known by its params only."""
+    try:
+        tensors = parse_tensors(sealed.read_file(path, TENSORS, facts, MAX_BYTES[TENSORS]))
+    except SafetensorError as error:
+        raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
+    tree: dict[str, Any] = {}
+    for name, value in tensors.items():
+        kind, *parts = name.split("/")
+        if kind == "init":
+            at = tree
+            for part in parts[:-1]:
+                at = at.setdefault(part, {})
+            at[parts[-1]] = value
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ArtifactError(f"{path}: holds a custom model; to apply it: metalr.load(path, model=...)")
+
+    settings: dict[str, Any] = {"input_shape": tuple(info["input_shape"]), "way": info["way"], "head": info["head"]}
+    # A model of your own may take any rate of dropout: what it can do is not asked here.
+    return Model(info["name"], lambda _: jax.tree.map(jnp.asarray, tree), refuse, **settings, learned_dropout=True)
+
+
+def _load(path: Path, model: Model | None, *, without_code: bool = False) -> Learner:
     facts = sealed.read_manifest(path, FACTS, FORMAT)
     try:
         info = facts["model"]
-        if model is None:
-            if info["name"] not in models.MODELS:
+        if model is None and info["name"] not in models.MODELS:
+            if not without_code:
                 raise ArtifactError(f"{path}: holds a custom model; pass it: metalr.load(path, model=...)")
+            model = _without_code(path, facts, info)
+        if model is None:
             model = models.build(info["name"], info["way"], tuple(info["input_shape"]), **info["settings"])
         spec = RatesSpec(**facts["rates"])
         expected = jax.eval_shape(model.init, jax.random.key(0))

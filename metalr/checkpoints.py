@@ -1,12 +1,13 @@
 """Checkpoints of a run: everything that the next outer step needs, so that a resumed run ends with the same bits.
 
-A checkpoint is a sealed folder `step_N` with state.safetensors and manifest.json. The newest KEEP that are whole stay; a
-damaged one is refused by name, the one before it is used, and the next time that step comes it is written anew.
+A checkpoint is a sealed folder `step_N` with state.safetensors and manifest.json. The newest KEEP that are whole stay.
+A damaged one is refused by name, the one before it is used, and the next time that step comes it is written anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as tensor_bytes
 
+from metalr import devices, sealed
 from metalr import rates as rates_lib
-from metalr import sealed
 from metalr.artifact import named_arrays
 from metalr.errors import ArtifactError, one_line
 
@@ -60,6 +61,11 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
+def any_in(folder: Path) -> bool:
+    """Whether there are checkpoints, whole or not."""
+    return bool(_newest_first(folder))
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_" + "[0-9]" * 9), reverse=True)
 
@@ -83,6 +89,21 @@ def load(folder: Path, like: Any, report: Callable[[str], None]) -> tuple[Any, d
     if refused is not None:
         raise ArtifactError(f"{folder}: no checkpoint is whole; the last reason: {refused}")
     return None
+
+
+def shared(found: tuple[Any, dict[str, Any]] | None, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """What the first process of a run has loaded, in all of its processes; they need not see its folder."""
+    if jax.process_count() == 1:
+        return found
+    content = b""
+    if found is not None:
+        content = json.dumps(found[1]).encode() + b"\n" + tensor_bytes(named_arrays(found[0], "state"))
+    facts, _, tensors = devices.from_first_process(content).partition(b"\n")
+    if not facts:
+        return None
+    arrays = parse_tensors(tensors)
+    names = [f"state/{rates_lib.path_name(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names]), json.loads(facts)
 
 
 def _load_one(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:

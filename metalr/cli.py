@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     commands = {"quickstart": quickstart, "train": made["train"], "evaluate": evaluate, "adapt": adapt, "show": show}
     commands |= {"search": made["search"], "compare": compare, "data": data}
+    if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
+        guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
+        return
     about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
     guard(lambda: _dispatch(commands, "metalr", about, given))
 
@@ -135,9 +138,9 @@ def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = 
     start_jax()
     from metalr import devices, progress, report, runs
 
-    if devices.join_processes():  # one of the others: works along, leaves nothing
+    if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
         with tempfile.TemporaryDirectory() as temporary:
-            config = dataclasses.replace(config, out=Path(temporary))
+            config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
             runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
         return
     results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
@@ -149,6 +152,7 @@ def evaluate(
     episodes: int | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    data: str | None = None,
     json_: Json = False,
 ) -> None:
     """Evaluate a run's artifact again on held-out tasks.
@@ -159,10 +163,12 @@ def evaluate(
       steps: length of the adaptation curve, over which a schedule with knots is stretched, as `metalr adapt` does;
         default: as in the run, with the schedule as trained, and held after its end.
       seed: seed of the tasks; default: as in the run.
+      data: where the run's data is now, if it was moved; known by its content.
       json_: print JSON instead of a table.
     """
     start_jax()
     from metalr import artifact, compare, provenance, report
+    from metalr import data as data_lib
     from metalr.setup import set_up
 
     config = read_config(run)
@@ -171,15 +177,16 @@ def evaluate(
             f"{run}: this run is of a network of your own, which the command line cannot build; its curve is in "
             f"results.json; in Python: metalr.load({str(run / 'artifact')!r}, model=...)"
         )
-    given = {"episodes": episodes, "steps": steps, "seed": seed}
+    given = {"episodes": episodes, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     asked = dataclasses.replace(config.evaluation, **changed)
     config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
-    setup = set_up(config)
+    setup = set_up(config, dataset=data_lib.load_recorded(run, config.data, data))
+    length = config.curve_steps if steps is None else steps
     learner = artifact.load(run / "artifact")
     if learner.facts.get("split_sha256") != setup.splits.sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
-    curve, seconds = compare.held_out(learner, setup, asked.episodes, config.curve_steps, asked.seed, of_steps=steps)
+    curve, seconds = compare.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)
     results = {
         "run": str(run),
         "episodes": asked.episodes,
@@ -214,24 +221,29 @@ def adapt(
     from metalr import artifact as artifacts
     from metalr import data as arrays
 
-    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
-    learner = artifacts.load(folder)
+    learner = artifacts.load(artifact)
     given = arrays.read_npz(task)
     missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
     if missing:
         raise ConfigError(f"{task}: expected arrays support_x, support_y, query_x, missing {missing}")
     if given["support_y"].ndim != 1:
         raise ConfigError(f"{task}: support_y: expected one task, shape [support], got {given['support_y'].shape}")
-    fast = learner.adapt(given["support_x"], given["support_y"], steps=steps)
-    predicted = np.asarray(learner.apply(fast, given["query_x"])).argmax(-1)
+    support_y = arrays.check_labels(given["support_y"], len(given["support_y"]), "support_y")
+    numbers, names = arrays.number_classes(support_y)
+    fast = learner.adapt(given["support_x"], numbers, steps=steps)
+    support = given["support_x"] if learner.model.uses_support else None
+    logits = np.asarray(learner.apply(fast, given["query_x"], support))[:, : len(names)]  # the classes it was shown
+    classes = np.unique(support_y)
+    predicted = classes[logits.argmax(-1)]
     result: dict[str, Any] = {
         "steps": learner.spec.steps if steps is None else steps,
         "predictions": predicted.tolist(),
     }
     if "query_y" in given:
         labels = arrays.check_labels(given["query_y"], len(predicted), "query_y")
-        if labels.max() >= learner.model.way:
-            raise ConfigError(f"{task}: query_y: expected labels 0..{learner.model.way - 1}, got {labels.max()}")
+        new = np.setdiff1d(labels, classes)
+        if new.size:
+            raise ConfigError(f"{task}: query_y: expected labels of the support set, {list(names)}, got {new[0]}")
         result["accuracy"] = float((predicted == labels).mean())
     if out is not None:
         artifacts.write_params(out, fast)
@@ -256,8 +268,7 @@ def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:
     from metalr import artifact as artifacts
     from metalr import report
 
-    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
-    facts = {"artifact": str(folder), **artifacts.describe(artifacts.load(folder))}
+    facts = {"artifact": str(artifacts.folder_of(artifact)), **artifacts.describe(artifacts.load_to_show(artifact))}
     print(json.dumps(facts, indent=1) if json_ else report.learned_text(facts))
 
 
@@ -340,7 +351,8 @@ def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_
     """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
 
     Args:
-      name: mnist, or the name of a TFDS dataset that is prepared in the TFDS folder.
+      name: mnist, or the name of a TFDS dataset that is prepared in the TFDS folder: NAME, NAME/CONFIG or
+        NAME/CONFIG:VERSION.
       idx: folder with MNIST's four IDX files (gzipped or not); checked by sha256.
       data_dir: TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
     """
@@ -349,17 +361,18 @@ def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_
     print(sources.prepare(name, idx=idx, data_dir=data_dir))
 
 
-def data_import(file: tyro.conf.Positional[Path], name: str | None = None) -> None:
+def data_import(file: tyro.conf.Positional[Path], name: str | None = None, min_per_class: int = 0) -> None:
     """Check an .npz of your own images and labels, and keep it under a name.
 
     Args:
-      file: .npz with images and labels (and optionally test_images, test_labels, class_split); or images of shape
-        [classes, n, height, width] without labels.
+      file: .npz with images and labels, numbers or names (and optionally test_images, test_labels, class_split); or
+        images of shape [classes, n, height, width] without labels.
       name: what --data calls it; default: the file's name.
+      min_per_class: leave out classes with fewer images.
     """
     from metalr import data
 
-    dataset = data.from_npz(file, name)
+    dataset = data.from_npz(file, name, min_per_class=min_per_class)
     if dataset.name in (data.BUNDLED, "mnist"):
         raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
     data.write_cache(dataset)

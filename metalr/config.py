@@ -29,9 +29,16 @@ class TaskConfig:
     """Share of the support labels that are drawn anew at random, in every split; query labels stay."""
 
 
+MODEL_SETTINGS = {
+    "mlp": ("widths", "dropout"),
+    "conv4": ("channels", "layers", "norm"),
+    "rnn": ("cell", "width"),
+}  # and dtype, which all take
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network. Settings of the other networks are ignored."""
+    """The network. A setting that it does not take must stay at its default."""
 
     name: Literal["mlp", "conv4", "rnn"] = "mlp"
     """mlp, conv4 or rnn."""
@@ -43,8 +50,9 @@ class ModelConfig:
     """conv4: channels of each layer."""
     layers: int = 4
     """conv4: number of convolutions."""
-    norm: Literal["batch", "instance", "none"] = "batch"
-    """conv4: normalise by the statistics of the whole batch (transductive), of each image, or not at all."""
+    norm: Literal["batch", "support", "instance", "none"] = "batch"
+    """conv4: normalise by the statistics of the whole batch (transductive), of the support set, of each image, or not
+    at all."""
     cell: Literal["gru", "lstm"] = "gru"
     """rnn: kind of cell."""
     width: int = 128
@@ -65,12 +73,7 @@ class ModelConfig:
 
     def settings(self) -> dict[str, Any]:
         """The settings that this model takes."""
-        names = {
-            "mlp": ("widths", "dropout"),
-            "conv4": ("channels", "layers", "norm"),
-            "rnn": ("cell", "width"),
-        }
-        return {name: getattr(self, name) for name in (*names.get(self.name, ()), "dtype")}
+        return {name: getattr(self, name) for name in (*MODEL_SETTINGS.get(self.name, ()), "dtype")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,9 @@ class TrainConfig:
     outer: OuterConfig = OuterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     grid: GridConfig = GridConfig()
+    init: Path | None = None
+    """Run or artifact folder whose init and rates meta-training starts from, with a fresh outer optimizer (the init
+    alone if its rates were not learned)."""
     seed: int = 0
     """Seed of meta-training."""
     out: Path | None = None

@@ -25,8 +25,11 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
                 near = difflib.get_close_matches(str(name), names, 1, 0.5)
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {names}"
                 raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
-            if value is None and type(None) in get_args(hints[name]):
+            kinds = get_args(hints[name])
+            if value is None and type(None) in kinds:
                 values[name] = None
+            elif Path in kinds and isinstance(value, str):
+                values[name] = Path(value)
             else:
                 values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
         return kind(**values)
@@ -34,8 +37,6 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
     def convert(default: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(default):
             return build(type(default), value, f"{name}.")
-        if name == "out" and value is not None:
-            return Path(value)
         if isinstance(default, tuple):
             if not isinstance(value, list):
                 raise ConfigError(f"{name}: expected a list, got {value!r}")

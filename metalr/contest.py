@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, searchers, tasks
+from metalr import artifact, data, evaluate, fit, folders, preemption, rivals, sealed, searchers, tasks
 from metalr import rates as rates_lib
 from metalr import trials as trials_lib
 from metalr.config import CompareConfig, TrainConfig
@@ -66,8 +66,11 @@ def run(
     """
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
     parts = _set_up(runs, config, pretrained, model)
-    stored = {"runs": [str(path) for path in runs], "pretrained": pretrained and str(pretrained)}
     with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
+        stored = {
+            "runs": [_record(path, folder) for path in runs],
+            "pretrained": None if pretrained is None else _record(pretrained, folder),
+        }
         folders.write_json(folder / "config.json", stored | {"config": config.to_json()})
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
 
@@ -82,19 +85,42 @@ def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | Non
     try:
         stored = json.loads((folder / "config.json").read_text())
         config = from_json(stored["config"], CompareConfig)
-        runs, pretrained = [Path(path) for path in stored["runs"]], stored["pretrained"]
+        recorded_runs, recorded_pretrained = list(stored["runs"]), stored["pretrained"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
+    runs = [_locate(recorded, folder) for recorded in recorded_runs]
+    pretrained = None if recorded_pretrained is None else _locate(recorded_pretrained, folder)
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
-    parts = _set_up(runs, config, pretrained and Path(pretrained), model)
+    parts = _set_up(runs, config, pretrained, model, folder)
     with folders.locked(folder):
         folders.sweep(folder)
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
 
 
-def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None, model: Model | None) -> _Parts:
-    """Check everything, before anything is written."""
+def _record(run: Path, folder: Path) -> dict[str, str]:
+    """Where a run stands, and the hash of what it learned, by which it is known again."""
+    return folders.place(run, folder) | {"sha256": sealed.sha256(run / "artifact" / artifact.FACTS)}
+
+
+def _locate(recorded: dict[str, str], folder: Path) -> Path:
+    """Where a recorded run stands now. Raises ConfigError if it is in none of its places."""
+    tried = folders.places(recorded, folder)
+    for place in map(Path, tried):
+        file = place / "artifact" / artifact.FACTS
+        if file.is_file() and sealed.sha256(file) == recorded.get("sha256"):
+            return place
+    raise ConfigError(f"resume: {folder}: expected the run that it was begun with, found it in none of {tried}")
+
+
+def _set_up(
+    runs: Sequence[Path],
+    config: CompareConfig,
+    pretrained: Path | None,
+    model: Model | None,
+    resumed: Path | None = None,
+) -> _Parts:
+    """Check everything, before anything is written. resumed: the comparison's folder, which knows its data."""
     from_json(config.to_json(), CompareConfig)  # the types, as in a config file
     for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
         if not values or not all(0 < value < np.inf for value in values):
@@ -122,7 +148,13 @@ def _set_up(runs: Sequence[Path], config: CompareConfig, pretrained: Path | None
     made = from_json(trained[0]["config"])
     for found in joint_trained:
         _check_pretrained(f"pretrained: {pretrained}", from_json(found["config"]), made)
-    field, facts = _make_field(made, config, learners[0])
+        if _data_sha256(found) != _data_sha256(trained[0]):
+            raise ConfigError(f"pretrained: {pretrained}: expected the data of the runs, {made.data!r}, got other data")
+    if config.data is None:
+        dataset = data.load_recorded(runs[0], made.data)
+    else:
+        dataset = data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
+    field, facts = _make_field(made, config, learners[0], dataset)
     try:
         rates_lib.check_steps(learners[0].spec, max(field.lengths))
     except ConfigError as error:
@@ -151,7 +183,7 @@ def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> N
     if joint.inner.algorithm != "joint":
         raise ConfigError(f"{where}: expected a run of --inner.algorithm joint, got {joint.inner.algorithm}")
     for name, (other, own) in differences(joint, trained).items():
-        if name == "data" or (name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query")):
+        if name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query"):
             raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
 
 
@@ -163,7 +195,7 @@ def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[ar
         raise ConfigError(f"runs: expected different run folders, got {[str(path) for path in runs]}")
     configs = [read_config(path) for path in runs]
     for path, config in zip(runs, configs, strict=True):
-        free = ("seed", "out", "overwrite", "grid.", "evaluation.")
+        free = ("seed", "out", "overwrite", "grid.", "evaluation.", "data")
         changed = [name for name in differences(configs[0], config) if not name.startswith(free)]
         if changed:
             raise ConfigError(f"runs: expected runs that differ in their seed only, {path} also in {sorted(changed)}")
@@ -173,14 +205,24 @@ def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[ar
             results.append(json.loads((path / "results.json").read_text()))
         except (OSError, ValueError) as error:
             raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
+    for path, found in zip(runs, results, strict=True):
+        if _data_sha256(found) != _data_sha256(results[0]):
+            raise ConfigError(
+                f"runs: expected runs that differ in their seed only, {path} has other data than {runs[0]}"
+            )
     return [artifact.load(path / "artifact", model) for path in runs], results
 
 
-def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.Learner) -> tuple[Field, dict[str, Any]]:
+def _data_sha256(results: dict[str, Any]) -> Any:
+    return results.get("data", {}).get("sha256")
+
+
+def _make_field(
+    trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, dataset: data.Dataset
+) -> tuple[Field, dict[str, Any]]:
     """The held-out tasks, and what a result says of them."""
     shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
     family, way = config.family or trained.tasks.family, trained.tasks.way
-    dataset = data.load(config.data or trained.data)
     if (*dataset.shape,) != (*learner.model.input_shape,):
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
     splits = tasks.make_splits(dataset, family)
@@ -217,7 +259,7 @@ def _make_field(trained: TrainConfig, config: CompareConfig, learner: artifact.L
 
 def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
-    folders.same_data(folder, parts.facts["data_sha256"])
+    folders.remember_data(folder, config.data or parts.facts["trained_on"]["data"], parts.facts["data_sha256"])
     with preemption.watch() as asked:
 
         def between() -> None:

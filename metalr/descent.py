@@ -6,6 +6,7 @@ weights. What the spec does not choose costs nothing: with rates alone, a step i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,20 @@ EPS_ROOT = 1e-8  # inside Adam's square root: without it the derivative at a zer
 TINY = 1e-12  # added to mean squares before their logarithm is taken
 
 
+def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of optax that works under jax_numpy_dtype_promotion "strict" too; optax's own Adam does not."""
+
+    def init(params: Params) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.init(params)
+
+    def update(grads: Params, state: Any, params: Params | None = None, **more: Any) -> tuple[Params, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(grads, state, params, **more)
+
+    return optax.GradientTransformation(init, update)
+
+
 class DescentState(NamedTuple):
     """State of `optimizer`. steps: int32 []; the others like params (adam: optax's own), or () if not chosen."""
 
@@ -30,20 +45,27 @@ class DescentState(NamedTuple):
     start: Any = ()  # where the fine-tune began, for the proximal pull
 
 
-def optimizer(spec: RatesSpec, rates: Rates, steps: int | None = None) -> optax.GradientTransformation:
+def optimizer(
+    spec: RatesSpec, rates: Rates, steps: int | None = None, *, tensors: Sequence[str] | None = None
+) -> optax.GradientTransformation:
     """Gradient descent with the given actual hyperparameters, as an optax transformation for any training loop.
 
     Works on any pytree with the tensors' names that they were made for; differentiable in them.
 
     Args:
       steps: the length of the fine-tune, over which a schedule with knots is spread; default: spec.steps.
+      tensors: names of all tensors that the rates were made for; default: those of the tree that it is used on. With
+        them, a tree that is a part of it (optax.multi_transform, optax.masked) is seen to be one.
 
-    Its `init` raises ConfigError for a tensor that has no fitting rate, its `update` for params that are None where
-    decay or prediction needs them.
+    Its `init` raises ConfigError for a tensor that has no fitting rate, and for a part of a tree where that would
+    change
+    what a step is: prediction needs every layer's gradient, clipping the whole of a layer's. Its `update` for params
+    that are None where decay or prediction needs them.
     """
-    adam = optax.scale_by_adam(eps_root=EPS_ROOT)
+    adam = promoting(optax.scale_by_adam(eps_root=EPS_ROOT))
 
     def init(params: Params) -> DescentState:
+        _check_part(spec, params, tensors)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             group = rates_lib.group_of(spec, path)
             shape = jnp.shape(rates[group])[bool(spec.times) :] if group in rates else None
@@ -105,6 +127,23 @@ def optimizer(spec: RatesSpec, rates: Rates, steps: int | None = None) -> optax.
         return updates, DescentState(state.steps + 1, velocity, adam_state, state.start)
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_part(spec: RatesSpec, params: Params, tensors: Sequence[str] | None) -> None:
+    """Raises ConfigError for a part of the tree that does not have what the chosen hyperparameters look at together."""
+    if tensors is None or not (spec.predicted or spec.clip is not None):
+        return
+    found = {rates_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    layers = {rates_lib.layer_name(name) for name in found}
+    missing = [name for name in tensors if name not in found]
+    if not spec.predicted:
+        missing = [name for name in missing if rates_lib.layer_name(name) in layers]
+    if missing:
+        what = "predicted from the gradients of all layers" if spec.predicted else "clipped by whole layers' norms"
+        raise ConfigError(
+            f"params: expected {'the whole tree' if spec.predicted else 'whole layers'}, because steps are {what}; "
+            f"missing {missing}; use as_optax() on all of them, and mask what should not move after it"
+        )
 
 
 def _of_layer(kind: str, spec: RatesSpec, now: Rates, path: tuple[Any, ...]) -> jax.Array | None:

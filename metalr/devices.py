@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -78,6 +79,35 @@ def join_processes() -> bool:
             f"below it; cannot join: {one_line(error)}"
         ) from error
     return jax.process_index() > 0
+
+
+def from_first_process(content: bytes) -> bytes:
+    """The first process's bytes, in all processes of a run; all of them must call it."""
+    if jax.process_count() == 1:
+        return content
+    from jax.experimental import multihost_utils
+
+    (size,) = multihost_utils.broadcast_one_to_all(np.array([len(content)], np.int32))
+    mine = np.frombuffer(content, np.uint8) if jax.process_index() == 0 else np.zeros(int(size), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process of a run; all of them must call it."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def check_same_in_all_processes(facts: dict[str, str]) -> None:
+    """Raises ConfigError in a process whose facts are not those of the first one; all of them must call it."""
+    first = json.loads(from_first_process(json.dumps(facts).encode()))
+    differing = sorted(name for name in facts if facts[name] != first.get(name))
+    if in_any_process(bool(differing)):
+        what = f"this one differs in {differing}" if differing else "another one differs"
+        raise ConfigError(f"processes: expected the same settings, data and versions in all; {what} from the first")
 
 
 def task_mesh(tasks: int, *, all_processes: bool = False) -> Mesh:

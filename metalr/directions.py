@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from metalr import descent, inner
 from metalr import rates as rates_lib
-from metalr.models import Apply
+from metalr.models import Apply, predict
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams, Params, Rates
 
@@ -93,7 +93,7 @@ def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
 
 def on_query(apply: Apply, fast: Params, episode: Episode, loss: inner.Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The query loss of adapted params, and the metrics."""
-    logits = apply(fast, episode.query_x)
+    logits = predict(apply, fast, episode.support_x, episode.query_x)
     value = loss(logits, episode.query_y)
     return value, {"loss": value, "accuracy": inner.accuracy(logits, episode.query_y)}
 

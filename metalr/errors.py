@@ -31,6 +31,10 @@ class StoppedError(MetalrError):
     """A signal asked the run to stop; it was saved and can be resumed."""
 
 
+class MetalrWarning(UserWarning):
+    """Something that works and is probably not what was meant."""
+
+
 def check_choices(setting: str, values: Collection[object]) -> None:
     """Raises ConfigError if a setting that lists what to try has no value, or one twice."""
     if not values:

@@ -152,7 +152,7 @@ class _Stack:
         error = (jax.nn.softmax(logits) - self.targets) / len(self.x)
         for i in reversed(range(len(rest))):
             a, delta = jax.lax.stop_gradient((inputs[i], error)) if self.first_order else (inputs[i], error)
-            error = rest[i].backward(error) * (inputs[i] > 0)
+            error = rest[i].backward(error) * (inputs[i] > 0).astype(error.dtype)
             rest[i] = rest[i].updated(a, delta, *_rates(self.spec, now, self.names[1 + i]))
         delta = jax.lax.stop_gradient(error) if self.first_order else error
         return first.updated(delta, *_rates(self.spec, now, self.names[0])), rest

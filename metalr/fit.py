@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from metalr import devices, inner, models
+from metalr.descent import promoting
 from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 from metalr.types import Episode, Params
@@ -175,7 +176,7 @@ def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
     return _Form(start, make_step, turn)
 
 
-ELEMENTWISE = {"adam": optax.scale_by_adam, "sgd": optax.identity}  # what `_wide` is fit for
+ELEMENTWISE = {"adam": lambda: promoting(optax.scale_by_adam()), "sgd": optax.identity}  # what `_wide` is fit for
 
 
 def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Callable[[int], Program]:
@@ -186,8 +187,14 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
     Args:
       plain: never use the wide form (it gives the same; tests compare).
     """
+    if model.uses_support:
+        raise ConfigError(
+            "model.norm: expected batch, instance or none in a search, whose training sets are too large to be part of "
+            "every prediction, got support"
+        )
     wide = optimizer in ELEMENTWISE and model.relu_stack and not plain
-    form = _wide(ELEMENTWISE[optimizer]) if wide else _side_by_side(getattr(optax, optimizer))
+    maker = getattr(optax, optimizer)
+    form = _wide(ELEMENTWISE[optimizer]) if wide else _side_by_side(lambda rate: promoting(maker(rate)))
 
     def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
         def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:

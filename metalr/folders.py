@@ -259,16 +259,35 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def same_data(folder: Path, sha256: str) -> None:
-    """Remember which data a run folder was begun with. Raises ConfigError if it was begun with other data."""
+def place(path: Path | str, folder: Path) -> dict[str, str]:
+    """Where something stands that `folder` refers to, in all ways that may still hold when either is moved."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    try:
+        relative = os.path.relpath(absolute, os.path.abspath(folder))
+    except ValueError:  # another drive of Windows
+        relative = absolute
+    return {"given": str(path), "absolute": absolute, "from_folder": relative}
+
+
+def places(recorded: dict[str, Any], folder: Path) -> list[str]:
+    """Where to look for what `place` recorded, without repetition."""
+    found = [recorded.get("given"), recorded.get("absolute")]
+    if "from_folder" in recorded:
+        found.append(os.path.normpath(os.path.join(os.path.abspath(folder), recorded["from_folder"])))
+    return list(dict.fromkeys(str(each) for each in found if each))
+
+
+def remember_data(folder: Path, name: str, sha256: str) -> None:
+    """Write down which data a run folder was begun with, and where that stands; once."""
+    if not (folder / DATA).is_file():
+        where = place(name, folder) if name.endswith(".npz") else {"given": name}
+        write_json(folder / DATA, {"sha256": sha256} | where)
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """What `remember_data` wrote; empty if it never did."""
     file = folder / DATA
-    if not file.is_file():
-        write_json(file, {"sha256": sha256})
-    elif (begun := _facts(file.read_bytes()).get("sha256", sha256)) != sha256:
-        raise ConfigError(
-            f"data: expected the arrays that {folder} was begun with (sha256 {str(begun)[:12]}), found others "
-            f"({sha256[:12]}); bring those back, or start anew in another folder"
-        )
+    return _facts(file.read_bytes()) if file.is_file() else {}
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from metalr.errors import ConfigError
-from metalr.models import Apply
+from metalr.models import Apply, predict
 from metalr.types import Episode, Params
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -168,7 +168,7 @@ def adaptation_curve(
     """Query accuracy of one episode after 0, 1, …, steps inner steps (or those in observe_at): [steps + 1] float32."""
 
     def observe(now: Params) -> jax.Array:
-        return accuracy(apply(now, episode.query_x), episode.query_y)
+        return accuracy(predict(apply, now, episode.support_x, episode.query_x), episode.query_y)
 
     _, curve = adapt(apply, params, episode.support_x, episode.support_y, optimizer, steps, observe=observe, **options)
     return curve

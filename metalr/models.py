@@ -14,17 +14,35 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metalr.convolution import conv_as_patches
 from metalr.errors import ConfigError
 from metalr.types import Params
 
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
-NORMS = ("batch", "instance", "none")
+NORMS = ("batch", "support", "instance", "none")
 CELLS = ("gru", "lstm")
 CUSTOM = "custom"  # the name of a user's own model
 MOST_LAYERS = 64  # a model is built from an artifact's facts before those can be trusted
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithSupport:
+    """An `Apply` whose predictions also depend on the task's support set: apply(params, x, support=support_x)."""
+
+    function: Apply
+
+    def __call__(self, params: Params, x: jax.Array, **options: Any) -> jax.Array:
+        return self.function(params, x, **options)
+
+
+def predict(apply: Apply, params: Params, support_x: jax.Array, query_x: jax.Array) -> jax.Array:
+    """Logits of a task's query set with adapted params: [query, way]."""
+    if isinstance(apply, WithSupport):
+        return apply(params, query_x, support=support_x)
+    return apply(params, query_x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,11 @@ class Model:
     dropout: bool = False
     learned_dropout: bool = False
     transductive: bool = False
+
+    @property
+    def uses_support(self) -> bool:
+        """Whether predictions depend on the task's support set: `predict` gives it to `apply`."""
+        return isinstance(self.apply, WithSupport)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -105,7 +128,10 @@ class _Conv4(nn.Module):
     patches: bool  # convolution as patches times a matrix
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, support: jax.Array | None = None) -> jax.Array:
+        known = 0  # images in front, whose statistics hold for all
+        if support is not None:
+            x, known = jnp.concatenate([support, x]), len(support)
         for i in range(self.layers):
             x = nn.Conv(
                 self.channels,
@@ -116,26 +142,31 @@ class _Conv4(nn.Module):
                 conv_general_dilated=conv_as_patches if self.patches else jax.lax.conv_general_dilated,
             )(x)
             if self.norm != "none":
-                x = _Norm(per_image=self.norm == "instance", name=f"norm_{i}")(x)
+                x = _Norm(per_image=self.norm == "instance", name=f"norm_{i}")(x, known)
             x = nn.relu(x)
+        x = x[known:]
         head = nn.Dense(self.way, dtype=_compute(self.dtype), name="head")
         return _logits(head(x.reshape(x.shape[0], -1)), self.dtype)
 
 
 class _Norm(nn.Module):
-    """Normalise each channel by the statistics of this very input; keeps no running averages."""
+    """Normalise each channel by the statistics of this very input; keeps no running averages.
+
+    known: if not 0, the statistics are of that many images, the first ones.
+    """
 
     per_image: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, known: int = 0) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         scale, bias = scale[None, None, None], bias[None, None, None]
         axes, given = (1, 2) if self.per_image else (0, 1, 2), x.dtype
         x = x.astype(jnp.promote_types(given, jnp.float32))  # sums of squares need more digits than bfloat16 has
-        mean = x.mean(axes, keepdims=True)
-        variance = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
+        seen = x[:known] if known else x
+        mean = seen.mean(axes, keepdims=True)
+        variance = jnp.square(seen).mean(axes, keepdims=True) - jnp.square(mean)
         slope = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5)
         return (x * slope + (bias - mean * slope)).astype(given)
 
@@ -193,10 +224,14 @@ def _linen_apply(module: nn.Module) -> Apply:
     call: Any = module.apply
 
     def apply(
-        params: Params, x: jax.Array, key: jax.Array | None = None, dropout: jax.Array | None = None
+        params: Params,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        dropout: jax.Array | None = None,
+        support: jax.Array | None = None,
     ) -> jax.Array:
         if key is None:
-            return call({"params": params}, x)
+            return call({"params": params}, x, **({} if support is None else {"support": support}))
         rate = {} if dropout is None else {"dropout": dropout}
         return call({"params": params}, x, train=True, rngs={"dropout": key}, **rate)
 
@@ -249,7 +284,9 @@ def conv4(
     """The few-shot standard: `layers` blocks of 3x3 stride-2 convolution, norm, ReLU; then a dense head.
 
     norm "batch" uses the statistics of all images given together, which is transductive on a query set (as in
-    MAML's published code); "instance" uses each image's own; "none" leaves it out. Source: Vinyals et al. 2016
+    MAML's published code): one image at a time, predictions are worthless. "support" uses those of the task's support
+    set for queries too, so that a prediction depends on its image and the task alone. "instance" uses each image's own;
+    "none" leaves it out. Source: Vinyals et al. 2016
     (section 4.1.1) and Finn et al. 2017 (section 5.2), with strides in place of pooling.
     """
     if norm not in NORMS:
@@ -260,14 +297,15 @@ def conv4(
         raise ConfigError(f"model.layers: expected 1..{MOST_LAYERS}, got {layers}")
     settings = {"channels": channels, "layers": layers, "norm": norm} | _dtype_setting(dtype)
     plain, patched = (_Conv4(way, channels, layers, norm, dtype, patches) for patches in (False, True))
+    wrapped: Callable[[Apply], Apply] = WithSupport if norm == "support" else lambda apply: apply
     return Model(
         name="conv4",
         init=_linen_init(plain, input_shape),
-        apply=_linen_apply(plain),
+        apply=wrapped(_linen_apply(plain)),
         input_shape=input_shape,
         way=way,
         settings=settings,
-        cpu_apply=_linen_apply(patched),
+        cpu_apply=wrapped(_linen_apply(patched)),
         transductive=norm == "batch",
     )
 
@@ -304,14 +342,23 @@ def build(name: str, way: int, input_shape: tuple[int, int, int], **settings: An
     """The model of that name. Raises ConfigError for an unknown name or setting."""
     if name not in MODELS:
         raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise ConfigError(f"input_shape: expected [height, width, channels], all positive, got {list(input_shape)}")
-    if way < 2:
-        raise ConfigError(f"way: expected at least 2 classes, got {way}")
+    _check_shape(input_shape, way)
     try:
         return MODELS[name](way, input_shape, **settings)
     except TypeError as error:
         raise ConfigError(f"model {name}: {error}") from error
+
+
+def _check_shape(input_shape: Any, way: Any) -> None:
+    """Raises ConfigError unless these are (height, width, channels) and a number of classes."""
+    if (
+        not isinstance(input_shape, (tuple, list))
+        or len(input_shape) != 3
+        or not all(isinstance(n, (int, np.integer)) and n > 0 for n in input_shape)
+    ):
+        raise ConfigError(f"input_shape: expected (height, width, channels), all positive, got {input_shape!r}")
+    if not isinstance(way, (int, np.integer)) or way < 2:
+        raise ConfigError(f"way: expected at least 2 classes, got {way!r}")
 
 
 def from_linen(
@@ -326,9 +373,16 @@ def from_linen(
     """A user's own Linen module, called as module(x) -> logits; with dropout, as module(x, train=True) in inner steps.
 
     Raises:
-      ConfigError: the module keeps state beside params (running batch statistics), or gives other than [n, way]
-        logits. Checked here, by abstract evaluation.
+      ConfigError: no module, no shape of an image, the module keeps state beside params (running batch statistics), or
+        gives other than [n, way] logits. Checked here, by abstract evaluation.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"model: expected a flax.linen module, such as Net(), got {type(module).__name__} {module!r}; for "
+            "functions "
+            "of your own, make a models.Model(init=..., apply=...)"
+        )
+    _check_shape(input_shape, way)
     init, apply = _linen_init(module, input_shape), _linen_apply(module)
     return _checked(Model(CUSTOM, init, apply, input_shape, way, head, dropout=dropout, transductive=transductive))
 
@@ -352,6 +406,11 @@ def from_nnx(
     """
     from flax import nnx
 
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(
+            f"model: expected a flax.nnx module, such as Net(rngs=nnx.Rngs(0)), got {type(module).__name__} {module!r}"
+        )
+    _check_shape(input_shape, way)
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
         kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
@@ -378,12 +437,28 @@ def from_nnx(
     return _checked(Model(CUSTOM, init, apply, input_shape, way, head, transductive=transductive))
 
 
+def check_dtypes(params: Params, what: str) -> None:
+    """Raises ConfigError for params that are not float32 or float64, by name.
+
+    Second derivatives need their digits, and files of 16-bit floats cannot be read back.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.dtype not in (jnp.float32, jnp.float64):
+            raise ConfigError(
+                f"{what}: expected params in float32, got {leaf.dtype} for {jax.tree_util.keystr(path)}; keep params "
+                "in float32 and compute in 16 bits (in Flax: param_dtype=jnp.float32, dtype=jnp.bfloat16)"
+            )
+
+
 def _checked(model: Model) -> Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         params = jax.eval_shape(model.init, jax.random.key(0))
+    check_dtypes(params, "model")
     x = jax.ShapeDtypeStruct((3, *model.input_shape), jnp.float32)
     logits = jax.eval_shape(model.apply, params, x)
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        raise ConfigError(f"model: expected an array of logits, got {type(logits).__name__}")
     if model.dropout:
         try:
             jax.eval_shape(model.apply, params, x, jax.random.key(0))

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalr import devices, directions, factored, inner
+from metalr import devices, directions, factored, inner, models
 from metalr import rates as rates_lib
 from metalr.errors import ConfigError
-from metalr.models import Apply, Model
+from metalr.models import Apply, Model, predict
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
 DERIVATIVES = ("reverse", "remat", "truncated", "forward")
 AT_ONCE_STEPS = 16  # up to here "auto" keeps every step's activations
-AT_ONCE_BYTES = 1 << 28  # what "auto" lets the params of all steps take, with remat
-FORWARD_NUMBERS = 32  # learned numbers up to which "auto" prefers forward mode to truncation
+AT_ONCE_BYTES = 1 << 28  # what "auto" lets the params that a task's derivative keeps take
+FORWARD_NUMBERS = 32  # learned numbers up to which "auto" prefers forward mode to truncation; it keeps params for each
 
 
 class Method(NamedTuple):
@@ -40,16 +40,23 @@ class Method(NamedTuple):
     solver_steps: int = 5
 
 
-def choose_derivative(spec: RatesSpec, model: Model) -> str:
-    """The derivative that "auto" stands for: the fastest whose memory stays bounded, see docs/long.md."""
+def choose_derivative(spec: RatesSpec, model: Model, last: int = Method().last) -> tuple[str, int]:
+    """What "auto" stands for: the fastest derivative whose memory is bounded, and how many steps "truncated" takes.
+
+    Every derivative keeps copies of the params: one for each step that is differentiated, or (forward) one for each
+    learned number. A task's copies take at most AT_ONCE_BYTES, or are one; see docs/long.md.
+
+    Args:
+      last: the most steps that "truncated" may differentiate.
+    """
     init = jax.eval_shape(model.init, jax.random.key(0))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(init))
-    if spec.steps <= AT_ONCE_STEPS:
-        return "reverse"
     if spec.steps * size <= AT_ONCE_BYTES:
-        return "remat"
+        return ("reverse" if spec.steps <= AT_ONCE_STEPS else "remat"), last
     numbers = sum(leaf.size for leaf in initial_shapes(model, spec).rates.values())
-    return "forward" if numbers <= FORWARD_NUMBERS else "truncated"
+    if numbers <= FORWARD_NUMBERS and numbers * size <= AT_ONCE_BYTES:
+        return "forward", last
+    return "truncated", min(last, max(1, AT_ONCE_BYTES // size))
 
 
 def initial_shapes(model: Model, spec: RatesSpec) -> MetaParams:
@@ -64,6 +71,7 @@ def initial(model: Model, spec: RatesSpec, key: jax.Array) -> MetaParams:
     if spec.dropout is not None and not model.learned_dropout:
         raise ConfigError(f"inner.dropout: expected None with the model {model.name!r}, which takes no dropout rate")
     init = model.init(key)
+    models.check_dtypes(init, f"model {model.name!r}")
     return MetaParams(init, rates_lib.initial_raw(spec, init))
 
 
@@ -88,16 +96,16 @@ def query_logits(
         last = method.last if method.derivative == "truncated" else None
         options = {"loss": loss, "first_order": method.first_order}
         fast = directions.adapted(apply, spec, meta, episode, key, dropout=dropout, remat=remat, last=last, **options)
-        return apply(fast, episode.query_x)
+        return predict(apply, fast, episode.support_x, episode.query_x)
     rates = rates_lib.actual(spec, meta.rates)
     step, start = directions.step_of(
         apply, spec, rates, episode, key, loss=loss, first_order=method.first_order,
         dropout=rates_lib.dropout(spec, rates, dropout),
     )  # fmt: skip
-    carry, seen = (meta.init, start(meta.init)), [apply(meta.init, episode.query_x)]
+    carry, seen = (meta.init, start(meta.init)), [predict(apply, meta.init, episode.support_x, episode.query_x)]
     for number in range(spec.steps):
         carry = inner.take(step, carry, number, number + 1, remat=remat)
-        seen.append(apply(carry[0], episode.query_x))
+        seen.append(predict(apply, carry[0], episode.support_x, episode.query_x))
     return jnp.stack(seen)
 
 

@@ -238,6 +238,19 @@ def actual(spec: RatesSpec, raw: Rates) -> Rates:
     return {name: value(kind_of(name), v) for name, v in raw.items()}
 
 
+def raw_of(spec: RatesSpec, actual: Rates) -> Rates:
+    """Raw values that stand for actual hyperparameters: the inverse of `actual`, up to rounding."""
+
+    def value(kind: str, actual: jax.Array) -> jax.Array:
+        if kind in ("momentum", "dropout"):
+            return jax.scipy.special.logit(actual)
+        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
+            return jnp.log(actual)
+        return actual
+
+    return {name: value(kind_of(name), jnp.asarray(v)) for name, v in actual.items()}
+
+
 def project(spec: RatesSpec, raw: Rates) -> Rates:
     """Raw values whose rates are within spec.lowest..spec.highest."""
     if spec.lowest is None and spec.highest is None:
@@ -262,7 +275,7 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
         last = max((of_steps or spec.steps) - 1, 1)
         place = jnp.minimum(step / last, 1.0) * (spec.knots - 1)
         before = jnp.minimum(place.astype(jnp.int32), spec.knots - 2)
-        share = (place - before).astype(value.dtype)
+        share = (place - before.astype(place.dtype)).astype(value.dtype)
         one, other = value[before], value[before + 1]
         return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
 

@@ -16,13 +16,27 @@ import time
 from collections.abc import Callable
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr import artifact, checkpoints, compare, evaluate, folders, preemption, search, train
+import metalr
+from metalr import (
+    artifact,
+    checkpoints,
+    compare,
+    data,
+    devices,
+    evaluate,
+    folders,
+    models,
+    outer,
+    preemption,
+    search,
+    train,
+)
 from metalr import rates as rates_lib
 from metalr.config import ModelConfig, TrainConfig
 from metalr.config_files import differences, read_config
@@ -34,7 +48,7 @@ from metalr.setup import Setup, describe, set_up, task_cost
 from metalr.types import MetaParams, Params, Rates
 
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
-MAY_CHANGE = ("out", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every")
+MAY_CHANGE = ("out", "data", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every")
 MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 
 Asked = Callable[[], bool]
@@ -59,9 +73,10 @@ def run(
     if model is not None:
         config = dataclasses.replace(config, model=ModelConfig.of(model))
     setup = set_up(config, model)
+    warm = warm_start(config, setup)
     with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
-        return _carry_out(config, setup, folder, name, reporter)
+        return _carry_out(config, setup, folder, name, reporter, warm)
 
 
 def resume(
@@ -90,23 +105,84 @@ def resume(
             )
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
-    setup = set_up(config, model)
+    where = config.data if config.data != stored.data else None
+    setup = set_up(config, model, data.load_recorded(folder, stored.data, where))
+    warm = None if checkpoints.any_in(folder / "checkpoints") else warm_start(config, setup)
     with folders.locked(folder):
         folders.sweep(folder)
         folders.sweep(folder / "checkpoints")
         kept = dataclasses.replace(config, out=stored.out, overwrite=stored.overwrite)
         if kept != stored:  # another resume, or `metalr evaluate`, goes by these
             folders.write_json(folder / "config.json", kept.to_json())
-        return _carry_out(config, setup, folder, folder.name, reporter)
+        return _carry_out(config, setup, folder, folder.name, reporter, warm)
 
 
-def _carry_out(config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
+class WarmStart(NamedTuple):
+    """What meta-training starts from in place of a random init, and what a result says of it."""
+
+    meta: MetaParams
+    facts: dict[str, Any]
+
+
+def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
+    """The init and rates of config.init; None if there is none. Raises ConfigError unless they fit the settings."""
+    if config.init is None:
+        return None
+    learner = artifact.load(config.init, setup.model if setup.model.name == models.CUSTOM else None)
+    shapes = outer.initial_shapes(setup.model, setup.spec)
+
+    def described(tree: Any) -> dict[str, tuple[Any, str]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {rates_lib.path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+    takes_rates = learner.kind_of_rates == artifact.LEARNED
+    for part, wanted, found in (("init", shapes.init, learner.init), ("rates", shapes.rates, learner.rates)):
+        if part == "rates" and not takes_rates:
+            continue
+        wanted, found = described(wanted), described(found)
+        wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if wrong:
+            raise ConfigError(
+                f"init: {config.init}: its {part} do not fit these settings: expected {wrong[0]} "
+                f"{wanted.get(wrong[0], 'to be absent')}, got {found.get(wrong[0], 'none')}"
+            )
+    if takes_rates and (learner.spec.positive, learner.spec.knots) != (setup.spec.positive, setup.spec.knots):
+        raise ConfigError(
+            f"init: {config.init}: its rates are of another kind: expected {setup.spec}, got {learner.spec}"
+        )
+    raw = jax.tree.map(
+        jnp.asarray,
+        rates_lib.raw_of(setup.spec, learner.rates) if takes_rates else rates_lib.initial_raw(setup.spec, learner.init),
+    )
+    facts = {
+        "folder": str(config.init),
+        "takes": "init and rates" if takes_rates else "init",
+        "example_gradients": learner.facts.get("example_gradients", 0),
+    }
+    return WarmStart(MetaParams(jax.tree.map(jnp.asarray, learner.init), raw), facts)
+
+
+def _agree(config: TrainConfig, setup: Setup) -> None:
+    """Raises ConfigError unless all processes of this run are about to do the same."""
+    settings = {k: v for k, v in config.to_json().items() if k not in ("out", "overwrite", "data", "init")}
+    devices.check_same_in_all_processes(
+        {"settings": json.dumps(settings), "data": setup.dataset.sha256, "jax": jax.__version__}
+        | {"metalr": metalr.__version__}
+    )
+
+
+def _carry_out(
+    config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter, warm: WarmStart | None
+) -> dict[str, Any]:
     began = time.perf_counter()
-    folders.same_data(folder, setup.dataset.sha256)
+    folders.remember_data(folder, config.data, setup.dataset.sha256)
     with preemption.watch() as asked:
+        _agree(config, setup)
         reporter.line(describe(config, setup))
         here = time.perf_counter()
-        init, rates, training = meta_train(config, setup, folder, reporter, asked, name=name)
+        init, rates, training = meta_train(
+            config, setup, folder, reporter, lambda: devices.in_any_process(asked()), name=name, warm=warm
+        )
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
         learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
@@ -174,6 +250,7 @@ def meta_train(
     asked: Asked = lambda: False,
     *,
     name: str = "",
+    warm: WarmStart | None = None,
 ) -> tuple[Params, Rates, dict[str, Any]]:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
@@ -181,7 +258,8 @@ def meta_train(
     folder/metrics.jsonl, which is first cut back to that step.
 
     Args:
-      asked: whether to save and stop, asked between dispatches.
+      asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
+      warm: where to start, unless there is a checkpoint.
 
     Returns:
       (init, actual rates, facts for results.json).
@@ -207,16 +285,19 @@ def meta_train(
         random_init=setup.phases.fresh_init,
     )  # fmt: skip
     val_keys = evaluate.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
-    state = train.start(setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0))
+    state = train.start(
+        setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0), warm.meta if warm else None
+    )
     best = train.learned(setup.spec, state.meta)
     facts: dict[str, Any] = {
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
         "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
-        "validations": [],
+        "validations": [], "warm_start": warm.facts if warm else None,
     }  # fmt: skip
     store = folder / "checkpoints"
     folders.make(store)
-    found = checkpoints.load(store, {"state": state, "best": best}, reporter.line)
+    like = {"state": state, "best": best}
+    found = checkpoints.shared(checkpoints.load(store, like, reporter.line), like)
     if found is not None:
         tree, facts = found[0], facts | found[1]
         tree = jax.tree.map(jnp.asarray, tree)
@@ -231,6 +312,8 @@ def meta_train(
 
     with _open_log(folder, facts["metrics_bytes"]) as log:
         in_a_row = 0
+        if warm is not None and found is None:
+            save(state)  # so that resuming never needs what it started from
         try:
             with reporter.bar("meta-training", steps, int(state.step)) as advance:
                 chunks = train.run_chunks(chunk, state, pool, jax.random.fold_in(key, 1), steps, every, stop=asked)
@@ -280,7 +363,8 @@ def meta_train(
 
 
 def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
-    warm = float(np.median(facts["warm"]))
+    warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
+    own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
     return {
         "name": facts["name"],
@@ -289,10 +373,14 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
         "validation_accuracy": round(facts["score"], 6),
         "validations": facts["validations"],
         **numbers,
+        # Of a step once it is compiled; and in all, with compilation, validation and everything between.
         "tasks_per_second": round(config.outer.meta_batch / warm, 1),
+        "tasks_per_second_in_all": round(
+            config.outer.steps * config.outer.meta_batch / (facts["seconds"] + facts["compile_seconds"]), 1
+        ),
         "skipped_updates": facts["skipped"],
-        "example_gradients": round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup)),
-    }
+        "example_gradients": own + (earlier["example_gradients"] if earlier else 0),
+    } | ({"warm_start": earlier} if earlier else {})
 
 
 def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, Any]:
@@ -307,7 +395,9 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     keys = train.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), meta)
-    bad = train.failing_tasks(setup.model, setup.spec, setup.method, sample, local, pool, keys)
+    gradient = train.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases)
+    now = train.trained_from(setup.model, setup.phases, local, key, step)
+    bad = train.failing_tasks(gradient, now, pool, step, keys)
     rates = rates_lib.summary(setup.spec, rates_lib.actual(setup.spec, local.rates))
     blame = f"tasks {bad} of {config.outer.meta_batch}" if bad else "the update, no single task"
     return f" ({blame}; rates {json.dumps(rates)})"
@@ -352,4 +442,5 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         "seed": config.seed,
         "outer": dataclasses.asdict(config.outer),
         "validation_accuracy": training["validation_accuracy"],
+        "example_gradients": training["example_gradients"],
     }

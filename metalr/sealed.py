@@ -66,6 +66,11 @@ def read_file(path: Path, name: str, facts: dict[str, Any], limit: int) -> bytes
     return content
 
 
+def sha256(manifest: Path) -> str:
+    """The hash of a sealed folder's manifest, which vouches for all of it; "" if there is none."""
+    return hashlib.sha256(_read(manifest, MANIFEST_BYTES)).hexdigest() if manifest.is_file() else ""
+
+
 def _read(file: Path, limit: int) -> bytes:
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))

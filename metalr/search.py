@@ -13,14 +13,15 @@ import numpy as np
 import optax
 
 from metalr import evaluate
+from metalr.descent import promoting
 from metalr.errors import ConfigError, check_choices
 from metalr.models import Model
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
 
 OPTIMIZERS: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
-    "adam": optax.adam,
-    "sgd": optax.sgd,
+    "adam": lambda rate: promoting(optax.adam(rate)),
+    "sgd": lambda rate: promoting(optax.sgd(rate)),
 }
 
 

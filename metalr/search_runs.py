@@ -27,7 +27,7 @@ from metalr.setup import check_choices_of, model_of, optax_by_name
 from metalr.types import Episode
 
 FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", *folders.OWN}
-MAY_CHANGE = ("out", "overwrite")
+MAY_CHANGE = ("out", "overwrite", "data", "trials")
 
 
 def run(config: SearchConfig, *, model: models.Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -57,8 +57,13 @@ def resume(
 ) -> dict[str, Any]:
     """Go on with a search that was stopped or killed: the trials that finished are kept, and it ends as it would have.
 
+    Args:
+      config: the search's own, with more `trials` if wanted (every trial draws from the seed and its number alone, so a
+        longer search is the one that was longer from the start; a finished one can go on so too), or with `data` that
+        names another place of the same arrays.
+
     Raises:
-      MetalrError: no search, a finished one, one in use, or a changed setting.
+      MetalrError: no search, a finished one, one in use, fewer trials than are done, or another changed setting.
     """
     folders.refuse_if_locked(folder)
     stored = read_config(folder, SearchConfig)
@@ -68,15 +73,25 @@ def resume(
     for field, (old, new) in differences(stored, given).items():
         if field not in MAY_CHANGE:
             raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
-    if (folder / "results.json").exists():
-        raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); nothing to go on with")
-    parts = set_up(stored, model)
+    done = len(folders.read_rows(folder / "trials.jsonl"))
+    if given.trials is not None and given.trials < done:
+        raise ConfigError(f"trials: expected at least the {done} that are done in {folder}, got {given.trials}")
+    longer = given.trials is not None and given.trials > done
+    if (folder / "results.json").exists() and not longer:
+        raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); for more, --trials N")
+    where = given.data if given.data != stored.data else None
+    parts = set_up(given, model, data.load_recorded(folder, stored.data, where))
     with folders.locked(folder):
         folders.sweep(folder)
-        return _carry_out(stored, *parts, folder, reporter or ConsoleReporter())
+        kept = dataclasses.replace(given, out=stored.out, overwrite=stored.overwrite)
+        if kept != stored:
+            folders.write_json(folder / "config.json", kept.to_json())
+        return _carry_out(kept, *parts, folder, reporter or ConsoleReporter())
 
 
-def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[searchers.Problem, searchers.Space, str]:
+def set_up(
+    config: SearchConfig, model: models.Model | None = None, dataset: data.Dataset | None = None
+) -> tuple[searchers.Problem, searchers.Space, str]:
     """Check a config and make its parts, with the sha256 of its data. Raises MetalrError naming the setting."""
     check_choices_of(config, model)
     space = searchers.Space(**dataclasses.asdict(config.space))
@@ -89,7 +104,7 @@ def set_up(config: SearchConfig, model: models.Model | None = None) -> tuple[sea
     if config.searcher != "grid":
         searchers.import_optuna()
     optax_by_name(config.optimizer, "optimizer")
-    dataset = data.load(config.data)
+    dataset = data.load(config.data) if dataset is None else dataset
     way = dataset.classes if config.task is None else config.tasks.way
     model = model_of(config.model, way, dataset, model)
     arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed)
@@ -132,7 +147,7 @@ def _carry_out(
     reporter: Reporter,
 ) -> dict[str, Any]:
     began, file = time.perf_counter(), folder / "trials.jsonl"
-    folders.same_data(folder, sha256)
+    folders.remember_data(folder, config.data, sha256)
     try:
         known = [trials_lib.Trial.from_json(row) for row in folders.read_rows(file)]
     except (TypeError, KeyError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import optax
 from metalr import algorithms, data, models, outer, search, tasks, train
 from metalr import rates as rates_lib
 from metalr.config import ModelConfig, SearchConfig, TrainConfig
-from metalr.config_files import check_literals, from_json
-from metalr.errors import ConfigError
+from metalr.config_files import check_literals, differences, from_json
+from metalr.descent import promoting
+from metalr.errors import ConfigError, one_line
 from metalr.models import Model
 from metalr.outer import Method
 from metalr.rates import RatesSpec
@@ -37,11 +39,12 @@ class Setup(NamedTuple):
     learned: bool
 
 
-def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
+def set_up(config: TrainConfig, model: Model | None = None, dataset: data.Dataset | None = None) -> Setup:
     """Check a config and make its parts.
 
     Args:
       model: a network of your own, instead of config.model.
+      dataset: the data, if it is loaded already; default: what config.data names.
 
     Raises:
       MetalrError: naming the setting, what was expected and what came.
@@ -76,9 +79,9 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
         )
     if row.meta_gradient == "implicit" and row.proximal is None:
         raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
-    if config.grid.run and config.curve_steps < config.inner.steps:
+    if config.curve_steps < config.inner.steps:
         raise ConfigError(
-            f"evaluation.steps: expected at least inner.steps ({config.inner.steps}) to compare with a grid, "
+            f"evaluation.steps: expected at least inner.steps ({config.inner.steps}), at which results are reported, "
             f"got {config.curve_steps}"
         )
     for name in ("multi_step", "first_order_share"):
@@ -110,29 +113,26 @@ def set_up(config: TrainConfig, model: Model | None = None) -> Setup:
         schedule=config.outer.schedule,
         base=optax_by_name(config.outer.optimizer),
     )
-    dataset = data.load(config.data)
+    dataset = data.load(config.data) if dataset is None else dataset
     splits = tasks.make_splits(dataset, config.tasks.family)
     model = model_of(config.model, config.tasks.way, dataset, model)
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
-    derivative = config.inner.derivative
-    method = Method(
-        row.meta_gradient,
-        row.first_order,
-        outer.choose_derivative(spec, model) if derivative == "auto" else derivative,
-        config.inner.last,
-        config.inner.solver_steps,
-    )
+    chosen: tuple[str, int] = config.inner.derivative, config.inner.last
+    if config.inner.derivative == "auto":
+        chosen = outer.choose_derivative(spec, model, config.inner.last)
+    method = Method(row.meta_gradient, row.first_order, *chosen, config.inner.solver_steps)
     if row.multi_step and (row.meta_gradient != "query" or method.derivative in ("truncated", "forward")):
         raise ConfigError(
             f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative {method.derivative}"
-            f"{' (what auto picks here)' if derivative == 'auto' else ''}, which see the last step only, "
+            f"{' (what auto picks here)' if config.inner.derivative == 'auto' else ''}, which see the last step only, "
             f"got {row.multi_step}"
         )
     phases = train.Phases(
         round(row.first_order_share * config.outer.steps),
         round(row.multi_step * config.outer.steps),
         config.outer.learns == "rates",
+        () if row.learned else ("rates",),
     )
     shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
     noise = config.tasks.label_noise
@@ -146,9 +146,52 @@ def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) ->
     """Raises ConfigError for a wrong type, for none of a setting's choices, and if a network of your own is missing."""
     if model is None and config.model.own:
         raise ConfigError("model: these settings are of a network of your own; expected it as model=..., got None")
-    named = config if model is None else dataclasses.replace(config, model=ModelConfig())
+    named = config if model is None else dataclasses.replace(config, model=type(config)().model)
     from_json(named.to_json(), type(named))  # the types, as in a config file
     check_literals(named)
+    _check_used(named, type(named)())
+
+
+def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | SearchConfig) -> None:
+    """Raises ConfigError for a setting that was given and does nothing beside the others: it would be ignored."""
+    unused: dict[str, str] = {}  # dotted name -> why
+    if not config.model.own:
+        taken = {"name", *config.model.settings()}
+        for field in dataclasses.fields(config.model):
+            if field.name not in taken:
+                unused[f"model.{field.name}"] = f"the network {config.model.name} takes {sorted(taken - {'name'})}"
+    if isinstance(config, TrainConfig):
+        unused |= _unused_in_training(config)
+    elif config.task is None:
+        unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}
+    changed = differences(default, config)
+    for name, why in unused.items():
+        if name in changed:
+            expected, got = changed[name]
+            raise ConfigError(f"{name}: expected {expected!r}, because nothing else is used here ({why}), got {got!r}")
+
+
+def _unused_in_training(config: TrainConfig) -> dict[str, str]:
+    """Settings of a run that its other settings leave nothing to do: dotted name -> why."""
+    inner, row = config.inner, algorithms.algorithm_row(config.inner.algorithm)
+    learned = row.learned if inner.learned is None else inner.learned
+    unused: dict[str, str] = {}
+    if inner.derivative not in ("auto", "truncated"):
+        unused["inner.last"] = "only with inner.derivative truncated"
+    if row.meta_gradient != "implicit":
+        unused["inner.solver_steps"] = "only with inner.algorithm imaml"
+    if row.meta_gradient != "query":
+        why = f"{inner.algorithm} does not differentiate through the inner steps"
+        unused |= {"inner.derivative": why, "inner.last": why, "inner.first_order": why}
+    if not (row.per_step if inner.per_step is None else inner.per_step):
+        unused["inner.extend"] = "only with rates for every step"
+    if not learned or config.outer.learns == "init":
+        unused["outer.rates_rate"] = "rates do not learn"
+    if config.outer.learns == "rates":
+        unused["outer.init_rate"] = "the init does not learn"
+    if not config.grid.run:
+        unused |= {f"grid.{field.name}": "only with --grid.run" for field in dataclasses.fields(config.grid)[1:]}
+    return unused
 
 
 def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None) -> Model:
@@ -165,17 +208,21 @@ def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model 
 
 def optax_by_name(name: str, setting: str = "outer.optimizer") -> Callable[[Any], optax.GradientTransformation]:
     """optax.NAME, if it makes a descent optimizer from a learning rate alone, a schedule too. Else ConfigError."""
-    maker = getattr(optax, name, None)
+    maker, expected = getattr(optax, name, None), f"{setting}: expected an optax optimizer made from a learning rate"
+    if not callable(maker):
+        near = difflib.get_close_matches(name, [other for other in dir(optax) if other.islower()], 1)
+        raise ConfigError(f"{expected}, such as 'adam'; optax has no {name!r}{f', but {near[0]!r}' if near else ''}")
     try:
-        assert maker is not None
-        optimizer = maker(optax.constant_schedule(1e-3))
+        optimizer = promoting(maker(optax.constant_schedule(1e-3)))
         params = {"w": jnp.ones(2)}
         updates, _ = optimizer.update(params, optimizer.init(params), params)  # the gradient of w^2 / 2
-        assert (updates["w"] < 0).all()
-    except Exception as error:
+        falls = bool((updates["w"] < 0).all())
+    except Exception as error:  # whatever another function of optax makes of a learning rate
         raise ConfigError(
-            f"{setting}: expected an optax optimizer made from a learning rate, such as 'adam', got {name!r}"
+            f"{expected}, such as 'adam', got {name!r}: {type(error).__name__}: {one_line(error)[:200]}"
         ) from error
+    if not falls:
+        raise ConfigError(f"{expected}, such as 'adam', got {name!r}, whose step does not go down")
     return maker
 
 

@@ -7,6 +7,7 @@ it too) and metalr's decoded, memory-mapped cache.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -91,7 +92,7 @@ def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None)
     """Bring a dataset into the decoded cache and return it.
 
     Args:
-      name: "mnist", or any TFDS image-classification set that is prepared in the TFDS folder.
+      name: "mnist", or any TFDS image-classification set that is prepared in the TFDS folder, as in `read_tfds`.
       idx: a folder with MNIST's four IDX files.
       data_dir: the TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
 
@@ -105,12 +106,12 @@ def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None)
         if name != "mnist":
             raise DataError(f"--idx: expected the name mnist with it, got {name!r}")
         write_tfds(read_idx(idx), folder)
-    elif name == "mnist" and not (folder / name).is_dir():
+    elif name == "mnist" and not prepared_tfds(folder, name):
         with tempfile.TemporaryDirectory() as downloads:
             write_tfds(read_idx(download_mnist(Path(downloads))), folder)
-    elif not (folder / name).is_dir():
+    elif not prepared_tfds(folder, name):
         raise DataError(
-            f"data {name!r}: expected a prepared TFDS dataset at {folder / name}, found none; prepare it with TFDS "
+            f"data {name!r}: expected a prepared TFDS dataset in {folder}, found none; prepare it with TFDS "
             "(file_format='array_record'), or bring arrays with `metalr data import FILE.npz`"
         )
     data.write_cache(read_tfds(name, folder))  # always from TFDS: it shuffles, so every source gives the same order
@@ -205,46 +206,100 @@ def write_tfds(dataset: data.Dataset, folder: Path) -> Path:
     return target
 
 
+def prepared_tfds(folder: Path, name: str) -> dict[str, Path]:
+    """The prepared folders that a TFDS name may mean, by their full names, NAME/CONFIG:VERSION."""
+    match = data.TFDS_NAME.fullmatch(name)
+    if match is None:
+        raise DataError(f"data.name: expected NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION, got {name!r}")
+    base, config, version = match.groups()
+    found = {}
+    for file in sorted((folder / base).glob("**/dataset_info.json")):
+        *configs, its_version = file.parent.relative_to(folder / base).parts
+        its_config = "/".join(configs)
+        if config in (None, its_config) and version in (None, its_version):
+            found[base + (f"/{its_config}" if its_config else "") + f":{its_version}"] = file.parent
+    return found
+
+
 def read_tfds(name: str, folder: Path) -> data.Dataset:
     """Decode a prepared TFDS image-classification set (one image feature, one class label).
 
+    Args:
+      name: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION. `source` says what was read.
+
     Raises:
-      DataError: it is not prepared, is stored as tfrecord, has other features, or its images vary in size.
+      DataError: it is not prepared, several are and none is named, it is stored as tfrecord, has other features, or its
+        images vary in size.
     """
     import tensorflow_datasets as tfds
 
-    versions = sorted((folder / name).glob("**/dataset_info.json"))
-    if not versions:
-        raise DataError(f"{folder / name}: expected a prepared TFDS dataset, found no dataset_info.json in it")
+    prepared = prepared_tfds(folder, name)
+    if not prepared:
+        have = ", ".join(prepared_tfds(folder, name.partition("/")[0].partition(":")[0])) or "none"
+        raise DataError(f"{folder}: expected the prepared TFDS dataset {name}, have {have}")
+    if len(prepared) > 1:
+        raise DataError(f"data {name!r}: expected one prepared TFDS dataset, found {', '.join(prepared)}; name one")
+    ((full_name, place),) = prepared.items()
     try:
-        builder = tfds.builder_from_directory(versions[-1].parent)
+        builder = tfds.builder_from_directory(place)
         splits = list(builder.info.splits)
         image_key, label_key = builder.info.supervised_keys or ("image", "label")
-        features = builder.info.features
-        if not isinstance(features[image_key], tfds.features.Image):
-            raise DataError(f"{name}: expected an image feature {image_key!r}, got {features[image_key]}")
-        if "train" not in splits:
-            raise DataError(f"{name}: expected a split `train`, got {splits}")
-        parts = {}
-        for split in ("train", "test") if "test" in splits else ("train",):
+        features = dict(builder.info.features.items())
+        file_format = str(getattr(builder.info.file_format, "value", builder.info.file_format))
+    except Exception as error:  # TFDS raises many kinds for a folder that is damaged
+        raise DataError(
+            f"{place}: expected a whole TFDS dataset; its description cannot be read: {one_line(error)[:300]}; if it "
+            "is "
+            "damaged, delete it and prepare it again"
+        ) from error
+    if not isinstance(features.get(image_key), tfds.features.Image):
+        raise DataError(f"{name}: expected an image feature {image_key!r}, got {features.get(image_key)}")
+    if not isinstance(features.get(label_key), tfds.features.ClassLabel):
+        raise DataError(f"{name}: expected a class label {label_key!r}, got {features.get(label_key)}")
+    if "train" not in splits:
+        raise DataError(f"{name}: expected a split `train`, got {splits}")
+    if file_format != "array_record":
+        raise DataError(
+            f"{place}: expected file_format array_record, which can be read without TensorFlow, got {file_format}; "
+            "prepare "
+            "it again with file_format='array_record'"
+        )
+    parts = {}
+    for split in ("train", "test") if "test" in splits else ("train",):
+        try:
             records = builder.as_data_source(split=split)
             images = [records[i] for i in range(len(records))]
-            parts[split] = (
-                np.stack([r[image_key] for r in images]),
-                np.array([r[label_key] for r in images], np.int64),
+        except Exception as error:  # array_record and the decoders raise many kinds for damaged records
+            raise DataError(
+                f"{place}: the records of {split!r} cannot be read: {one_line(error)[:300]}; if they are damaged, "
+                "delete the "
+                "folder and prepare it again"
+            ) from error
+        shapes = sorted({r[image_key].shape for r in images})
+        if len(shapes) > 1:
+            raise DataError(
+                f"{name}: expected images of one size, got {len(shapes)} sizes in {split!r}, from {shapes[0]} to "
+                f"{shapes[-1]}; resize them, and bring them as arrays with `metalr data import FILE.npz`"
             )
-    except DataError:
-        raise
-    except Exception as error:  # TFDS raises many kinds for damaged or unsupported (tfrecord) folders
-        raise DataError(
-            f"{versions[-1].parent}: cannot be read as an array_record TFDS dataset: "
-            f"{one_line(error)[:300]}; if it is damaged, delete it and prepare it again"
-        ) from error
-    test = parts.get("test", (None, None))
-    return data.from_arrays(
-        *parts["train"],
+        numbers = np.array([r[label_key] for r in images], np.int64)
+        names = np.array(features[label_key].names)
+        # Names only where they say more than the numbers, whose order they would change.
+        plain = names.tolist() == [str(i) for i in range(len(names))]
+        parts[split] = np.stack([r[image_key] for r in images]), numbers, None if plain else names
+    test = parts.get("test", (None, None, None))
+    dataset = data.from_arrays(
+        *parts["train"][:2],
         test_images=test[0],
         test_labels=test[1],
-        name=name,
-        source=f"TFDS {name}/{versions[-1].name}",
+        name=data.cached_path(name).name,
+        source=f"TFDS {full_name}",
     )
+    return _named(dataset, parts["train"][2])
+
+
+def _named(dataset: data.Dataset, names: np.ndarray | None) -> data.Dataset:
+    """The dataset with TFDS's names of its classes in place of TFDS's numbers."""
+    if names is None:
+        return dataset
+    numbers = dataset.class_names or tuple(map(str, range(dataset.classes)))
+    return dataclasses.replace(dataset, class_names=tuple(str(names[int(number)]) for number in numbers))

@@ -62,9 +62,9 @@ class TaskSplit:
     """The tasks of one part ("train", "val" or "test") of a family over a dataset.
 
     Attributes:
-      images: uint8 [n, height, width, channels]; the part's own images, sorted by class.
+      images: [n, height, width, channels], uint8 or float32; the part's own images, sorted by class.
       first, count: int32 [classes]; where each class begins in `images` and how many it has.
-      class_ids: the dataset's labels of those classes.
+      class_ids: the dataset's labels of those classes; class_names: what they are called.
       angles: (start, degrees) of each arc that a rotation may come from.
       permutations: (first, count) of the permutation ids.
       orders: (residues allowed, modulus) for the label orders: see _label_order.
@@ -76,6 +76,7 @@ class TaskSplit:
     first: np.ndarray
     count: np.ndarray
     class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
     angles: tuple[tuple[int, int], ...]
     permutations: tuple[int, int]
     orders: tuple[tuple[int, ...], int]
@@ -139,7 +140,12 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
         order = np.argsort(labels, kind="stable")
         count = np.array([np.sum(labels == c) for c in class_ids], np.int32)
         if not len(class_ids) or not count.all():
-            raise DataError(f"{dataset.name}: family {family!r} leaves a class of meta-{part} without images")
+            empty = [dataset.class_names[c] if dataset.class_names else str(c) for c in class_ids[count == 0]]
+            raise DataError(
+                f"{dataset.name}: family {family!r} leaves a class of meta-{part} without images: "
+                f"{', '.join(empty[:5]) or 'there is no class'}; leave such classes out (metalr data import FILE.npz "
+                "--min-per-class N)"
+            )
         images = np.ascontiguousarray(images[order])
         splits.append(
             TaskSplit(
@@ -149,6 +155,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
                 first=(np.cumsum(count) - count).astype(np.int32),
                 count=count,
                 class_ids=tuple(int(c) for c in class_ids),
+                class_names=tuple(dataset.class_names[c] if dataset.class_names else str(c) for c in class_ids),
                 angles=tuple((ARC * arc, ARC) for arc in ARCS[part]),
                 permutations=PERMUTATIONS[part],
                 orders=(residues[part], modulus),
@@ -211,7 +218,7 @@ def _split_by_class(dataset: Dataset, seed: int) -> dict:
 class Pool(NamedTuple):
     """A split's arrays on the device: the sampler's argument, so that jit never bakes images into a program."""
 
-    images: jax.Array  # [n, height * width * channels] uint8
+    images: jax.Array  # [n, height * width * channels] uint8 0..255 or float32 0..1
     first: jax.Array  # [classes] int32
     size: jax.Array  # [classes] int32; images of each class
 
@@ -252,8 +259,12 @@ def make_sampler(
         raise ConfigError(f"tasks.way: expected at most {split.classes} (classes of meta-{split.part}), got {way}")
     need, have = shot + query, int(split.count.min())
     if need > have:
+        small = [name for name, count in zip(split.class_names, split.count.tolist(), strict=True) if count < need]
         raise ConfigError(
-            f"tasks.shot + tasks.query: expected at most {have} (the smallest class of meta-{split.part}), got {need}"
+            f"tasks.shot + tasks.query: expected at most {have} (the smallest class of meta-{split.part}), got {need}; "
+            f"{len(small)} of its {len(split.count)} classes have fewer images: {', '.join(small[:5])}"
+            f"{', …' if len(small) > 5 else ''}; lower one, or leave such classes out (metalr data import FILE.npz "
+            "--min-per-class N)"
         )
     height, width, channels = split.images.shape[1:]
 
@@ -353,7 +364,7 @@ def _transform(
     turns: jax.Array,
     shape: tuple[int, int, int],
 ) -> jax.Array:
-    """The episode's images, transformed: uint8 [n, pixels] -> float32 [n, pixels], 0..1."""
+    """The episode's images, transformed: uint8 0..255 or float 0..1 [n, pixels] -> float32 [n, pixels], 0..1."""
     height, width, channels = shape
     if kind.transform == "rotation":
         arc_key, angle_key = jax.random.split(key)
@@ -372,4 +383,5 @@ def _transform(
         index = np.arange(height * width).reshape(height, width)
         orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
         pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)
-    return pixels.reshape(-1, height * width * channels).astype(jnp.float32) / 255
+    pixels = pixels.reshape(-1, height * width * channels).astype(jnp.float32)
+    return pixels / 255 if split.images.dtype == np.uint8 else pixels

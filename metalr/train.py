@@ -13,6 +13,7 @@ import optax
 
 from metalr import devices, outer
 from metalr import rates as rates_lib
+from metalr.descent import promoting
 from metalr.errors import ConfigError, MetalrError
 from metalr.models import Model
 from metalr.outer import Method
@@ -42,11 +43,13 @@ class Phases(NamedTuple):
       multi_step_until: up to this outer step the query losses after all inner steps count, with weights that fade into
         the last one's.
       fresh_init: draw a new random init for every outer step instead of learning one, so that the rates stand alone.
+      fixed: the fields of MetaParams that do not learn; what does not learn has no part in the gradient's norm.
     """
 
     first_order_until: int = 0
     multi_step_until: int = 0
     fresh_init: bool = False
+    fixed: tuple[str, ...] = ()
 
 
 class Chunk(NamedTuple):
@@ -68,10 +71,16 @@ class DivergedError(MetalrError):
 
     def __init__(self, step: int, metrics: dict[str, np.ndarray], at: int, state: TrainState, note: str = "") -> None:
         self.step, self.metrics, self.at, self.state = step, metrics, at, state
+        loss, norm = float(metrics["loss"][at]), float(metrics["gradient_norm"][at])
+        if np.isfinite(loss) and np.isfinite(norm):
+            what = (
+                f"loss {loss:.4g} and gradient norm {norm:.4g} are finite, the init or rates after the update are not"
+            )
+        else:
+            what = f"loss {loss:.4g}, gradient norm {norm:.4g}; expected finite numbers"
         super().__init__(
-            f"outer step {step}: loss {metrics['loss'][at]:.4g}, gradient norm {metrics['gradient_norm'][at]:.4g}; "
-            f"expected finite numbers{note}; lower outer.init_rate, outer.rates_rate or inner.rate, set outer.clip, or "
-            "set outer.on_divergence to skip"
+            f"outer step {step}: {what}{note}; lower outer.init_rate, outer.rates_rate or inner.rate, set outer.clip, "
+            "or set outer.on_divergence to skip"
         )
 
     def noted(self, note: str) -> DivergedError:
@@ -94,7 +103,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The outer optimizer over MetaParams: one rate for the init, one for the raw rates, global-norm clipping.
 
-    A rate of None leaves that part as it is. base: makes the optimizer of either part from a schedule.
+    A rate of None leaves that part as it is, and out of the norm that is clipped.
+    base: makes the optimizer of either part from a schedule.
 
     Raises:
       ConfigError: a rate that is not positive, or an unknown schedule.
@@ -113,13 +123,24 @@ def make_optimizer(
         return base(optax.cosine_decay_schedule(rate, steps) if schedule == "cosine" else rate)
 
     names: Any = MetaParams("init", "rates")  # type: ignore[arg-type]
-    parts = optax.multi_transform({"init": part(init_rate), "rates": part(rates_rate)}, names)
-    return optax.chain(optax.clip_by_global_norm(clip), parts) if clip else parts
+    given = {"init": init_rate, "rates": rates_rate}
+    parts = optax.multi_transform({name: part(rate) for name, rate in given.items()}, names)
+    if not clip:
+        return promoting(parts)
+    left = {name: optax.set_to_zero() if rate is None else optax.identity() for name, rate in given.items()}
+    return promoting(optax.chain(optax.multi_transform(left, names), optax.clip_by_global_norm(clip), parts))
 
 
-def start(model: Model, spec: RatesSpec, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first outer step."""
-    meta = jax.jit(lambda key: outer.initial(model, spec, key))(key)
+def start(
+    model: Model,
+    spec: RatesSpec,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    meta: MetaParams | None = None,
+) -> TrainState:
+    """The state before the first outer step. meta: where to start, in place of a random init and the spec's rates."""
+    if meta is None:
+        meta = jax.jit(lambda key: outer.initial(model, spec, key))(key)
     return TrainState(meta, jax.jit(optimizer.init)(meta), jnp.zeros((), jnp.int32))
 
 
@@ -149,30 +170,7 @@ def make_chunk(
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
-
-    def gradient(
-        meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array
-    ) -> tuple[MetaParams, dict[str, jax.Array]]:
-        episodes = jax.vmap(lambda key: sample(pool, key))(keys)
-        inner_keys = jax.vmap(second_key)(keys)
-
-        def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-            return outer.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
-
-        def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-            if not phases.first_order_until or method.first_order:
-                return of(method, weights)
-            first = number < phases.first_order_until
-            return jax.lax.cond(
-                first, lambda: of(method._replace(first_order=True), weights), lambda: of(method, weights)
-            )
-
-        if not phases.multi_step_until:
-            return of_order(None)
-        faded = jnp.minimum(number / phases.multi_step_until, 1.0)
-        weights = jnp.full(spec.steps, (1 - faded) / spec.steps).at[-1].add(faded)
-        return jax.lax.cond(faded < 1, lambda: of_order(weights), lambda: of_order(None))
-
+    gradient = make_gradient(model, spec, method, sample, phases)
     mesh = devices.task_mesh(meta_batch, all_processes=True)
     split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
 
@@ -182,12 +180,8 @@ def make_chunk(
         return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
 
     def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        now = state.meta
-        if phases.fresh_init:
-            now = now._replace(init=model.init(second_key(jax.random.fold_in(key, state.step))))
+        now = trained_from(model, phases, state.meta, key, state.step)
         grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
-        if phases.fresh_init:  # the init that stays in the state is another one
-            grads = grads._replace(init=jax.tree.map(jnp.zeros_like, grads.init))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
         meta = optax.apply_updates(state.meta, updates)
         meta = meta._replace(rates=rates_lib.project(spec, meta.rates))
@@ -229,21 +223,74 @@ def task_keys(key: jax.Array, step: int | jax.Array, meta_batch: int) -> jax.Arr
     return jax.random.split(jax.random.fold_in(key, step), meta_batch)
 
 
-def failing_tasks(
-    model: Model, spec: RatesSpec, method: Method, sample: Sampler, meta: MetaParams, pool: Pool, keys: jax.Array
-) -> list[int]:
-    """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed."""
+def trained_from(model: Model, phases: Phases, meta: MetaParams, key: jax.Array, number: int | jax.Array) -> MetaParams:
+    """The meta-parameters that outer step `number` adapts from: the state's, or a fresh init beside its rates."""
+    if not phases.fresh_init:
+        return meta
+    return meta._replace(init=model.init(second_key(jax.random.fold_in(key, number))))
+
+
+GradientFunction = Callable[[MetaParams, Pool, Any, jax.Array], tuple[MetaParams, dict[str, jax.Array]]]
+
+
+def make_gradient(
+    model: Model,
+    spec: RatesSpec,
+    method: Method,
+    sample: Sampler,
+    phases: Phases = Phases(),  # noqa: B008 - a tuple
+) -> GradientFunction:
+    """`gradient(meta, pool, number, keys)`: the meta-gradient of outer step `number` over the tasks of `keys`.
+
+    What does not learn (phases.fixed, and the init where every step draws one) gets zeros.
+    """
+
+    def gradient(meta: MetaParams, pool: Pool, number: Any, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
+        episodes = jax.vmap(lambda key: sample(pool, key))(keys)
+        inner_keys = jax.vmap(second_key)(keys)
+
+        def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            return outer.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
+
+        def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            if not phases.first_order_until or method.first_order:
+                return of(method, weights)
+            first = number < phases.first_order_until
+            return jax.lax.cond(
+                first, lambda: of(method._replace(first_order=True), weights), lambda: of(method, weights)
+            )
+
+        def of_phase() -> tuple[MetaParams, dict[str, jax.Array]]:
+            if not phases.multi_step_until:
+                return of_order(None)
+            faded = jnp.minimum(number / phases.multi_step_until, 1.0)
+            weights = jnp.full(spec.steps, (1 - faded) / spec.steps).at[-1].add(faded)
+            return jax.lax.cond(faded < 1, lambda: of_order(weights), lambda: of_order(None))
+
+        grads, metrics = of_phase()
+        fixed = {*phases.fixed, *(("init",) if phases.fresh_init else ())}
+        return grads._replace(**{name: jax.tree.map(jnp.zeros_like, getattr(grads, name)) for name in fixed}), metrics
+
+    return gradient
+
+
+def failing_tasks(gradient: GradientFunction, meta: MetaParams, pool: Pool, number: int, keys: jax.Array) -> list[int]:
+    """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed.
+
+    Args:
+      gradient: of `make_gradient`, as the step that failed had it.
+      meta: what that step adapted from, of `trained_from`.
+    """
 
     @jax.jit
-    def finite(meta: MetaParams, pool: Pool, keys: jax.Array) -> jax.Array:
+    def finite(meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
-            episodes = jax.tree.map(lambda v: v[None], sample(pool, key))
-            grads, metrics = outer.meta_gradient(model, spec, meta, episodes, second_key(key)[None], method)
+            grads, metrics = gradient(meta, pool, number, key[None])
             return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
 
         return jax.lax.map(one, keys)
 
-    return np.flatnonzero(~np.asarray(finite(meta, pool, keys))).tolist()
+    return np.flatnonzero(~np.asarray(finite(meta, pool, np.int32(number), keys))).tolist()
 
 
 def run_chunks(

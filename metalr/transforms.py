@@ -45,6 +45,7 @@ def affine(
     """Every pixel from where `matrix` [2, 2] takes its (y, x) about the centre, plus `shift` [2]; else as `rotate`."""
     height, width, _ = shape
     y, x = (v.reshape(-1) for v in jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
+    y, x = y.astype(jnp.float32), x.astype(jnp.float32)
     dy, dx = y - (height - 1) / 2, x - (width - 1) / 2
     from_y = matrix[0, 0] * dy + matrix[0, 1] * dx + (height - 1) / 2 + shift[0]
     from_x = matrix[1, 0] * dy + matrix[1, 1] * dx + (width - 1) / 2 + shift[1]
@@ -52,8 +53,10 @@ def affine(
     rotated = jnp.zeros(pixels.shape, jnp.float32)
     for corner_y, corner_x in ((0, 0), (0, 1), (1, 0), (1, 1)):
         at_y, at_x = y0 + corner_y, x0 + corner_x
-        weight = (1 - jnp.abs(from_y - at_y)) * (1 - jnp.abs(from_x - at_x))
+        weight = (1 - jnp.abs(from_y - at_y.astype(jnp.float32))) * (1 - jnp.abs(from_x - at_x.astype(jnp.float32)))
         inside = (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
         source = jnp.clip(at_y, 0, height - 1) * width + jnp.clip(at_x, 0, width - 1)
-        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[None, :, None] * pixels[:, source]
+        rotated += jnp.where(inside, weight, 0).astype(jnp.float32)[None, :, None] * pixels[:, source].astype(
+            jnp.float32
+        )
     return rotated

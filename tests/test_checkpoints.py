@@ -92,6 +92,13 @@ def test_non_finite_values_are_never_written(tmp_path):
         save(tmp_path / "vanished", 3)
 
 
+def test_what_could_not_be_read_back_is_never_written(tmp_path):
+    tree = TREE | {"best": [jnp.zeros(2, jnp.bfloat16)]}
+    with pytest.raises(ArtifactError, match="state/best/0: expected numbers of a dtype that numpy has, got bfloat16"):
+        checkpoints.save(tmp_path, 3, tree, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_structure_is_refused_by_the_first_name(tmp_path):
     save(tmp_path, 1)
     like = TREE | {"best": [np.zeros(2, np.float32)]}

@@ -166,15 +166,9 @@ def test_an_init_pretrained_on_other_tasks_is_refused():
     train = TrainConfig(data="a", tasks=TaskConfig("rotated", 10, 5, 15))
     joint = dataclasses.replace(train, inner=InnerConfig(algorithm="joint"))
     contest._check_pretrained("pretrained", dataclasses.replace(joint, tasks=TaskConfig("rotated", 10, 1, 5)), train)
-    for change, message in (
-        (
-            {"tasks": TaskConfig("permuted", 10, 5, 15)},
-            "expected tasks.family 'rotated' as in the runs, got 'permuted'",
-        ),
-        ({"data": "b"}, "expected data 'a' as in the runs, got 'b'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            contest._check_pretrained("pretrained", dataclasses.replace(joint, **change), train)
+    other = dataclasses.replace(joint, tasks=TaskConfig("permuted", 10, 5, 15))
+    with pytest.raises(ConfigError, match="expected tasks.family 'rotated' as in the runs, got 'permuted'"):
+        contest._check_pretrained("pretrained", other, train)
 
 
 def test_what_a_search_found_within_a_budget():

@@ -174,11 +174,25 @@ def test_a_method_that_there_is_not_is_refused(method):
 
 def test_auto_picks_by_memory():
     big = models.mlp(10, widths=(512, 512))
-    picked = [outer.choose_derivative(RatesSpec("layer", steps=n), big) for n in (5, 50, 5000)]
+    picked = [outer.choose_derivative(RatesSpec("layer", steps=n), big)[0] for n in (5, 50, 5000)]
     assert picked == ["reverse", "remat", "forward"]
-    assert outer.choose_derivative(RatesSpec("parameter", steps=5000), big) == "truncated"
+    assert outer.choose_derivative(RatesSpec("parameter", steps=5000), big) == ("truncated", 10)
     assert set(picked) | {"truncated"} == set(outer.DERIVATIVES)
     assert rates.layers(RatesSpec("layer"), MODEL.init(jax.random.key(0))) == ["dense_0", "head"]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "parameter"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 16, 17, 200, 5000])
+@pytest.mark.parametrize("width", [16, 1000, 8000])
+def test_auto_keeps_a_bounded_number_of_bytes_at_every_length(granularity, steps, width):
+    """The copies of params that a derivative keeps: within the bound, or one."""
+    model, spec = models.mlp(10, widths=(width, width)), RatesSpec(granularity, steps=steps)
+    init = jax.eval_shape(model.init, jax.random.key(0))
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(init))
+    numbers = sum(leaf.size for leaf in outer.initial_shapes(model, spec).rates.values())
+    chosen, last = outer.choose_derivative(spec, model)
+    copies = {"reverse": steps, "remat": steps, "forward": numbers, "truncated": min(last, steps)}[chosen]
+    assert copies * size <= outer.AT_ONCE_BYTES or copies == 1
 
 
 def test_joint_is_the_gradient_of_the_pooled_loss():

@@ -149,6 +149,32 @@ def test_nnx_state_is_refused():
         models.from_nnx(SmallNnx(nnx.Rngs(0), batch_norm=True), (8, 8, 1), 3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_params_of_16_bits_are_refused_by_every_adapter(dtype):
+    """They would train, be written, and never be read again."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, param_dtype=dtype, name="head")(x.reshape(x.shape[0], -1))
+
+    class HalfNnx(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(64, 3, param_dtype=dtype, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(x.reshape(x.shape[0], -1))
+
+    message = rf"expected params in float32, got {jnp.dtype(dtype)} for .*head.*; keep params in float32"
+    with pytest.raises(ConfigError, match=message):
+        models.from_linen(Half(), (8, 8, 1), 3)
+    with pytest.raises(ConfigError, match=message):
+        models.from_nnx(HalfNnx(nnx.Rngs(0)), (8, 8, 1), 3)
+    by_hand = models.Model("custom", lambda key: {"head": jnp.zeros((3,), dtype)}, lambda p, x: x, (8, 8, 1), 3)
+    with pytest.raises(ConfigError, match=message):
+        outer.initial_shapes(by_hand, rates.RatesSpec())
+
+
 def test_names_of_heads_must_agree():
     model = models.from_linen(Small(), (8, 8, 1), 3, head="last")
     with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,7 +17,21 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import checkpoints, config_files, contest, models, progress, report, runs, search, search_runs, seeds, train
+from metalr import (
+    checkpoints,
+    cli,
+    config_files,
+    contest,
+    models,
+    progress,
+    rates,
+    report,
+    runs,
+    search,
+    search_runs,
+    seeds,
+    train,
+)
 from metalr.config import (
     CompareConfig,
     EvaluationConfig,
@@ -28,7 +44,7 @@ from metalr.config import (
     TaskConfig,
     TrainConfig,
 )
-from metalr.errors import ConfigError, StoppedError
+from metalr.errors import ConfigError, DataError, StoppedError
 from metalr.setup import set_up
 
 
@@ -226,6 +242,90 @@ def test_resume_refuses_other_data(longer, blobs_npz, tmp_path):
     np.savez(blobs_npz, **changed)
     with pytest.raises(ConfigError, match=r"data: expected the arrays that .*cut was begun with \(sha256 "):
         runs.resume(tmp_path / "cut", reporter=QUIET)
+
+
+@pytest.mark.parametrize("moved", ["elsewhere", "together", "data alone"])
+def test_a_run_knows_its_data_by_its_content(moved, small, longer, blobs_npz, tmp_path, monkeypatch):
+    """From another working directory, moved together with its data, or with the data said to be elsewhere."""
+    place = tmp_path / "place"
+    (place / "inside").mkdir(parents=True)
+    shutil.copy(blobs_npz, place / "blobs.npz")
+    monkeypatch.chdir(place)
+    config = dataclasses.replace(longer, data="blobs.npz", out=Path("inside/cut"))
+    with pytest.raises(Interrupted):
+        runs.run(config, name="x", reporter=KillAfter(4))
+    if moved == "together":
+        place = place.rename(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    blobs_npz.unlink()
+    folder, given = place / "inside" / "cut", None
+    if moved == "data alone":
+        (place / "blobs.npz").rename(tmp_path / "new.npz")
+        with pytest.raises(DataError, match=r"begun with \(sha256 .*\), found none; say where they are with --data"):
+            runs.resume(folder, reporter=QUIET)
+        given = dataclasses.replace(config_files.read_config(folder), data=str(tmp_path / "new.npz"))
+    results = runs.resume(folder, given, reporter=QUIET)
+    cli.main(["evaluate", str(folder), "--json"])
+    comparison = dataclasses.replace(CompareConfig(), tasks=2, searched=0, lengths=(1.0,), tuning_tasks=2)
+    found = contest.run([folder], dataclasses.replace(comparison, out=tmp_path / "c"), reporter=QUIET)
+    assert found["data_sha256"] == results["data"]["sha256"]
+
+
+def test_data_of_other_content_is_refused_wherever_a_run_is_taken_up(small, blobs_npz, tmp_path, capsys):
+    run(small, out=tmp_path / "run")
+    with np.load(blobs_npz) as arrays:
+        np.savez(tmp_path / "other.npz", **(dict(arrays) | {"images": arrays["images"][::-1]}))
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "other.npz")])
+    assert "found others" in capsys.readouterr().err
+
+
+def test_a_warm_start_takes_init_and_rates(small, tmp_path):
+    first = run(small, out=tmp_path / "first")
+    before = metalr.load(tmp_path / "first" / "artifact")
+    config = dataclasses.replace(small, init=tmp_path / "first", outer=dataclasses.replace(small.outer, steps=1))
+    parts = set_up(config)
+    warm = runs.warm_start(config, parts)
+    jax.tree.map(np.testing.assert_array_equal, before.init, warm.meta.init)
+    actual = rates.actual(parts.spec, warm.meta.rates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before.rates, actual)
+    second = run(config, out=tmp_path / "second")
+    assert second["training"]["warm_start"]["takes"] == "init and rates"
+    own = second["training"]["example_gradients"] - first["training"]["example_gradients"]
+    assert own == first["training"]["example_gradients"] / small.outer.steps  # both are charged
+    # A pre-trained init has no learned rates: the init alone is taken, whatever the rates are to be.
+    run(dataclasses.replace(small, inner=InnerConfig(algorithm="joint", steps=2)), out=tmp_path / "joint")
+    third = run(dataclasses.replace(config, init=tmp_path / "joint" / "artifact"), out=tmp_path / "third")
+    assert third["training"]["warm_start"]["takes"] == "init"
+    with pytest.raises(ConfigError, match=r"init: .*: its init do not fit these settings: expected dense_0/bias"):
+        run(dataclasses.replace(config, model=ModelConfig(widths=(8,))), out=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_warm_started_run_resumes_without_what_it_started_from(small, tmp_path):
+    run(small, out=tmp_path / "first")
+    longer = dataclasses.replace(small, init=tmp_path / "first", outer=dataclasses.replace(small.outer, steps=6))
+    whole = run(longer, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        runs.run(dataclasses.replace(longer, out=tmp_path / "cut"), name="x", reporter=KillAfter(1))
+    shutil.rmtree(tmp_path / "first")
+    resumed = runs.resume(tmp_path / "cut", reporter=QUIET)
+    assert resumed["training"]["warm_start"] == whole["training"]["warm_start"]
+    assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
+
+
+def test_times_are_what_was_done(small, tmp_path):
+    training = run(small, out=tmp_path / "x")["training"]
+    done = small.outer.steps * small.outer.meta_batch / (training["seconds"] + training["compile_seconds"])
+    assert training["tasks_per_second_in_all"] == pytest.approx(done, rel=0.01, abs=0.06)
+    assert training["tasks_per_second"] > training["tasks_per_second_in_all"]
+
+
+def test_a_curve_that_ends_before_the_trained_steps_is_refused_at_once(small, tmp_path):
+    evaluation = dataclasses.replace(small.evaluation, steps=1)
+    with pytest.raises(ConfigError, match=r"evaluation.steps: expected at least inner.steps \(2\)"):
+        run(small, evaluation=evaluation, out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_wish_to_stop_is_heard_at_the_next_step(longer, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from metalr import cli, search_runs, searchers
+from metalr import cli, config_files, search_runs, searchers
 from metalr.config import ModelConfig, SearchConfig, SpaceConfig, TaskConfig
 from metalr.errors import ConfigError, StoppedError
 from metalr.progress import ConsoleReporter
@@ -96,6 +96,27 @@ def test_refused_before_anything_is_written(config, change, message):
     with pytest.raises(ConfigError, match=message):
         search_runs.run(dataclasses.replace(config, **change), reporter=QUIET)
     assert not config.out.exists()
+
+
+def test_a_search_can_be_given_more_trials(config, tmp_path):
+    """The longer one is the one that was longer from the start; a finished one goes on too."""
+    asked = dataclasses.replace(config, searcher="random", trials=2, space=SpaceConfig(epochs=(1,), batch_sizes=(40,)))
+    whole = search_runs.run(dataclasses.replace(asked, trials=4, out=tmp_path / "whole"), reporter=QUIET)
+    search_runs.run(asked, reporter=QUIET)
+    with pytest.raises(ConfigError, match=r"this search is finished \(it has results.json\); for more, --trials N"):
+        search_runs.resume(config.out, reporter=QUIET)
+    stored = config_files.read_config(config.out, SearchConfig)
+    with pytest.raises(ConfigError, match="trials: expected at least the 2 that are done"):
+        search_runs.resume(config.out, dataclasses.replace(stored, trials=1), reporter=QUIET)
+    more = search_runs.resume(config.out, dataclasses.replace(stored, trials=4), reporter=QUIET)
+
+    def without_seconds(folder):
+        rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert without_seconds(config.out) == without_seconds(tmp_path / "whole")
+    assert more["best_params_"] == whole["best_params_"]
+    assert config_files.read_config(config.out, SearchConfig).trials == 4
 
 
 def test_other_settings_and_other_files_are_refused(config):

@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from metalr import models, outer, tasks, train
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
+from metalr.types import MetaParams
 
 METHOD = outer.Method()
 
@@ -146,8 +149,67 @@ def test_a_step_that_is_not_finite_changes_nothing(parts, blobs):
     assert not results["stop"][1][first:].any()
     keys = train.task_keys(jax.random.key(0), first, 2)
     state = train.start(model, spec, optimizer, jax.random.key(0))
-    bad = train.failing_tasks(model, spec, METHOD, sample, state.meta, pool, keys)
+    bad = train.failing_tasks(train.make_gradient(model, spec, METHOD, sample), state.meta, pool, first, keys)
     assert bad == np.flatnonzero(jax.vmap(lambda key: jax.random.bernoulli(key, 0.2))(keys)).tolist()
+
+
+def test_an_update_that_is_not_finite_is_said_to_be_so():
+    """Loss and gradient are finite in that step: the message must not deny its own numbers."""
+    metrics = {"loss": np.float32([0.5385]), "gradient_norm": np.float32([1.2])}
+    text = str(train.DivergedError(3, metrics, 0, None))
+    assert "loss 0.5385, gradient norm 1.2; the init or rates after the update are not finite" in text
+    assert "expected finite numbers" not in text
+
+
+@pytest.mark.parametrize("phase", ["fresh_init", "first_order_until", "multi_step_until"])
+def test_failing_tasks_are_those_of_the_step_as_it_was(phase, parts, blobs):
+    """With the init, the order and the step weights that the failing step had."""
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    phases = train.Phases(**{phase: True if phase == "fresh_init" else 10})
+    optimizer = train.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
+    chunk = train.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2, phases=phases)
+    start = train.start(model, spec, optimizer, jax.random.key(0))
+    bad_init = start.meta.init | {"head": jax.tree.map(lambda v: v * np.nan, start.meta.init["head"])}
+    gradient = train.make_gradient(model, spec, METHOD, sample, phases)
+    key = jax.random.key(0)
+    keys = train.task_keys(key, 0, 2)
+    # Where every step draws its own init, the one in the state is never used.
+    now = train.trained_from(model, phases, start.meta._replace(init=bad_init), key, 0)
+    assert train.failing_tasks(gradient, now, pool, 0, keys) == ([] if phase == "fresh_init" else [0, 1])
+    one = gradient(train.trained_from(model, phases, start.meta, key, 0), pool, 0, keys)[1]["loss"]
+    _, metrics = chunk(start, pool, key, 1)
+    np.testing.assert_allclose(metrics["loss"][0], one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learns", ["both", "init", "rates"])
+def test_the_norm_that_is_clipped_is_of_what_learns(learns):
+    init_rate, rates_rate = (None if learns == "rates" else 1.0), (None if learns == "init" else 1.0)
+    optimizer = train.make_optimizer(
+        steps=5, init_rate=init_rate, rates_rate=rates_rate, clip=1.0, schedule="constant", base=optax.sgd
+    )
+    meta = MetaParams({"w": jnp.zeros(())}, {"all": jnp.zeros(())})
+    grads = MetaParams({"w": jnp.full((), 3.0)}, {"all": jnp.full((), 4.0)})
+    updates, _ = optimizer.update(grads, optimizer.init(meta), meta)
+    expected = {"both": (-0.6, -0.8), "init": (-1.0, 0.0), "rates": (0.0, -1.0)}[learns]
+    np.testing.assert_allclose((updates.init["w"], updates.rates["all"]), expected, rtol=1e-6)
+
+
+def test_the_norm_in_the_log_is_of_what_learns(parts, blobs):
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    gradient = train.make_gradient(model, spec, METHOD, sample)
+    state = train.start(model, spec, optax.sgd(1.0), jax.random.key(0))
+    keys = train.task_keys(jax.random.key(0), 0, 2)
+    whole, _ = gradient(state.meta, pool, 0, keys)
+    for phases, learning in (
+        (train.Phases(fixed=("rates",)), whole.init),
+        (train.Phases(fixed=("init",)), whole.rates),
+    ):
+        chunk = train.make_chunk(model, spec, METHOD, optax.sgd(1.0), sample, meta_batch=2, phases=phases)
+        start = train.start(model, spec, optax.sgd(1.0), jax.random.key(0))
+        _, metrics = chunk(start, pool, jax.random.key(0), 1)
+        np.testing.assert_allclose(metrics["gradient_norm"][0], optax.tree.norm(learning), rtol=1e-4)
 
 
 def test_a_full_device_names_the_settings_to_lower(parts):
