@@ -10,11 +10,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import higher
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchopt
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
@@ -48,7 +46,7 @@ def gru(params: Params, x: Tensor) -> Tensor:
     rows = x.reshape(x.shape[0], 28, 28)
     p = {name.split("/", 1)[1] if name.startswith("GRU") else name: value for name, value in params.items()}
     from_x = {g: rows @ p[f"i{g}/kernel"] + p[f"i{g}/bias"] for g in "rzn"}
-    h = torch.zeros(x.shape[0], p["hr/kernel"].shape[0], dtype=x.dtype)
+    h = torch.zeros(x.shape[0], p["hr/kernel"].shape[0], dtype=x.dtype, device=x.device)
     for t in range(28):
         r = torch.sigmoid(from_x["r"][:, t] + h @ p["hr/kernel"])
         z = torch.sigmoid(from_x["z"][:, t] + h @ p["hz/kernel"])
@@ -126,6 +124,7 @@ class _Module(nn.Module):
 
 def with_higher(model: Callable, steps: int) -> Callable[..., tuple[Params, Params, Tensor]]:
     """higher.innerloop_ctx, one task after the other."""
+    import higher
 
     def meta_gradient(params: Params, log_rates: Params, *episodes: Tensor) -> tuple[Params, Params, Tensor]:
         net = _Module(model, params)
@@ -154,6 +153,8 @@ def with_higher(model: Callable, steps: int) -> Callable[..., tuple[Params, Para
 
 def with_torchopt(model: Callable, steps: int) -> Callable[..., tuple[Params, Params, Tensor]]:
     """TorchOpt's functional SGD, differentiated through, one task after the other."""
+    import torchopt
+
     optimizer = torchopt.sgd(lr=1.0)
 
     def meta_gradient(params: Params, log_rates: Params, *episodes: Tensor) -> tuple[Params, Params, Tensor]:

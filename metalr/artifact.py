@@ -200,7 +200,13 @@ class Learner:
                 return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
 
             def here(init: Params, rates: Rates, x: jax.Array, y: jax.Array) -> Params:
-                return devices.by_platform(model, tasks, init, rates, models.unit(x), y)
+                group = 1
+                if y.ndim == 2:
+                    products = model.cpu_apply or model.apply
+                    group = devices.fitting_group(
+                        lambda t: tasks(products, 1, init, rates, models.unit(t[0]), t[1]), (x, y)
+                    )
+                return devices.by_platform(model, tasks, init, rates, models.unit(x), y, accelerator_group=group)
 
             if y.ndim == 1:
                 return here(init, rates, x, y)

@@ -27,7 +27,7 @@ from metalr.models import Apply, Model
 
 AXIS = "tasks"
 SETTINGS: Any = jax.config  # its options are not in its type
-ACCELERATOR_GROUP = 64  # tasks vmapped together on GPUs and TPUs
+ACCELERATOR_BYTES = 8 << 30  # what the tasks that are vmapped together on an accelerator may take, by `bytes_of`
 
 
 def cores() -> int:
@@ -173,17 +173,46 @@ def place_tasks(tasks: Any, mesh: Mesh) -> Any:
     return jax.device_put(tasks, NamedSharding(mesh, P(AXIS)))
 
 
-def by_platform(model: Model, function: Callable[..., Any], *args: Any, cpu_group: int = 1) -> Any:
+def by_platform(
+    model: Model, function: Callable[..., Any], *args: Any, cpu_group: int = 1, accelerator_group: int = 1
+) -> Any:
     """`function(apply, group, *args)` in the form that suits the platform it is lowered for.
 
-    On CPUs: the model's CPU form, and tasks in small groups (1 unless a form gains from more), because what fits the
-    cache is fastest; elsewhere: the standard form, many tasks at once.
+    On CPUs: convolution as products, and tasks in small groups (1 unless a form gains from more), because what fits the
+    cache is fastest. On NVIDIA GPUs: products too (a kernel a task makes lax.conv a grouped convolution, four to six
+    times slower; benchmarks/results/accelerator.json), and many tasks at once. Elsewhere: lax.conv, many tasks at once.
     """
+    products = model.cpu_apply or model.apply
     return jax.lax.platform_dependent(
         *args,
-        cpu=functools.partial(function, model.cpu_apply or model.apply, cpu_group),
-        default=functools.partial(function, model.apply, ACCELERATOR_GROUP),
+        cpu=functools.partial(function, products, cpu_group),
+        cuda=functools.partial(function, products, accelerator_group),
+        default=functools.partial(function, model.apply, accelerator_group),
     )
+
+
+def bytes_of(function: Callable[..., Any], *args: Any) -> int:
+    """What all intermediate results of one call take together: an upper bound of its memory, from shapes alone."""
+
+    def of(jaxpr: Any) -> int:
+        total = 0
+        for eqn in jaxpr.eqns:
+            total += sum(int(np.prod(v.aval.shape)) * getattr(v.aval.dtype, "itemsize", 4) for v in eqn.outvars)
+            for value in eqn.params.values():
+                for each in value if isinstance(value, (tuple, list)) else (value,):
+                    inner = getattr(each, "jaxpr", each)
+                    if hasattr(inner, "eqns"):
+                        total += of(inner)
+        return total
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def fitting_group(function: Callable[[Any], Any], tasks: Any) -> int:
+    """How many of `tasks` (leading axis) may be vmapped together on an accelerator: what ACCELERATOR_BYTES hold."""
+    count = jax.tree.leaves(tasks)[0].shape[0]
+    one = jax.tree.map(lambda v: v[0], tasks)
+    return max(1, min(count, ACCELERATOR_BYTES // max(1, bytes_of(function, one))))
 
 
 def map_tasks(function: Callable[..., Any], tasks: Any, group: int) -> Any:
@@ -260,4 +289,6 @@ def mean_over_tasks(model: Model, function: Callable[[Apply, Any], Any], tasks: 
         total, _ = jax.lax.scan(body, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes), groups)
         return jax.tree.map(lambda v: v * (size / count), total)
 
-    return by_platform(model, mean, tasks, cpu_group=cpu_group)
+    one = functools.partial(function, model.cpu_apply or model.apply)
+    group = fitting_group(lambda task: one(jax.tree.map(lambda v: v[None], task)), tasks)
+    return by_platform(model, mean, tasks, cpu_group=cpu_group, accelerator_group=group)

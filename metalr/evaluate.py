@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,16 +163,17 @@ def _compiled(
             return fast(episode, start, rates)
 
         def by_tasks(apply: Apply, group: int, keys: jax.Array) -> jax.Array:
-            def one(key: jax.Array) -> jax.Array:
-                episode, step_key, start = parts(key)
-                return plain(apply, episode, step_key, start, rates)
+            return devices.map_tasks(functools.partial(one_task, apply), keys, group)
 
-            return devices.map_tasks(one, keys, group)
+        def one_task(apply: Apply, key: jax.Array) -> jax.Array:
+            episode, step_key, start = parts(key)
+            return plain(apply, episode, step_key, start, rates)
 
         episodes = jax.eval_shape(sample, pool, keys[0])
         if fits(episodes.support_y.shape[0]):
             return devices.map_tasks(in_fast_form, keys, min(32, len(keys)))
-        return devices.by_platform(model, by_tasks, keys)
+        group = devices.fitting_group(functools.partial(one_task, model.cpu_apply or model.apply), keys)
+        return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
     compiled: dict[int, Callable[..., jax.Array]] = {}
 

@@ -1,15 +1,18 @@
 """The command line, end to end on small data: run folders, refusals, speed of --help."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import metalr
-from metalr import cli, config, config_files, data, evaluate, setup
+from metalr import cli, config, config_files, data, evaluate, models, outer, rates, setup
 from metalr.errors import ConfigError
 
 SMALL = [
@@ -17,6 +20,9 @@ SMALL = [
     "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8",
     "--evaluation.validation-episodes", "4", "--model.widths", "16", "--inner.steps", "2", "--evaluation.steps", "3",
 ]  # fmt: skip
+
+
+ITS_OWN = ["--model.widths", "128"]  # SMALL's widths put back to the default, for networks that take none
 
 
 def call(*argv):
@@ -121,9 +127,25 @@ def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
     [
         (["--inner.algorithm", "imaml", "--inner.learned", "True"], "inner.learned: expected False with imaml"),
         (["--inner.algorithm", "maml", "--outer.learns", "rates"], "outer.learns: expected both or init"),
-        (["--model.name", "conv4", "--inner.dropout", "0.1"], "inner.dropout: expected None with the model 'conv4'"),
+        (
+            ["--model.name", "conv4", *ITS_OWN, "--inner.dropout", "0.1"],
+            "inner.dropout: expected None with the model 'conv4'",
+        ),
         (["--outer.multi-step", "0.5", "--inner.derivative", "forward"], "outer.multi_step: expected 0"),
-        (["--outer.multi-step", "0.5", "--inner.steps", "9000"], "forward (what auto picks here)"),
+        (["--outer.multi-step", "1", "--inner.steps", "9000", "--evaluation.steps", "9000"], "forward (what auto"),
+        (
+            ["--model.name", "rnn", *ITS_OWN, "--model.dropout", "0.5"],
+            "model.dropout: expected 0.0, because nothing else",
+        ),
+        (["--model.name", "rnn", "--model.widths", "8"], "model.widths: expected (128,), because"),
+        (["--model.channels", "8"], "model.channels: expected 64, because nothing else is used here (the network mlp"),
+        (["--inner.solver-steps", "3"], "inner.solver_steps: expected 5, because"),
+        (["--inner.derivative", "remat", "--inner.last", "3"], "inner.last: expected 10, because"),
+        (["--inner.extend", "mean"], "inner.extend: expected 'hold', because nothing else is used here"),
+        (["--inner.algorithm", "maml", "--outer.rates-rate", "1"], "outer.rates_rate: expected 0.01, because"),
+        (["--outer.learns", "rates", "--outer.init-rate", "1"], "outer.init_rate: expected 0.001, because"),
+        (["--inner.algorithm", "reptile", "--inner.first-order", "False"], "inner.first_order: expected None, because"),
+        (["--grid.steps", "7"], "grid.steps: expected (1, 5, 20), because nothing else"),
         (["--outer.first-order-share", "2"], "outer.first_order_share: expected a share"),
         (["--inner.knots", "1"], "inner.knots: expected 0"),
     ],
@@ -182,7 +204,44 @@ def test_damaged_runs(tmp_path, capsys):
     assert "datas: no such setting; did you mean data?" in refused(capsys, "evaluate", tmp_path)
     (tmp_path / "config.json").write_text('{"seed": "x"}')
     assert "seed: expected int, got 'x'" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").unlink()
     assert "expected a folder with metalr.json" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
+
+
+def test_predictions_name_the_classes_of_the_task(blobs, blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
+    rows = [np.flatnonzero(blobs.test_labels == c)[:4] for c in (3, 7)]
+    x, y = blobs.test_images[np.concatenate(rows)], np.repeat(["seven", "three"], 4)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x, query_y=y)
+    capsys.readouterr()
+    call("adapt", tmp_path / "run", tmp_path / "task.npz", "--steps", "20", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["predictions"]) == {"seven", "three"}
+    assert found["accuracy"] == np.mean(np.array(found["predictions"]) == y)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x, query_y=np.array(["nine"] * 8))
+    assert "expected labels of the support set, ['seven', 'three'], got nine" in refused(
+        capsys, "adapt", tmp_path / "run", tmp_path / "task.npz"
+    )
+
+
+def test_show_needs_no_code_of_a_custom_network(tmp_path, capsys):
+    model = dataclasses.replace(models.mlp(3, (8, 8, 1), widths=(6,)), name="custom", settings={})
+    spec = rates.RatesSpec("layer", steps=3)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = metalr.Learner(model, spec, meta.init, rates.actual(spec, meta.rates))
+    metalr.save(tmp_path / "run" / "artifact", learned)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    call("show", tmp_path / "run")
+    assert "dense_0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "artifact")
+    said = refused(capsys, "show", tmp_path / "run")
+    assert "expected a finished run, found one without an artifact; go on with: metalr train --resume" in said
+
+
+def test_a_mistyped_flag_is_answered_once(capsys):
+    with pytest.raises(SystemExit):
+        call("train", "--outer.stepz", "1")
+    assert capsys.readouterr().err.count("--outer.steps INT") == 1
 
 
 def test_data_commands(blobs_npz, capsys):
@@ -262,10 +321,15 @@ def test_quickstart_in_small(tmp_path, capsys):
         "quickstart", "--outer.steps", "60", "--evaluation.episodes", "16", "--evaluation.validation-episodes", "8",
         "--grid.steps", "5", "--grid.learning-rates", "0.01", "--grid.batch-sizes", "1000", "--out", tmp_path / "q",
     )  # fmt: skip
-    assert "learned init + learned rates" in capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "q" / "results.json").read_text())["comparison"]
-    by_method = {row["method"]: row["accuracy"] for row in rows}
-    assert by_method["learned init + learned rates"] > by_method["random init + grid, best cell at 5 steps"]
+    assert {"learned init + learned rates", "random init + grid, best cell at 5 steps"} <= {r["method"] for r in rows}
+    # Which is better is measured by benchmarks/quickstart.py; here: that the table says what was found.
+    for row in rows:
+        lines = [line for line in printed.splitlines() if line.startswith(row["method"])]
+        line = next(line for line in lines if f" {row['steps']}  " in line)
+        assert f"{100 * row['accuracy']:.2f} %" in line
+        assert 0 <= row["accuracy"] <= 1
 
 
 def test_a_reader_that_goes_away_is_no_error():

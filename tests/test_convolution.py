@@ -7,6 +7,8 @@ import pytest
 
 from metalr.convolution import conv_as_patches
 
+pytestmark = pytest.mark.numerical
+
 
 def plain(x, kernel, window_strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))

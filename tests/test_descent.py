@@ -10,6 +10,8 @@ from metalr import descent, inner, models, rates
 from metalr.errors import ConfigError
 from metalr.rates import RatesSpec
 
+pytestmark = pytest.mark.numerical
+
 pytestmark = pytest.mark.smoke
 PARAMS = {
     "dense_0": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, 0.2])},

@@ -8,6 +8,8 @@ import pytest
 from metalr import descent, factored, inner, models, rates
 from metalr.rates import RatesSpec
 
+pytestmark = pytest.mark.numerical
+
 
 def problem(widths, support, seed=0):
     model = models.mlp(3, (6, 6, 1), widths=widths, dropout=0.0)

@@ -175,6 +175,23 @@ def test_params_of_16_bits_are_refused_by_every_adapter(dtype):
         outer.initial_shapes(by_hand, rates.RatesSpec())
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: models.from_linen(lambda x: x, (8, 8, 1), 3), "expected a flax.linen module, such as Net"),
+        (lambda: models.from_linen(Small, (8, 8, 1), 3), "expected a flax.linen module, such as Net"),
+        (lambda: models.from_linen(Small(), 12, 3), r"input_shape: expected \(height, width, channels\).*got 12"),
+        (lambda: models.from_linen(Small(), (8, 8), 3), r"input_shape: expected .*got \(8, 8\)"),
+        (lambda: models.from_linen(Small(), (8, 8, 1), "3"), "way: expected at least 2 classes, got '3'"),
+        (lambda: models.from_nnx(lambda x: x, (8, 8, 1), 3), "expected a flax.nnx module"),
+        (lambda: models.build("mlp", 3, 12), "input_shape: expected"),
+    ],
+)
+def test_what_is_no_module_or_shape_is_said_to_be_none(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
 def test_names_of_heads_must_agree():
     model = models.from_linen(Small(), (8, 8, 1), 3, head="last")
     with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):

@@ -13,6 +13,8 @@ from metalr.outer import Method
 from metalr.rates import RatesSpec
 from metalr.types import Episode, MetaParams
 
+pytestmark = pytest.mark.numerical
+
 # A quadratic: the "network" puts out its weights, the loss is curvature/2 * |w - target of the label|^2.
 CURVATURE = 1.7
 TARGETS = jnp.array([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
@@ -167,17 +169,18 @@ def test_contract_of_every_algorithm(name, blobs):
     for _ in range(6):
         state, _ = chunk(state, pool, jax.random.key(1), 20)
     assert chunk._cache_size() == before + 1, "recompiled"
-    every = np.any if row.meta_gradient == "joint" else np.all  # without adaptation a hidden unit may be dead
-    moved = jax.tree.map(lambda a, b: bool(every(np.asarray(a) != b)) or a.ndim == 2, first, state.meta)
-    for leaf in moved.rates:
-        if leaf.startswith("predict:"):  # a hidden unit may be dead
-            moved.rates[leaf] = bool((first.rates[leaf] != state.meta.rates[leaf]).any())
-    assert all(jax.tree.leaves(moved.init)), moved.init
-    rates_moved = jax.tree.leaves(moved.rates)
-    assert row.granularity == "parameter" or (all(rates_moved) if row.learned else not any(rates_moved))
-    if row.granularity == "parameter":  # a pixel that is always blank has no gradient
-        pairs = zip(*map(jax.tree.leaves, (first.rates, state.meta.rates)), strict=True)
-        assert all(float((np.asarray(a) != b).mean()) > 0.5 for a, b in pairs)
+
+    def moved(a, b):
+        """The share of numbers that are others now. A hidden unit may be dead, a pixel blank in every image."""
+        return jax.tree.map(lambda a, b: float((np.asarray(a) != np.asarray(b)).mean()), a, b)
+
+    init_moved = moved(first.init, state.meta.init)
+    assert min(jax.tree.leaves(init_moved)) > 0.5, init_moved
+    rates_moved = moved(first.rates, state.meta.rates)
+    if row.learned:
+        assert min(jax.tree.leaves(rates_moved)) > (0.5 if row.granularity == "parameter" or row.predicted else 0.99)
+    else:
+        assert max(jax.tree.leaves(rates_moved)) == 0, rates_moved
     test_pool, test_sample = tasks.make_sampler(splits.test, 10, 3, 5)
     evaluator = evaluate.make_evaluator(model, spec, test_sample, spec.steps)
     keys = evaluate.episode_keys(0, 40)

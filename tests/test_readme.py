@@ -40,7 +40,7 @@ def test_snippet_runs():
         "support_x": images[rows[support]], "support_y": labels[rows[support]], "query_x": images[rows[~support]],
     }  # fmt: skip
     path = ROOT / "experiments" / "artifacts" / "mnist_rotated_10way_5shot"
-    exec(snippet.replace('"runs/quickstart/artifact"', repr(str(path))), scope)
+    exec(snippet.replace('"runs/quickstart"', repr(str(path))), scope)
     assert scope["logits"].shape == (150, 10)
     assert np.mean(np.asarray(scope["logits"]).argmax(-1) == labels[rows[~support]]) > 0.5
 

@@ -1,9 +1,15 @@
 """What a config stands for: choices that there are not, and the cost of a task by its derivative."""
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+import metalr
+from metalr import progress, runs, setup
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.setup import set_up, task_cost
@@ -46,6 +52,44 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
 def test_wrong_types_and_contradictions_are_refused(small, changes, message):
     with pytest.raises(ConfigError, match=message):
         set_up(dataclasses.replace(small, **changes))
+
+
+def test_every_experiment_uses_all_that_it_sets():
+    """No document asks for a setting that its other settings leave nothing to do."""
+    experiments = Path(__file__).parent.parent / "experiments"
+    seen = 0
+    for file in experiments.glob("*.py"):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for value in vars(module).values():
+            for config in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(config, TrainConfig):
+                    setup.check_choices_of(config, None)
+                    seen += 1
+    assert seen > 20
+
+
+def test_optimizers_that_are_none_are_told_why():
+    with pytest.raises(ConfigError, match=r"such as 'adam'; optax has no 'adm', but 'adam'"):
+        setup.optax_by_name("adm")
+    with pytest.raises(ConfigError, match=r"got 'apply_updates': TypeError: "):
+        setup.optax_by_name("apply_updates")
+
+
+def test_metalr_runs_under_strict_promotion(small, tmp_path):
+    """Where the user's own code is held to it; optax's Adam is not up to it."""
+    with jax.numpy_dtype_promotion("strict"):
+        convolution = {"name": "conv4", "channels": 2, "layers": 1}
+        for model, family in (({"widths": (8,)}, "rotated"), (convolution, "permuted")):
+            config = dataclasses.replace(
+                small, model=ModelConfig(**model), tasks=dataclasses.replace(small.tasks, family=family),
+                out=tmp_path / family,
+            )  # fmt: skip
+            runs.run(config, name="x", reporter=progress.ConsoleReporter(quiet=True))
+            learned = metalr.load(tmp_path / family)
+            x = np.random.default_rng(0).random((20, 8, 8), np.float32)
+            learned.apply(learned.adapt(x, np.arange(20) % 10), x)
 
 
 def test_a_setting_that_may_be_none_may_be_none(small):

@@ -117,6 +117,91 @@ def test_no_network_is_one_line():
         sources.download_mnist(Path("x"), "http://127.0.0.1:9/")
 
 
+def write_tfds_set(folder, name, version, config=None, *, sizes=(4,), labels=(0, 1), test_labels=None, names=None):
+    """A small TFDS image-classification set, as its own builder would lay it out."""
+    import io
+
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    set_name = name
+    configs = [tfds.core.BuilderConfig(name=config, version=version)] if config else []
+
+    with tfds.core.registered.skip_registration():  # several of one name
+
+        class Set(tfds.core.GeneratorBasedBuilder):
+            name = set_name
+            VERSION = tfds.core.Version(version)
+            BUILDER_CONFIGS = configs
+            pkg_dir_path = None
+
+            def _info(self):
+                label = tfds.features.ClassLabel(names=names) if names else tfds.features.ClassLabel(num_classes=30)
+                features = {"image": tfds.features.Image(shape=(None, None, 1)), "label": label}
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+                )
+
+            def _split_generators(self, _):
+                return {
+                    "train": self._generate_examples(labels),
+                    "test": self._generate_examples(test_labels or labels),
+                }
+
+            def _generate_examples(self, labels):
+                for i, label in enumerate(np.repeat(labels, 12)):
+                    png = io.BytesIO()
+                    size = sizes[i % len(sizes)]
+                    Image.fromarray(np.full((size, size), i, np.uint8)).save(png, "PNG")
+                    yield i, {"image": png.getvalue(), "label": int(label)}
+
+    tfds.disable_progress_bar()
+    options = {"config": config} if config else {}
+    Set(data_dir=folder, file_format="array_record", **options).download_and_prepare()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_of_several_prepared_sets_has_to_be_named(tmp_path):
+    folder = tmp_path / "tfds"
+    for config, version in (("a", "1.0.0"), ("b", "1.0.0"), ("b", "2.0.0")):
+        write_tfds_set(folder, "many", version, config)
+    for asked in ("many", "many/b", "many:1.0.0"):
+        with pytest.raises(DataError, match=r"expected one prepared TFDS dataset, found many/.*:.*, many/.*; name one"):
+            sources.prepare(asked)
+    prepared = sources.prepare("many/b:2.0.0")
+    assert prepared.source == "TFDS many/b:2.0.0"
+    assert data.load("many/b:2.0.0").sha256 == prepared.sha256
+    assert sources.prepare("many/a").source == "TFDS many/a:1.0.0"
+    with pytest.raises(DataError, match=r"expected a prepared TFDS dataset"):
+        sources.prepare("many/c")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_numbering_and_any_split_of_classes(tmp_path):
+    folder = tmp_path / "tfds"
+    write_tfds_set(folder, "gaps", "1.0.0", labels=(3, 9))
+    dataset = sources.prepare("gaps")
+    assert (dataset.classes, dataset.class_names) == (2, ("3", "9"))
+    write_tfds_set(folder, "named", "1.0.0", names=["zebra", "ant"])
+    assert sources.prepare("named").class_names == ("zebra", "ant")  # TFDS's order stays
+    write_tfds_set(folder, "disjoint", "1.0.0", labels=range(8), test_labels=range(8, 12))
+    dataset = sources.prepare("disjoint")
+    assert dataset.class_split == ("train",) * 7 + ("val",) + ("test",) * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_of_several_sizes_are_not_called_damaged(tmp_path):
+    write_tfds_set(tmp_path / "tfds", "sizes", "1.0.0", sizes=(4, 5))
+    message = r"images of one size, got 2 sizes in 'train', from \(4, 4, 1\) to \(5, 5, 1\)"
+    with pytest.raises(DataError, match=message) as said:
+        sources.prepare("sizes")
+    assert "delete" not in str(said.value)
+    record = next((tmp_path / "tfds" / "sizes").glob("**/*.array_record*"))
+    record.write_bytes(record.read_bytes()[:40])
+    with pytest.raises(DataError, match="cannot be read: .*; if they are damaged, delete"):
+        sources.prepare("sizes")
+
+
 def test_what_cannot_be_prepared():
     with pytest.raises(DataError, match="expected a prepared TFDS dataset"):
         sources.prepare("fashion_mnist")

@@ -157,7 +157,7 @@ def test_an_update_that_is_not_finite_is_said_to_be_so():
     """Loss and gradient are finite in that step: the message must not deny its own numbers."""
     metrics = {"loss": np.float32([0.5385]), "gradient_norm": np.float32([1.2])}
     text = str(train.DivergedError(3, metrics, 0, None))
-    assert "loss 0.5385, gradient norm 1.2; the init or rates after the update are not finite" in text
+    assert "loss 0.5385 and gradient norm 1.2 are finite, the init or rates after the update are not" in text
     assert "expected finite numbers" not in text
 
 
