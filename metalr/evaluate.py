@@ -62,6 +62,19 @@ def half_width(values: np.ndarray) -> np.ndarray:
     return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
 
 
+def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) -> float:
+    """Half-width of a method's 95 % interval over meta-training seeds and tasks together.
+
+    The seeds' part is Student's t over the seeds' means, the tasks' part the mean half-width over tasks of one seed;
+    they are added in quadrature. All seeds meet the same tasks, so the tasks' part does not shrink with more seeds.
+
+    Args:
+      means: a number for each of at least 2 seeds.
+      over_tasks: the 95 % half-width over tasks of each.
+    """
+    return float(np.hypot(half_width(np.asarray(means, np.float64)), np.mean(over_tasks)))
+
+
 def make_evaluator(
     model: Model,
     spec: RatesSpec,

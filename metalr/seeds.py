@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metalr import artifact, compare, folders, search
+from metalr import artifact, compare, evaluate, folders, search
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, one_line
 from metalr.runs import RUN_FILES, resume, run
@@ -130,7 +130,11 @@ def _run_once(config: TrainConfig, name: str) -> dict[str, Any]:
 
 
 def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows averaged over seeds, with the lowest and highest seed; what seeds chose differently is listed by seed."""
+    """Rows averaged over seeds, with the lowest and highest seed; what seeds chose differently is listed by seed.
+
+    Intervals of several seeds are over meta-training seeds and tasks together (evaluate.over_seeds_and_tasks); those
+    over tasks alone stay beside them.
+    """
     merged = []
     for same in zip(*rows, strict=True):
         accuracies = [row["accuracy"] for row in same]
@@ -141,5 +145,10 @@ def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 row[name] = round(float(np.mean(values)), 6)
             else:
                 row[name] = first if all(value == first for value in values) else values
+        for name, interval in (("accuracy", "ci95"), ("learned_minus_this", "difference_ci95")):
+            if interval in row and len(same) > 1:
+                row[f"{interval}_over_tasks"] = row[interval]
+                both = evaluate.over_seeds_and_tasks([r[name] for r in same], [r[interval] for r in same])
+                row[interval] = round(both, 6)
         merged.append(row | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
     return merged

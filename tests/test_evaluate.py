@@ -59,3 +59,10 @@ def test_more_episodes_keep_the_first_ones():
 def test_paired_difference():
     mean, ci95 = evaluate.paired(np.array([0.5, 0.7, 0.9]), np.array([0.4, 0.5, 0.6]))
     np.testing.assert_allclose((mean, ci95), (0.2, 4.3026527 * 0.1 / np.sqrt(3)))
+
+
+def test_an_interval_over_seeds_and_tasks_is_wider_than_either():
+    """By hand: t of 2 degrees of freedom is 4.3027; the means 0.1 apart have a standard deviation of 0.1."""
+    both = evaluate.over_seeds_and_tasks([0.5, 0.6, 0.7], [0.03, 0.04, 0.05])
+    assert both == pytest.approx(np.hypot(4.302653 * 0.1 / np.sqrt(3), 0.04), rel=1e-6)
+    assert evaluate.over_seeds_and_tasks([0.6, 0.6], [0.04, 0.04]) == pytest.approx(0.04)
