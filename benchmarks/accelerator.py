@@ -31,9 +31,12 @@ import measure
 import numpy as np
 import throughput
 
-from metalr import artifact, models, outer, rates, tasks
 from metalr import data as data_lib
-from metalr.provenance import command, provenance
+from metalr import models, outer, tasks
+from metalr.inner import hyperparameters
+from metalr.learner import artifact
+from metalr.runs.provenance import command, provenance
+from metalr.trees import named_arrays
 
 Row = dict[str, Any]
 SIZES = (32, 512)
@@ -60,12 +63,14 @@ def episodes_of(work: throughput.Workload, count: int) -> Any:
     return jax.jit(jax.vmap(sample, (None, 0)))(pool, jax.random.split(jax.random.key(0), count))
 
 
-def parts(name: str, count: int, *, standard: bool = False) -> tuple[models.Model, rates.RatesSpec, Any, Any, Any]:
+def parts(
+    name: str, count: int, *, standard: bool = False
+) -> tuple[models.Model, hyperparameters.RatesSpec, Any, Any, Any]:
     work = throughput.WORKLOADS[name]
     model = work.model(work.way)
     if standard:
         model = models.Model(**{**vars(model), "cpu_apply": None})
-    spec = rates.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
+    spec = hyperparameters.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
     meta = jax.tree.map(jnp.asarray, outer.initial(model, spec, jax.random.key(0)))
     return model, spec, meta, episodes_of(work, count), jax.random.split(jax.random.key(1), count)
 
@@ -77,7 +82,7 @@ def with_torch(model: models.Model, meta: Any, episodes: Any) -> Callable[[], An
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    named = {k.removeprefix("init/"): v for k, v in artifact.named_arrays(meta.init, "init").items()}
+    named = {k.removeprefix("init/"): v for k, v in named_arrays(meta.init, "init").items()}
     params = {name: value.to(place) for name, value in torch_peers.to_torch(named).items()}
     logs = {name: torch.tensor(np.asarray(value), device=place) for name, value in meta.rates.items()}
     batch = [torch.tensor(np.asarray(v), device=place) for v in episodes]
@@ -130,9 +135,9 @@ def adaptation_rows() -> Iterator[Row]:
             if count > 1 and jax.default_backend() == "cpu":
                 count = 100
             work = throughput.WORKLOADS[name]
-            model, spec = work.model(work.way), rates.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
+            model, spec = work.model(work.way), hyperparameters.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
             meta = outer.initial(model, spec, jax.random.key(0))
-            learned = artifact.Learner(model, spec, meta.init, rates.actual(spec, meta.rates))
+            learned = artifact.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates))
             episode = jax.tree.map(np.asarray, episodes_of(work, min(count, 500)))
             repeats = -(-count // len(episode.support_x))
             x, y = (np.concatenate([v] * repeats)[:count] for v in (episode.support_x, episode.support_y))

@@ -21,19 +21,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 
-import jax  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch_peers  # noqa: E402
+import jax
+import measure
+import numpy as np
+import torch
+import torch_peers
 
-import metalr  # noqa: E402
-from metalr import data, models, outer, rates, tasks  # noqa: E402
-from metalr.artifact import named_arrays  # noqa: E402
+import metalr
+from metalr import data, models, outer, tasks
+from metalr.inner import hyperparameters as rates
+from metalr.trees import named_arrays
 
 STEPS, TASKS = 5, 1000
 MODELS = {

@@ -13,15 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metalr.config import (
-    EvaluationConfig,
-    GridConfig,
-    InnerConfig,
-    ModelConfig,
-    OuterConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from metalr.config import EvaluationConfig, GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 
 TINY = TrainConfig(
     tasks=TaskConfig(family="permuted", way=10, shot=1, query=2),
@@ -52,14 +44,14 @@ def resume(folder: str) -> None:
 
 def stop_after(folder: str, step: str) -> None:
     """Train up to a step and stop there, as on a signal; the dispatches end at that step, whatever the clock says."""
-    from metalr import train
+    from metalr.outer import loop
 
-    real = train.run_chunks
+    real = loop.run_chunks
 
     def until(chunk: Any, state: Any, pool: Any, key: Any, steps: int, every: Any, *, stop: Any) -> Any:
         return real(chunk, state, pool, key, int(step), every, stop=stop)
 
-    train.run_chunks = until
+    loop.run_chunks = until
     run(folder)
 
 
@@ -79,12 +71,16 @@ def race(folder: str, go: str, times: str) -> None:
 
 def _train(config: TrainConfig | None, resumed: Path | None = None) -> None:
     """As the command line does it, exit codes and all."""
-    from metalr import cli, devices
+    from metalr import cli
+    from metalr.outer import devices
 
     def go() -> None:
+        from metalr.storage import folders
+
         folder = resumed or config.out  # type: ignore[union-attr]
-        cli.folders.refuse_if_locked(folder)
-        from metalr import data, progress, runs
+        folders.refuse_if_locked(folder)
+        from metalr import data, runs
+        from metalr.runs import progress
 
         devices.use_compilation_cache(data.cache_dir() / "compiled")
         import jax
@@ -98,7 +94,7 @@ def _train(config: TrainConfig | None, resumed: Path | None = None) -> None:
 
 def save_killed(folder: str, when: str, k: str) -> None:
     """Save a checkpoint over an older one and die before or after the k-th call of a kind; "none" counts the calls."""
-    from metalr import checkpoints
+    from metalr.storage import checkpoints
 
     store = Path(folder) / "checkpoints"
     store.mkdir(parents=True)
@@ -110,7 +106,7 @@ def save_killed(folder: str, when: str, k: str) -> None:
 
 def overwrite_killed(folder: str, form: str, when: str, k: str) -> None:
     """Write an artifact's folder over an older one, with names exchanged or with two renames, and die as above."""
-    from metalr import folders
+    from metalr.storage import folders
 
     path = Path(folder)
     path.mkdir()
@@ -153,7 +149,7 @@ def npz_killed(folder: str, when: str, k: str) -> None:
 
 def _die_at(when: str, k: int) -> dict[str, int]:
     """Hook os.open, write, fsync, rename and so on: SIGKILL before or after the k-th call of one; gives the counts."""
-    from metalr import folders
+    from metalr.storage import folders
 
     places: dict[str, Any] = dict.fromkeys(("open", "write", "fsync", "rename", "unlink", "rmdir"), os)
     places["_exchange"] = folders

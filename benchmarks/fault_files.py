@@ -19,14 +19,16 @@ import numpy as np
 from fault_trials import SEED, Failed, Row, count, expect
 
 import metalr
-from metalr import checkpoints, models, outer, rates
+from metalr import models, outer
 from metalr.errors import ArtifactError, MetalrError
+from metalr.inner import hyperparameters
+from metalr.storage import checkpoints
 
 
 def small_learner() -> metalr.Learner:
-    model, spec = models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0), rates.RatesSpec("layer", steps=3)
+    model, spec = models.mlp(3, (8, 8, 1), widths=(6,), dropout=0.0), hyperparameters.RatesSpec("layer", steps=3)
     meta = outer.initial(model, spec, jax.random.key(0))
-    return metalr.Learner(model, spec, meta.init, rates.actual(spec, meta.rates), {"seed": 0})
+    return metalr.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates), {"seed": 0})
 
 
 def damaged_files(root: Path, flips: int, cuts: int) -> list[Row]:

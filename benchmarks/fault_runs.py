@@ -18,7 +18,8 @@ import numpy as np
 from fault_children import CONFIG
 from fault_trials import SEED, Row, count, expect
 
-from metalr import checkpoints, cli, folders
+from metalr import cli
+from metalr.storage import checkpoints, folders
 
 CHILD = Path(__file__).with_name("fault_children.py")
 

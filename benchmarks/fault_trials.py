@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from metalr import progress
+from metalr.runs import progress
 
 Row = dict[str, Any]
 SEED = 0

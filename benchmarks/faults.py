@@ -45,9 +45,13 @@ from fault_runs import (
 )
 from fault_trials import QUIET, SEED, Failed, Row, count, expect
 
-from metalr import checkpoints, cli, config, config_files, devices, folders, outer, progress, runs, setup, train
+from metalr import cli, config, outer, runs
+from metalr.config import files
 from metalr.errors import ConfigError, StorageError
-from metalr.provenance import provenance
+from metalr.outer import devices, loop
+from metalr.runs import progress, setup
+from metalr.runs.provenance import provenance
+from metalr.storage import checkpoints, folders
 
 
 def tiny_run(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -76,8 +80,8 @@ def full_disk(root: Path, n: int) -> Row:
             expect(not folders.leftovers(folder) and not folders.leftovers(folder / "checkpoints"), "leftovers")
             if any((folder / "checkpoints").glob("step_*")):
                 setup_ = setup.set_up(TINY)
-                state = train.start(setup_.model, setup_.spec, setup_.optimizer, jax.random.key(0))
-                like = {"state": state, "best": train.learned(setup_.spec, state.meta)}
+                state = loop.start(setup_.model, setup_.spec, setup_.optimizer, jax.random.key(0))
+                like = {"state": state, "best": loop.learned(setup_.spec, state.meta)}
                 expect(checkpoints.load(folder / "checkpoints", like, lambda line: None) is not None, "no checkpoint")
         finally:
             subprocess.run(["umount", str(mount)], check=True)
@@ -175,7 +179,7 @@ def typos(n: int) -> list[Row]:
                 said = ""
                 if form == "config file":
                     try:
-                        config_files.from_json(nested(wrong, default(name)))
+                        files.from_json(nested(wrong, default(name)))
                     except ConfigError as error:
                         said = str(error)
                     refused += bool(said)
@@ -197,7 +201,7 @@ def divergence(root: Path, n: int) -> Row:
     """Half the runs get tasks of NaNs, half a rate 1000 times too large; with both policies."""
 
     def trial(i: int) -> None:
-        policy, poison = train.POLICIES[i % 2], i % 4 < 2
+        policy, poison = loop.POLICIES[i % 2], i % 4 < 2
         inner = dataclasses.replace(TINY.inner, rate=0.1 if poison else 100.0)
         outer_ = dataclasses.replace(TINY.outer, on_divergence=policy, init_rate=1e-3 if poison else 1e30, clip=None)
         changed = dataclasses.replace(TINY, inner=inner, outer=outer_, seed=i)
@@ -214,7 +218,7 @@ def divergence(root: Path, n: int) -> Row:
         folder.mkdir()
         try:
             runs.meta_train(changed, parts, folder, QUIET)
-        except train.DivergedError as error:
+        except loop.DivergedError as error:
             expect("tasks [" in str(error) or "the update" in str(error), f"names no task: {error}")
         stored = list((folder / "checkpoints").glob(f"step_*/{checkpoints.TENSORS}"))
         expect(bool(stored), "nothing saved")
@@ -230,14 +234,14 @@ def overhead(repeats: int) -> Row:
     """The share of time that the checks take: the step as it is, beside one whose results nobody checks."""
     parts = setup.set_up(dataclasses.replace(config.QUICKSTART, grid=config.GridConfig()))
     pool, sample = parts.samplers["train"]
-    chunk = train.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, 16)
+    chunk = loop.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, 16)
 
     @jax.jit
     def unchecked(state: Any, pool: Any, key: jax.Array, steps: int) -> Any:
         import optax
 
         def body(_: Any, state: Any) -> Any:
-            keys = train.task_keys(key, state.step, 16)
+            keys = loop.task_keys(key, state.step, 16)
 
             def gradient(meta: Any, pool: Any, keys: jax.Array) -> Any:
                 episodes = jax.vmap(lambda k: sample(pool, k))(keys)
@@ -245,12 +249,12 @@ def overhead(repeats: int) -> Row:
 
             grads, _ = devices.split_tasks(gradient, devices.task_mesh(16), 2, mean=True)(state.meta, pool, keys)
             updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.meta)
-            return train.TrainState(optax.apply_updates(state.meta, updates), opt_state, state.step + 1)
+            return loop.TrainState(optax.apply_updates(state.meta, updates), opt_state, state.step + 1)
 
         return jax.lax.fori_loop(0, steps, body, state)
 
     def start() -> Any:
-        return train.start(parts.model, parts.spec, parts.optimizer, jax.random.key(0))
+        return loop.start(parts.model, parts.spec, parts.optimizer, jax.random.key(0))
 
     systems = {
         "checked": lambda: jax.block_until_ready(chunk(start(), pool, jax.random.key(1), 40)),

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 
-import measure  # noqa: E402
+import measure
 
-from metalr import contest, data, models, runs  # noqa: E402
-from metalr.config import (  # noqa: E402
+from metalr import data, models, runs
+from metalr.config import (
     CompareConfig,
     EvaluationConfig,
     InnerConfig,
@@ -40,6 +40,7 @@ from metalr.config import (  # noqa: E402
     TaskConfig,
     TrainConfig,
 )
+from metalr.runs import comparing
 
 ROOT = Path("runs") / "grid_search"
 
@@ -201,8 +202,8 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
         return json.loads((out / "results.json").read_text())
     config = dataclasses.replace(case.compare, out=out)
     if (out / "config.json").is_file():
-        return contest.resume(out, model=network)
-    return contest.run(seeded, config, pretrained=pretrained, model=network)
+        return comparing.resume(out, model=network)
+    return comparing.run(seeded, config, pretrained=pretrained, model=network)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,21 +21,26 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-import jax  # noqa: E402
-import keras  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import keras
+import measure
+import numpy as np
 
-from metalr import data, fit, models, search_runs, searchers  # noqa: E402
-from metalr.config import SearchConfig  # noqa: E402
-from metalr.progress import ConsoleReporter  # noqa: E402
-from metalr.types import Episode  # noqa: E402
+from metalr import data, models
+from metalr.config import SearchConfig
+from metalr.runs import searching
+from metalr.runs.progress import ConsoleReporter
+from metalr.search import (
+    fit,
+    searchers,
+)
+from metalr.types import Episode
 
 SPACE = searchers.Space()
 CHECKED = 1e-3, 128, 10  # the cell whose accuracy both must agree on
@@ -46,7 +51,7 @@ def ours(name: str) -> tuple[float, list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as root:
         config = SearchConfig(searcher="grid", data=name, out=Path(root) / "search")
         began = time.perf_counter()
-        search_runs.run(config, reporter=ConsoleReporter(quiet=True))
+        searching.run(config, reporter=ConsoleReporter(quiet=True))
         seconds = time.perf_counter() - began
         return seconds, [json.loads(line) for line in (config.out / "trials.jsonl").read_text().splitlines()]
 

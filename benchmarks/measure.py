@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalr import devices
-from metalr.provenance import command, provenance
+from metalr.outer import devices
+from metalr.runs.provenance import command, provenance
 
 RESULTS = Path(__file__).parent / "results"
 

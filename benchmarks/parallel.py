@@ -44,10 +44,11 @@ def child(workload: str) -> None:
     import measure
     import throughput
 
-    from metalr import outer, rates
+    from metalr import outer
+    from metalr.inner import hyperparameters
 
     work = throughput.WORKLOADS[workload]
-    model, spec = work.model(work.way), rates.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
+    model, spec = work.model(work.way), hyperparameters.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
     meta = jax.tree.map(jnp.asarray, outer.initial(model, spec, jax.random.key(0)))
     system = throughput.with_metalr(model, spec, meta, throughput.episodes_of(work))
     print(measure.side_by_side({"it": system}, 3)["it"])

@@ -21,16 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 
-import jax  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import measure
+import numpy as np
 
-from metalr import config, models, outer, progress, rates, runs, setup, train  # noqa: E402
-from metalr.types import Episode  # noqa: E402
+from metalr import config, models, outer, runs
+from metalr.inner import hyperparameters
+from metalr.outer import loop
+from metalr.runs import (
+    progress,
+    setup,
+)
+from metalr.types import Episode
 
 Row = dict[str, Any]
 MODELS: dict[str, Callable[..., models.Model]] = {
@@ -57,7 +63,7 @@ def cost(
 ) -> Row:
     """One meta-gradient of second-order per-layer Meta-SGD: seconds, seconds to compile, memory."""
     model = MODELS[workload](way, **settings)
-    spec = rates.RatesSpec("layer", steps=steps, initial=0.01)
+    spec = hyperparameters.RatesSpec("layer", steps=steps, initial=0.01)
     method = outer.Method(derivative="remat" if remat else "reverse")
     meta = outer.initial(model, spec, jax.random.key(0))
     mesh = devices.task_mesh(tasks)
@@ -188,12 +194,10 @@ def outer_section() -> list[Row]:
         )
         parts = setup.set_up(settings)
         pool, sample = parts.samplers["train"]
-        one = train.make_chunk(
-            parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch
-        )
+        one = loop.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch)
         alone, looped = [], []
         for repeat in range(4):
-            state = train.start(parts.model, parts.spec, parts.optimizer, jax.random.key(0))
+            state = loop.start(parts.model, parts.spec, parts.optimizer, jax.random.key(0))
             began = time.perf_counter()
             jax.block_until_ready(one(state, pool, jax.random.key(1), steps))
             alone.append(time.perf_counter() - began)

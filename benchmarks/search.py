@@ -18,24 +18,28 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torch_peers  # noqa: E402
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import optax
+import torch
+import torch.nn.functional as F
+import torch_peers
 
-from metalr import data, evaluate, inner, models, search, tasks  # noqa: E402
-from metalr.artifact import named_arrays  # noqa: E402
-from metalr.types import Episode  # noqa: E402
+from metalr import data, inner, models, tasks
+from metalr.evaluation import (
+    protocol,
+    small_grid,
+)
+from metalr.trees import named_arrays
+from metalr.types import Episode
 
-GRID = search.Grid(steps=(1, 5, 20), batch_sizes=(10, 50))
+GRID = small_grid.Grid(steps=(1, 5, 20), batch_sizes=(10, 50))
 WAY, SHOT, ALONE = 10, 5, 3  # tasks of the one-cell-at-a-time loops
 Cell = tuple[str, int, float, int]  # optimizer, batch size, learning rate, steps
 Alone = Callable[[Cell, Episode, int], float]
@@ -56,7 +60,7 @@ def in_jax(model: models.Model, init: Any) -> Alone:
         @jax.jit
         def step(params: Any, state: Any, x: jax.Array, y: jax.Array, rate: jax.Array) -> Any:
             grads = jax.grad(lambda p: inner.cross_entropy(model.apply(p, x), y))(params)
-            updates, state = search.OPTIMIZERS[name](rate).update(grads, state, params)
+            updates, state = small_grid.OPTIMIZERS[name](rate).update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
         return step
@@ -66,7 +70,7 @@ def in_jax(model: models.Model, init: Any) -> Alone:
 
     def run(cell: Cell, e: Episode, seed: int) -> float:
         name, batch_size, rate, count = cell
-        params, state = init, search.OPTIMIZERS[name](rate).init(init)
+        params, state = init, small_grid.OPTIMIZERS[name](rate).init(init)
         for rows in batches(batch_size, count, seed):
             params, state = steps[name](params, state, e.support_x[rows], e.support_y[rows], np.float32(rate))
         return float(score(params, e.query_x, e.query_y))
@@ -98,13 +102,13 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     model = models.mlp(WAY, dropout=0.0)
     split = tasks.make_splits(data.bundled(), "relabeled").test
     pool, sample = tasks.make_sampler(split, WAY, SHOT, 15)
-    keys = evaluate.episode_keys(0, count)
+    keys = protocol.episode_keys(0, count)
     init = jax.tree.map(jnp.asarray, model.init(jax.random.key(0)))
     few = [jax.tree.map(np.asarray, jax.jit(sample)(pool, key)) for key in keys[:ALONE]]
     cells = list(itertools.product(GRID.optimizers, GRID.batch_sizes, GRID.learning_rates, GRID.steps))
 
     began = time.perf_counter()
-    ours, _ = search.run_grid(GRID, model, pool, sample, WAY * SHOT, keys, init=init)
+    ours, _ = small_grid.run_grid(GRID, model, pool, sample, WAY * SHOT, keys, init=init)
     seconds = {f"metalr, {count} tasks, with compilation": (time.perf_counter() - began) / (len(cells) * count)}
     expected = {(c.optimizer, c.batch_size, c.learning_rate, c.steps): c.tasks[:ALONE] for c in ours}
     for name, run in (

@@ -15,19 +15,20 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from metalr import devices
+from metalr.outer import devices
 
 devices.use_all_cores()
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
 
-from metalr import data, inner, models, outer, rates, tasks  # noqa: E402
-from metalr.artifact import named_arrays  # noqa: E402
-from metalr.provenance import provenance  # noqa: E402
-from metalr.types import Episode, MetaParams  # noqa: E402
+from metalr import data, inner, models, outer, tasks
+from metalr.inner import hyperparameters
+from metalr.runs.provenance import provenance
+from metalr.trees import named_arrays
+from metalr.types import Episode, MetaParams
 
 META_BATCH, STEPS = 32, 5
 
@@ -64,7 +65,7 @@ def episodes_of(work: Workload) -> Episode:
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(sample, (None, 0)))(pool, keys))
 
 
-def with_metalr(model: models.Model, spec: rates.RatesSpec, meta: MetaParams, episodes: Episode) -> System:
+def with_metalr(model: models.Model, spec: hyperparameters.RatesSpec, meta: MetaParams, episodes: Episode) -> System:
     """What `train` calls: outer.meta_gradient, tasks split over all devices."""
     keys = jax.random.split(jax.random.key(1), META_BATCH)
     mesh = devices.task_mesh(META_BATCH)
@@ -76,15 +77,15 @@ def with_metalr(model: models.Model, spec: rates.RatesSpec, meta: MetaParams, ep
     return lambda: jax.block_until_ready(gradient(meta, episodes, keys)[0])
 
 
-def with_plain_jax(model: models.Model, spec: rates.RatesSpec, meta: MetaParams, episodes: Episode) -> System:
+def with_plain_jax(model: models.Model, spec: hyperparameters.RatesSpec, meta: MetaParams, episodes: Episode) -> System:
     """What one writes first: vmap of grad over tasks, lax.conv, one device."""
 
     def loss(meta: MetaParams, episode: Episode) -> jax.Array:
-        fast, actual = meta.init, rates.actual(spec, meta.rates)
+        fast, actual = meta.init, hyperparameters.actual(spec, meta.rates)
         for _ in range(STEPS):
             grads = jax.grad(lambda p: inner.cross_entropy(model.apply(p, episode.support_x), episode.support_y))(fast)
             fast = jax.tree_util.tree_map_with_path(
-                lambda path, p, g: p - actual[rates.group_of(spec, path)] * g, fast, grads
+                lambda path, p, g: p - actual[hyperparameters.group_of(spec, path)] * g, fast, grads
             )
         return inner.cross_entropy(model.apply(fast, episode.query_x), episode.query_y)
 
@@ -147,7 +148,7 @@ def check_same(gradients: dict[str, dict[str, np.ndarray]]) -> float:
 def run(name: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of one workload, best peer first in no order: as the systems are listed."""
     work = WORKLOADS[name]
-    model, spec = work.model(work.way), rates.RatesSpec("layer", steps=STEPS, initial=0.05)
+    model, spec = work.model(work.way), hyperparameters.RatesSpec("layer", steps=STEPS, initial=0.05)
     meta = jax.tree.map(jnp.asarray, outer.initial(model, spec, jax.random.key(0)))
     episodes = episodes_of(work)
 

@@ -7,8 +7,8 @@ dropout, 5 inner steps, 500 outer steps of 8 tasks, 5 seeds, the same 600 meta-t
 Expected: see results/granularity.json and docs/choosing.md; about 35 minutes on 2 CPU cores.
 """
 
+from metalr.cli.documents import study
 from metalr.config import InnerConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import study
 
 RULES = {
     "shared, fixed": InnerConfig(algorithm="maml"),

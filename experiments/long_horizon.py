@@ -9,8 +9,8 @@ same 30 meta-test tasks.
 Expected: see results/long_horizon.json and docs/long.md; about 40 minutes on 2 CPU cores.
 """
 
+from metalr.cli.documents import study
 from metalr.config import EvaluationConfig, InnerConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import study
 
 ADAM = InnerConfig(steps=200, batch_size=32, base="adam", rate=3e-3, knots=4)
 MOMENTUM = InnerConfig(steps=200, batch_size=32, rate=0.03, momentum=0.8, knots=4)

@@ -9,8 +9,8 @@ Expected: 92.9 ± 0.5 % after 5 steps (the best grid cell from a random init: 82
 44 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_digits_3way_5shot.json.
 """
 
+from metalr.cli.documents import experiment
 from metalr.config import GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import experiment
 
 CONFIG = TrainConfig(
     data="mnist",

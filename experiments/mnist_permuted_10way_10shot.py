@@ -8,8 +8,8 @@ Expected: 75.3 ± 0.3 % after 5 steps (the best grid cell from a random init: 73
 9 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_permuted_10way_10shot.json.
 """
 
+from metalr.cli.documents import experiment
 from metalr.config import GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import experiment
 
 CONFIG = TrainConfig(
     data="mnist",

@@ -8,8 +8,8 @@ Expected: 91.4 ± 0.2 % after 5 steps (the best grid cell from a random init: 67
 9 minutes for 3 seeds and the grid on 2 busy CPU cores; from results/mnist_rotated_10way_5shot.json.
 """
 
+from metalr.cli.documents import experiment
 from metalr.config import GridConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import experiment
 
 CONFIG = TrainConfig(
     data="mnist",

@@ -12,8 +12,8 @@ quarter (20-way 1-shot) on one busy core.
 
 import sys
 
+from metalr.cli.documents import experiment
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import experiment
 
 
 def config(way: int, shot: int, query: int, meta_batch: int, steps: int, validation: int) -> TrainConfig:

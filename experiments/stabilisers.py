@@ -7,8 +7,8 @@ outer steps of 8 tasks, 3 seeds. "plain" has a constant outer rate and second or
 Expected: see results/stabilisers.json and docs/choosing.md; about 5 minutes on 2 CPU cores.
 """
 
+from metalr.cli.documents import study
 from metalr.config import InnerConfig, OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import study
 
 OUTER = OuterConfig(steps=500, meta_batch=8, validate_every=125)
 SWITCHES = {

@@ -8,8 +8,8 @@ rates stand alone, as for people who bring their own network. Families `digits` 
 Expected: see results/what_is_learned.json and docs/choosing.md; about 10 minutes on 2 CPU cores.
 """
 
+from metalr.cli.documents import study
 from metalr.config import OuterConfig, TaskConfig, TrainConfig
-from metalr.documents import study
 
 FAMILIES = {
     "digits": TaskConfig(family="digits", way=3, shot=1),

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from metalr.errors import MetalrError
 
 if TYPE_CHECKING:
-    from metalr.artifact import Learner, load, save
+    from metalr.learner.artifact import Learner, load, save
 
 __version__ = "0.1.0"
 __all__ = ["Learner", "MetalrError", "__version__", "load", "save"]
 
 # Loaded on first use: the command line's --help must not wait for jax.
-_FROM = {"Learner": "metalr.artifact", "load": "metalr.artifact", "save": "metalr.artifact"}
+_FROM = {"Learner": "metalr.learner", "load": "metalr.learner", "save": "metalr.learner"}
 
 
 def __dir__() -> list[str]:

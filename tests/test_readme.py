@@ -11,7 +11,7 @@ import pytest
 
 import metalr
 from metalr import data
-from metalr.config_files import differences, from_json
+from metalr.config.files import differences, from_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

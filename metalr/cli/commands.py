@@ -1,0 +1,386 @@
+"""The command line, `metalr --help`. Imports jax only to run a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
+from metalr.config.files import read_config
+from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
+from metalr.storage import folders
+
+COMPARISON = CompareConfig()
+EXIT_ERROR, EXIT_STOPPED = 2, 75  # 75: EX_TEMPFAIL, the run was saved and can go on
+EXIT_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a MetalrError becomes one line on stderr and exit code 2 (75: stopped by a signal, and saved)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["data"]:
+        commands: dict[str, Callable[..., None]] = {
+            "list": data_list,
+            "prepare": data_prepare,
+            "import": data_import,
+        }
+        guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
+        return
+    resumable = {"train": _train_command, "search": _search_command}
+    made = {
+        name: guard(functools.partial(make, given)) if given[:1] == [name] else make([])
+        for name, make in resumable.items()
+    }
+    commands = {"quickstart": quickstart, "train": made["train"], "evaluate": evaluate, "adapt": adapt, "show": show}
+    commands |= {"search": made["search"], "compare": compare, "data": data}
+    if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
+        guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
+        return
+    about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
+    guard(lambda: _dispatch(commands, "metalr", about, given))
+
+
+def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, argv: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=about, args=argv, sort_subcommands=False)
+
+
+def data() -> None:
+    """List the datasets, prepare or import one: see `metalr data --help`."""
+
+
+def guard(run: Callable[[], Any]) -> Any:
+    """What `run` gives; a MetalrError becomes one line on stderr and an exit code, as the command line promises."""
+    try:
+        try:
+            return run()
+        finally:
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()  # here, where what it raises is caught
+    except BrokenPipeError:  # the reader has seen enough, as `metalr train --help | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+    except StoppedError as error:
+        print(f"metalr: {error}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except MetalrError as error:
+        print(f"metalr: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        print("metalr: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def start_jax() -> None:
+    """Settings of a program of its own, before JAX runs: a device a core, the compilation cache."""
+    from metalr import data
+    from metalr.outer import devices
+
+    devices.use_all_cores()
+    devices.use_compilation_cache(data.cache_dir() / "compiled")
+
+
+Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+def quickstart(config: Config = QUICKSTART, json_: Json = False) -> None:
+    """Train on the bundled MNIST subset, evaluate on held-out tasks, compare with a small grid search.
+
+    Args:
+      json_: print the results as JSON instead of a table.
+    """
+    _train(config, "quickstart", json_)
+
+
+def _default(argv: list[str], kind: Any) -> Any:
+    """A command's default settings: those of the run to resume, if there is one."""
+    resumed = next((b for a, b in itertools.pairwise(argv) if a == "--resume"), None)
+    resumed = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), resumed)
+    if resumed is None:
+        return kind()
+    config = read_config(Path(resumed), kind)
+    if config.model.own:
+        raise ConfigError(f"resume: {resumed} has a network of your own; go on in Python: resume(folder, model=...)")
+    return config
+
+
+def _train_command(argv: list[str]) -> Callable[..., None]:
+    default = _default(argv, TrainConfig)
+
+    def train(config: Config = default, resume: Path | None = None, json_: Json = False) -> None:
+        """Meta-train and evaluate on held-out tasks; leave a run folder.
+
+        Ctrl-C or SIGTERM saves at the next outer step (exit code 75); --resume goes on from there.
+
+        Args:
+          resume: a run folder: go on with that run, with its own settings.
+          json_: print the results as JSON instead of a table.
+        """
+        _train(config, "train", json_, resume)
+
+    return train
+
+
+def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = None) -> None:
+    folder = resume or config.out
+    if folder is not None:
+        folders.refuse_if_locked(folder)  # before the seconds that it takes to start
+    start_jax()
+    from metalr import report, runs
+    from metalr.outer import devices
+    from metalr.runs import progress
+
+    if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
+        with tempfile.TemporaryDirectory() as temporary:
+            config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
+            runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
+        return
+    results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
+    print(json.dumps(results, indent=1) if as_json else report.text(results))
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    data: str | None = None,
+    json_: Json = False,
+) -> None:
+    """Evaluate a run's artifact again on held-out tasks.
+
+    Args:
+      run: a run folder.
+      episodes: number of meta-test tasks; default: as in the run.
+      steps: length of the adaptation curve, over which a schedule with knots is stretched, as `metalr adapt` does;
+        default: as in the run, with the schedule as trained, and held after its end.
+      seed: seed of the tasks; default: as in the run.
+      data: where the run's data is now, if it was moved; known by its content.
+      json_: print JSON instead of a table.
+    """
+    start_jax()
+    from metalr import data as data_lib
+    from metalr import report
+    from metalr.learner import artifact
+    from metalr.runs import evaluating, provenance
+    from metalr.runs.setup import set_up
+
+    config = read_config(run)
+    if config.model.own:
+        raise ConfigError(
+            f"{run}: this run is of a network of your own, which the command line cannot build; its curve is in "
+            f"results.json; in Python: metalr.load({str(run / 'artifact')!r}, model=...)"
+        )
+    given = {"episodes": episodes, "seed": seed}
+    changed = {name: value for name, value in given.items() if value is not None}
+    asked = dataclasses.replace(config.evaluation, **changed)
+    config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
+    setup = set_up(config, dataset=data_lib.load_recorded(run, config.data, data))
+    length = config.curve_steps if steps is None else steps
+    learner = artifact.load(run / "artifact")
+    if learner.facts.get("split_sha256") != setup.splits.sha256:
+        raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
+    curve, seconds = evaluating.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)
+    results = {
+        "run": str(run),
+        "episodes": asked.episodes,
+        "split_sha256": setup.splits.sha256,
+        "transductive": learner.model.transductive,
+        "curve": evaluating.curve_rows(curve),
+        "seconds": round(seconds, 3),
+        "provenance": provenance.provenance(),
+    }
+    print(json.dumps(results, indent=1) if json_ else report.curve_text(results))
+
+
+def adapt(
+    artifact: tyro.conf.Positional[Path],
+    task: tyro.conf.Positional[Path],
+    steps: int | None = None,
+    out: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Fine-tune a saved learner on one task and predict.
+
+    Args:
+      artifact: an artifact folder, or a run folder with one.
+      task: an .npz with support_x, support_y, query_x and, to get an accuracy, query_y.
+      steps: inner steps; default: as many as were trained.
+      out: also write the fine-tuned params to this .safetensors file.
+      json_: print JSON.
+    """
+    start_jax()
+    import numpy as np
+
+    from metalr import data as arrays
+    from metalr.learner import artifact as artifacts
+
+    learner = artifacts.load(artifact)
+    given = arrays.read_npz(task)
+    missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
+    if missing:
+        raise ConfigError(f"{task}: expected arrays support_x, support_y, query_x, missing {missing}")
+    if given["support_y"].ndim != 1:
+        raise ConfigError(f"{task}: support_y: expected one task, shape [support], got {given['support_y'].shape}")
+    support_y = arrays.check_labels(given["support_y"], len(given["support_y"]), "support_y")
+    numbers, names = arrays.number_classes(support_y)
+    fast = learner.adapt(given["support_x"], numbers, steps=steps)
+    support = given["support_x"] if learner.model.uses_support else None
+    logits = np.asarray(learner.apply(fast, given["query_x"], support))[:, : len(names)]  # the classes it was shown
+    classes = np.unique(support_y)
+    predicted = classes[logits.argmax(-1)]
+    result: dict[str, Any] = {
+        "steps": learner.spec.steps if steps is None else steps,
+        "predictions": predicted.tolist(),
+    }
+    if "query_y" in given:
+        labels = arrays.check_labels(given["query_y"], len(predicted), "query_y")
+        new = np.setdiff1d(labels, classes)
+        if new.size:
+            raise ConfigError(f"{task}: query_y: expected labels of the support set, {list(names)}, got {new[0]}")
+        result["accuracy"] = float((predicted == labels).mean())
+    if out is not None:
+        artifacts.write_params(out, fast)
+        result["params"] = str(out)
+    if json_:
+        print(json.dumps(result))
+        return
+    print("predictions", *result["predictions"])
+    if "accuracy" in result:
+        print(f"accuracy    {result['accuracy']:.4f} after {result['steps']} steps")
+    if out is not None:
+        print(f"params      {out}")
+
+
+def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:
+    """Show what was learned: rates and other hyperparameters over steps, negative and dead ones, what does not adapt.
+
+    Args:
+      artifact: an artifact folder, or a run folder with one.
+      json_: print JSON.
+    """
+    from metalr import report
+    from metalr.learner import artifact as artifacts
+
+    facts = {"artifact": str(artifacts.folder_of(artifact)), **artifacts.describe(artifacts.load_to_show(artifact))}
+    print(json.dumps(facts, indent=1) if json_ else report.learned_text(facts))
+
+
+def _search_command(argv: list[str]) -> Callable[..., None]:
+    default = _default(argv, SearchConfig)
+
+    def search(
+        config: Annotated[SearchConfig, tyro.conf.arg(name="")] = default,
+        resume: Path | None = None,
+        json_: Json = False,
+    ) -> None:
+        """Search learning rate, batch size and epochs, for a dataset or one held-out task; leave all trials.
+
+        Ctrl-C or SIGTERM stops at the next epoch (exit code 75); --resume goes on, with no trial lost or doubled.
+
+        Args:
+          resume: the folder of a search: go on with that one, with its own settings.
+          json_: print the results as JSON instead of a table.
+        """
+        folder = resume or config.out
+        if folder is not None:
+            folders.refuse_if_locked(folder)
+        start_jax()
+        from metalr import report
+        from metalr.runs import searching
+
+        results = searching.run(config) if resume is None else searching.resume(resume, config)
+        print(json.dumps(results, indent=1) if json_ else report.search_text(results))
+
+    return search
+
+
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
+    config: Annotated[CompareConfig, tyro.conf.arg(name="")] = COMPARISON,
+    pretrained: Path | None = None,
+    resume: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Compare finished runs with searches, tuned and default rates, and other inits, on the same held-out tasks.
+
+    Args:
+      runs: run folders that differ in their seed only.
+      pretrained: run folder of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
+      resume: the folder of a comparison that was stopped: go on with that one, with its own settings.
+      json_: print the results as JSON instead of a table.
+    """
+    if resume is not None and (runs or pretrained or config != COMPARISON):
+        raise ConfigError(f"resume: expected no runs and no settings beside it ({resume} has its own), got some")
+    start_jax()
+    from metalr import report
+    from metalr.runs import comparing
+
+    results = comparing.run(runs, config, pretrained=pretrained) if resume is None else comparing.resume(resume)
+    print(json.dumps(results, indent=1) if json_ else report.contest_text(results))
+
+
+def data_list(json_: Json = False) -> None:
+    """List the datasets that are ready to use.
+
+    Args:
+      json_: print JSON.
+    """
+    from metalr import data
+
+    rows = []
+    for name in data.names():
+        try:
+            rows.append(data.load(name))
+        except DataError as error:
+            print(f"metalr: {name} is left out: {error}", file=sys.stderr)
+    if json_:
+        print(
+            json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows])
+        )
+        return
+    for dataset in rows:
+        print(dataset)
+
+
+def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
+    """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
+
+    Args:
+      name: mnist, or the name of a TFDS dataset that is prepared in the TFDS folder: NAME, NAME/CONFIG or
+        NAME/CONFIG:VERSION.
+      idx: folder with MNIST's four IDX files (gzipped or not); checked by sha256.
+      data_dir: TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    """
+    from metalr.data import sources
+
+    print(sources.prepare(name, idx=idx, data_dir=data_dir))
+
+
+def data_import(file: tyro.conf.Positional[Path], name: str | None = None, min_per_class: int = 0) -> None:
+    """Check an .npz of your own images and labels, and keep it under a name.
+
+    Args:
+      file: .npz with images and labels, numbers or names (and optionally test_images, test_labels, class_split); or
+        images of shape [classes, n, height, width] without labels.
+      name: what --data calls it; default: the file's name.
+      min_per_class: leave out classes with fewer images.
+    """
+    from metalr import data
+
+    dataset = data.from_npz(file, name, min_per_class=min_per_class)
+    if dataset.name in (data.BUNDLED, "mnist"):
+        raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
+    data.write_cache(dataset)
+    print(dataset)

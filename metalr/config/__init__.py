@@ -1,0 +1,31 @@
+"""Settings of every command as frozen dataclasses, and their files. Imports no jax."""
+
+from metalr.config.settings import (
+    MODEL_SETTINGS,
+    QUICKSTART,
+    CompareConfig,
+    EvaluationConfig,
+    GridConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    SearchConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "MODEL_SETTINGS",
+    "QUICKSTART",
+    "CompareConfig",
+    "EvaluationConfig",
+    "GridConfig",
+    "InnerConfig",
+    "ModelConfig",
+    "OuterConfig",
+    "SearchConfig",
+    "SpaceConfig",
+    "TaskConfig",
+    "TrainConfig",
+]

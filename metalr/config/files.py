@@ -1,0 +1,87 @@
+"""Configs out of JSON, checked, and what differs between two of them. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from metalr.config.settings import TrainConfig
+from metalr.errors import ConfigError, one_line
+
+
+def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
+    """The config of that kind that `to_json` gave. Raises ConfigError for unknown fields or values of a wrong kind."""
+
+    def build(kind: Any, given: Any, prefix: str) -> Any:
+        if not isinstance(given, dict):
+            raise ConfigError(f"{prefix.rstrip('.') or 'config'}: expected an object of settings, got {given!r}")
+        names, hints = [field.name for field in dataclasses.fields(kind)], get_type_hints(kind)
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, 1, 0.5)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {names}"
+                raise ConfigError(f"{prefix}{name}: no such setting; {hint}")
+            kinds = get_args(hints[name])
+            if value is None and type(None) in kinds:
+                values[name] = None
+            elif Path in kinds and isinstance(value, str):
+                values[name] = Path(value)
+            else:
+                values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
+        return kind(**values)
+
+    def convert(default: Any, value: Any, name: str) -> Any:
+        if dataclasses.is_dataclass(default):
+            return build(type(default), value, f"{name}.")
+        if isinstance(default, tuple):
+            if not isinstance(value, list):
+                raise ConfigError(f"{name}: expected a list, got {value!r}")
+            return tuple(convert(default[0], each, name) for each in value)
+        fitting = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (
+            not isinstance(value, fitting) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ConfigError(f"{name}: expected {type(default).__name__}, got {value!r}")
+        return value
+
+    return build(kind, facts, "")
+
+
+def check_literals(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a setting whose value is not one of its choices: the command line refuses it by itself."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint, name = getattr(config, field.name), hints[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_literals(value, f"{name}.")
+        parts = (hint, *get_args(hint))
+        choices = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
+        if choices and value not in choices and not (value is None and type(None) in parts):
+            raise ConfigError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def read_config(folder: Path, kind: Any = TrainConfig) -> Any:
+    """The config of a run folder. Raises ConfigError: there is none, or it is damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: expected a run folder with config.json, found none")
+    try:
+        return from_json(json.loads(file.read_text()), kind)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file}: not the config of a run: {one_line(error)}") from error
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configs differ, by dotted name: (value in a, value in b)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(a):
+        one, other, name = getattr(a, field.name), getattr(b, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(one):
+            found |= differences(one, other, f"{name}.")
+        elif one != other:
+            found[name] = (one, other)
+    return found

@@ -1,0 +1,200 @@
+"""Held-out evaluation: the same fixed episodes for every method, the whole adaptation curve, CIs over tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from scipy import special
+
+from metalr import inner
+from metalr.errors import ConfigError
+from metalr.inner import descent, factored, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.models import Apply, Model
+from metalr.outer import devices
+from metalr.tasks import Pool, Sampler, second_key
+from metalr.types import Curve, Episode, Params, Rates
+
+Evaluator = Callable[..., Curve]
+
+
+def episode_keys(seed: int, episodes: int) -> jax.Array:
+    """The keys of the fixed evaluation episodes: [episodes]. A prefix stays the same when more are asked for.
+
+    Raises ConfigError for fewer than 2 episodes.
+    """
+    if episodes < 2:
+        raise ConfigError(f"evaluation episodes: expected at least 2 for a confidence interval, got {episodes}")
+    root = jax.random.fold_in(jax.random.key(seed), 0x7E57)
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
+
+
+def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
+    """Mean and 95 % half-width over tasks (Student's t).
+
+    tasks: [tasks, points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
+    """
+    tasks = np.asarray(tasks, np.float64)
+    at = np.arange(tasks.shape[1]) if steps is None else np.asarray(steps)
+    return Curve(at, tasks.mean(0), half_width(tasks), tasks)
+
+
+def points(steps: int, trained: int) -> list[int]:
+    """Where a curve of `steps` steps is looked at: everywhere up to 20, else at 0, 1, 2, 5, 10, 20, 50 … and both."""
+    if steps <= 20:
+        return list(range(steps + 1))
+    round_ones = [base * 10**power for power in range(7) for base in (1, 2, 5)]
+    return sorted({0, *(n for n in (*round_ones, trained) if n < steps), steps})
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Mean of a - b over tasks and its 95 % half-width. a, b: [tasks], on the same tasks in the same order."""
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    return float(difference.mean()), float(half_width(difference))
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Half-width of the mean's 95 % confidence interval (Student's t) over the first axis. values: [n >= 2, ...]."""
+    return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
+
+
+def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) -> float:
+    """Half-width of a method's 95 % interval over meta-training seeds and tasks together.
+
+    The seeds' part is Student's t over the seeds' means, the tasks' part the mean half-width over tasks of one seed;
+    they are added in quadrature. All seeds meet the same tasks, so the tasks' part does not shrink with more seeds.
+
+    Args:
+      means: a number for each of at least 2 seeds.
+      over_tasks: the 95 % half-width over tasks of each.
+    """
+    return float(np.hypot(half_width(np.asarray(means, np.float64)), np.mean(over_tasks)))
+
+
+def make_evaluator(
+    model: Model,
+    spec: RatesSpec,
+    sample: Sampler,
+    steps: int,
+    *,
+    random_init: bool = False,
+    of_steps: int | None = None,
+    at: Sequence[int] | None = None,
+) -> Evaluator:
+    """A compiled `evaluate(pool, init, rates, keys) -> Curve` for actual learned rates, to `steps` inner steps.
+
+    One compilation serves every call with the same number of keys.
+
+    Args:
+      random_init: ignore `init` and draw a new one for every task.
+      of_steps: over how many steps a schedule with knots is spread; default: the trained ones.
+      at: after which numbers of steps the curve has a point, ascending; default: as `points` says.
+
+    Raises ConfigError where spec.extend forbids so many steps.
+    """
+    hyperparameters.check_steps(spec, steps)
+    at = points(steps, spec.steps) if at is None else list(at)
+
+    def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
+        return inner.adaptation_curve(
+            apply,
+            init,
+            episode,
+            descent.optimizer(spec, rates, of_steps),
+            steps,
+            observe_at=at,
+            batch_size=spec.minibatch(episode.support_y.shape[0]),
+            key=key,
+            dropout=hyperparameters.dropout(spec, rates, model.dropout),
+        )
+
+    def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
+        data = episode.support_x, episode.support_y, episode.query_x
+        logits = factored.query_logits(init, rates, spec, *data, steps, every_step=True, of_steps=of_steps)
+        return jax.vmap(inner.accuracy, (0, None))(logits[np.asarray(at)], episode.query_y)
+
+    def fits(support: int) -> bool:
+        return factored.pays(model, spec, support, steps)
+
+    return _compiled(model, sample, plain, at, random_init, fast, fits)
+
+
+def make_baseline(
+    model: Model,
+    sample: Sampler,
+    optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    at: Sequence[int],
+    *,
+    batch_size: int | None = None,
+    random_init: bool = False,
+) -> Evaluator:
+    """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for optimizer(learning_rate) as inner loop.
+
+    at: after which numbers of steps, ascending, the curve has an entry.
+    random_init: ignore `init` and draw a new one for every task. Dropout is active in training if the model has it.
+    """
+
+    def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
+        return inner.adaptation_curve(
+            apply,
+            init,
+            episode,
+            optimizer(learning_rate),
+            max(at),
+            observe_at=at,
+            batch_size=batch_size,
+            key=key,
+            dropout=model.dropout,
+        )
+
+    return _compiled(model, sample, plain, at, random_init)
+
+
+def _compiled(
+    model: Model,
+    sample: Sampler,
+    plain: Callable[..., jax.Array],
+    at: Sequence[int],
+    random_init: bool,
+    fast: Callable[..., jax.Array] | None = None,
+    fits: Callable[[int], bool] = lambda support: False,
+) -> Evaluator:
+    """plain(apply, episode, key, init, rates), or fast(episode, init, rates) where it fits the support set's size."""
+
+    def curves(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> jax.Array:
+        def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
+            init_key, step_key = jax.random.split(second_key(key))
+            return sample(pool, key), step_key, model.init(init_key) if random_init else init
+
+        def in_fast_form(key: jax.Array) -> jax.Array:
+            episode, _, start = parts(key)
+            assert fast is not None
+            return fast(episode, start, rates)
+
+        def by_tasks(apply: Apply, group: int, keys: jax.Array) -> jax.Array:
+            return devices.map_tasks(functools.partial(one_task, apply), keys, group)
+
+        def one_task(apply: Apply, key: jax.Array) -> jax.Array:
+            episode, step_key, start = parts(key)
+            return plain(apply, episode, step_key, start, rates)
+
+        episodes = jax.eval_shape(sample, pool, keys[0])
+        if fits(episodes.support_y.shape[0]):
+            return devices.map_tasks(in_fast_form, keys, min(32, len(keys)))
+        group = devices.fitting_group(functools.partial(one_task, model.cpu_apply or model.apply), keys)
+        return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
+
+    compiled: dict[int, Callable[..., jax.Array]] = {}
+
+    def evaluate(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> Curve:
+        if len(keys) not in compiled:
+            mesh = devices.task_mesh(len(keys))
+            compiled[len(keys)] = jax.jit(devices.split_tasks(curves, mesh, replicated=3, mean=False))
+        return curve_of(compiled[len(keys)](pool, init, rates, keys), at)
+
+    return evaluate

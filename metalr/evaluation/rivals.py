@@ -1,0 +1,337 @@
+"""Learned init and rates beside everything else that people do, on the same held-out tasks, accuracy beside cost.
+
+Three kinds of rivals: fine-tunes with one setting for all tasks (`of_lengths`), one rate tuned on meta-validation tasks
+(`tuned`), and searches that every task pays for itself (`searched`). All use the learner's network, the same support
+sets and query sets, and minibatches of the same inner loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+
+from metalr.evaluation import protocol, small_grid
+from metalr.inner import hyperparameters
+from metalr.learner.artifact import Learner
+from metalr.models import Model
+from metalr.outer import devices
+from metalr.search import fit, searchers
+from metalr.search import trials as trials_lib
+from metalr.tasks import Pool, Sampler, second_key
+from metalr.types import Params
+
+UNSEARCHED_RATE = 1e-3  # Adam as most people start it
+TUNED = {"adam": (3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-2, 3e-2, 1e-1, 3e-1)}
+
+
+class Field(NamedTuple):
+    """The held-out tasks that all rivals meet.
+
+    Attributes:
+      sampler: pool and sampler of meta-test tasks; val_sampler: of meta-validation tasks.
+      keys: [tasks]; val_keys: [tasks], for what is tuned across tasks.
+      support: support images of a task; searches train on `train` of them, and choose by the others.
+      lengths: numbers of inner steps of the fine-tunes that are reported, ascending.
+      batch_size: of minibatches of all runs that are not searched; support: no minibatches.
+    """
+
+    sampler: tuple[Pool, Sampler]
+    val_sampler: tuple[Pool, Sampler]
+    keys: jax.Array
+    val_keys: jax.Array
+    support: int
+    train: int
+    lengths: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def minibatch(self) -> int | None:
+        """The batch size as the inner loop takes it."""
+        return None if self.batch_size >= self.support else self.batch_size
+
+
+class Scores(NamedTuple):
+    """One method at one cost.
+
+    Attributes:
+      steps: of a run without a search; None for a search.
+      accuracy: [tasks] float64, 0..1, mean over learners; seeds: mean over tasks with each learner.
+      example_gradients: of one task, as done; naive_example_gradients: with each cell of a grid run alone.
+      seconds: of one task on one device; without compilation, but a search's first trials have it.
+      paid_once: example-gradients that all tasks share: meta-training, pre-training, tuning.
+      chosen: what a search or tuning chose.
+    """
+
+    method: str
+    steps: int | None
+    accuracy: np.ndarray
+    seeds: tuple[float, ...]
+    example_gradients: float
+    naive_example_gradients: float
+    seconds: float
+    compile_seconds: float | None
+    paid_once: float = 0.0
+    chosen: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Callable[[], tuple[float, float]]]:
+    """Gives `read()`: (seconds so far without compilation, seconds of compilation)."""
+    compiled, began = 0.0, time.perf_counter()
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal compiled
+        if event.startswith("/jax/core/compile/"):
+            compiled += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: (max(time.perf_counter() - began - compiled, 0.0), compiled)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def of_lengths(
+    method: str, starts: Sequence[Any], field: Field, evaluators: Callable[[Any, int], np.ndarray], *, every: bool
+) -> list[Scores]:
+    """Scores of `method` at every length.
+
+    Args:
+      starts: what is averaged over: learners, or just one thing.
+      evaluators: (start, length or 0) -> [tasks, points]; with `every` it is called once, with 0, and gives all
+        lengths; otherwise it gives one.
+    """
+    rows, workers = [], devices.task_mesh(len(field.keys)).size
+    lengths: Sequence[tuple[int, ...]] = [field.lengths] if every else [(length,) for length in field.lengths]
+    for group in lengths:
+        with stopwatch() as read:
+            found = np.stack([evaluators(start, 0 if every else group[0]) for start in starts])
+            seconds, compiled = read()
+        tasks = len(starts) * len(field.keys)
+        for i, steps in enumerate(group):
+            accuracy, cost = found[:, :, i], float(steps * field.batch_size)
+            alone = seconds * workers / tasks * steps / max(group)
+            rows.append(Scores(method, steps, accuracy.mean(0), tuple(accuracy.mean(1)), cost, cost, alone, compiled))
+    return rows
+
+
+def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = False) -> list[Scores]:
+    """The learned rates from the learned init, or from a random one; a schedule is stretched over each length."""
+    pool, sample = field.sampler
+    start = "random" if random_init else "learned"
+    stretched = learners[0].spec.knots > 0
+
+    @functools.cache
+    def evaluator(length: int) -> protocol.Evaluator:
+        model, spec = learners[0].model, learners[0].spec
+        at = [length] if length else list(field.lengths)
+        return protocol.make_evaluator(
+            model, spec, sample, at[-1], of_steps=length or None, at=at, random_init=random_init
+        )
+
+    def run(learner: Learner, length: int) -> np.ndarray:
+        return evaluator(length)(pool, learner.init, learner.rates, field.keys).tasks
+
+    return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not stretched)
+
+
+Baselines = Callable[[str, bool, bool], protocol.Evaluator]
+
+
+def baselines(model: Model, field: Field) -> Baselines:
+    """(optimizer, from random inits?, on meta-validation tasks?) -> fixed-rate fine-tunes at the field's lengths.
+
+    Each is compiled once; share it between the inits of one network.
+    """
+
+    @functools.cache
+    def evaluator(optimizer: str, random_init: bool, val: bool) -> protocol.Evaluator:
+        pool, sample = field.val_sampler if val else field.sampler
+        keys = field.val_keys if val else field.keys
+        run = protocol.make_baseline(
+            model, sample, small_grid.OPTIMIZERS[optimizer], field.lengths,
+            batch_size=field.minibatch, random_init=random_init,
+        )  # fmt: skip
+        unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
+        return lambda init, rate: run(pool, unused if random_init else init, np.float32(rate), keys)
+
+    return evaluator
+
+
+def unsearched(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
+    """Adam at 1e-3 from an init (None: random)."""
+    run = runs("adam", init is None, False)
+    return of_lengths(
+        f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", [init], field,
+        lambda init, _: run(init, UNSEARCHED_RATE).tasks, every=True,
+    )  # fmt: skip
+
+
+def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
+    """From an init (None: random), the optimizer and rate that did best on meta-validation tasks at that very length.
+
+    The cost of the tuning is in paid_once, as that of meta-training.
+    """
+    cells = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
+    found = [runs(optimizer, init is None, True)(init, rate).tasks.mean(0) for optimizer, rate in cells]
+    best = [cells[i] for i in np.argmax(found, axis=0)]  # at each length
+    cost = len(cells) * len(field.val_keys) * field.lengths[-1] * field.batch_size
+
+    def score(init: Params | None, _: int) -> np.ndarray:
+        curves = {cell: runs(cell[0], init is None, False)(init, cell[1]).tasks for cell in sorted(set(best))}
+        return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
+
+    rows = of_lengths(f"{name} init + one tuned rate", [init], field, score, every=True)
+    return [
+        row._replace(
+            paid_once=float(cost),
+            seconds=row.seconds / len(set(best)),  # a curve for each of them was run
+            chosen={"optimizer": cell[0], "learning_rate": cell[1]},
+        )
+        for row, cell in zip(rows, best, strict=True)
+    ]
+
+
+Key = tuple[str, str, int]  # (name of the init, searcher, number of the task)
+
+
+class Searched(NamedTuple):
+    """One task's search; again: accuracy of the winner trained anew on the whole support set (scikit-learn's refit)."""
+
+    trials: list[trials_lib.Trial]
+    again: float
+    again_example_gradients: int
+
+
+def searched(
+    model: Model,
+    field: Field,
+    space: searchers.Space,
+    wanted: dict[str, Sequence[str]],
+    inits: dict[str, Params | None],
+    *,
+    first: Sequence[dict[str, Any]],
+    cells: float,
+    known: dict[Key, Searched],
+    keep: Callable[[Key, Searched], None] = lambda key, found: None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[Key, Searched]:
+    """Every task's own searches, with 20 % of each class of its support set to choose by; tasks go side by side.
+
+    Args:
+      space: batches larger than a task's training part become all of it.
+      wanted: name of an init -> searchers from it; "tpe+" is TPE that tries `first` first.
+      inits: name -> params; None draws a random init for each task.
+      cells: budget of a search that is not a grid, in mean cells of the grid.
+      known, keep: searches of an earlier call; called with each search that ends, by one thread at a time.
+      between: called before every epoch; what it raises ends everything.
+    """
+    pool, sample = field.sampler
+    program, draw = fit.make_programs(model, "adam"), jax.jit(sample)
+    jobs = [
+        (origin, searcher, task)
+        for task in range(len(field.keys))
+        for origin, names in wanted.items()
+        for searcher in names
+        if (origin, searcher, task) not in known
+    ]
+    done, one_at_a_time = dict(known), threading.Lock()
+
+    def run(job: Key, device: Any, go_on: Callable[[], None]) -> None:
+        found = search_one(job, device, go_on)
+        with one_at_a_time:
+            done[job] = found
+            keep(job, found)
+
+    def search_one(job: Key, device: Any, go_on: Callable[[], None]) -> Searched:
+        origin, searcher, task = job
+        episode = draw(pool, field.keys[task])
+        init_key, key = jax.random.split(second_key(field.keys[task]))  # as in `evaluate`: its random init too
+        start = inits[origin]
+        init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(init_key) if start is None else start)
+        arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
+        train = len(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
+        fitting = space.fitting(train)
+        given = [one | {"batch_size": min(fitting.batch_sizes)} for one in first] if searcher.endswith("+") else []
+        arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
+        problem = searchers.Problem(arrays, init, keys, program)
+        trials = searchers.search(
+            searcher.rstrip("+"), fitting, problem, devices=[device], seed=task, between=go_on,
+            budget=cells * mean_cost(fitting, train), first=given,
+        )  # fmt: skip
+        best = trials_lib.best(trials)
+        whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
+        size = field.support if best.batch_size == train else best.batch_size  # all of it stays all of it
+        (point,) = fit.trajectory(
+            program(size), whole, init, [best.learning_rate], keys, [best.params["epochs"]], go_on
+        )
+        cost = best.params["epochs"] * (field.support // size) * size
+        return Searched(trials, float(point.test.mean()), cost)
+
+    devices.spread(run, jobs, jax.local_devices(), between)
+    return done
+
+
+def mean_cost(space: searchers.Space, train: int) -> float:
+    """Example-gradients of a cell of the grid, on average."""
+    return float(np.mean(space.epochs) * np.mean([train // size * size for size in space.batch_sizes]))
+
+
+def best_of(
+    method: str, found: Sequence[Searched], budget: float = np.inf, *, grid: bool = False, choose: str = "validation"
+) -> Scores:
+    """What each task's search found within a budget of example-gradients.
+
+    choose: by "validation"; by the "test" part itself, which flatters the search; or "again": by validation, and
+    trained anew on the whole support set (of the whole search, whatever the budget).
+    """
+    spent, naive, seconds, chosen = [], [], [], []
+    for one in found:
+        within = trials_lib.within(one.trials, budget)
+        done, alone = trials_lib.cost(within, grid)
+        again = one.again_example_gradients if choose == "again" else 0
+        spent.append(done + again)
+        naive.append(alone + again)
+        ends = {(t.learning_rate, t.batch_size) if grid else t.number: t.seconds for t in within}  # last snapshot
+        seconds.append(sum(ends.values()))
+        best = max(within, key=lambda t: np.mean(t.test)) if choose == "test" else trials_lib.best(within)
+        chosen.append(best)
+    again = choose == "again"
+    accuracy = np.array([one.again if again else np.mean(t.test) for one, t in zip(found, chosen, strict=True)])
+    return Scores(
+        method,
+        None,
+        accuracy,
+        (float(accuracy.mean()),),
+        float(np.mean(spent)),
+        float(np.mean(naive)),
+        float(np.mean(seconds)),
+        None,
+        chosen={"median_learning_rate": float(np.median([trial.learning_rate for trial in chosen]))},
+    )
+
+
+def as_trial(learner: Learner, space: searchers.Space) -> dict[str, Any] | None:
+    """The learned rates as hyperparameters of a search: their geometric mean, the middle epochs, the smallest batch.
+
+    None where they scale something else than Adam's direction, which is what is searched.
+    """
+    if learner.spec.base != "adam":
+        return None
+    means = [
+        np.log(np.maximum(np.abs(values), 1e-8)).mean()
+        for name, values in hyperparameters.summary(learner.spec, learner.rates).items()
+        if hyperparameters.kind_of(name) == "rate"
+    ]
+    rate = min(max(float(np.exp(np.mean(means))), min(space.learning_rates)), max(space.learning_rates))
+    epochs = sorted(space.epochs)[len(space.epochs) // 2]
+    return {"learning_rate": rate, "batch_size": min(space.batch_sizes), "epochs": epochs}

@@ -1,0 +1,145 @@
+"""Hyperparameter search on the same inner loop, models and held-out tasks that learned rates are judged on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from metalr.errors import ConfigError, check_choices
+from metalr.evaluation import protocol
+from metalr.inner.descent import promoting
+from metalr.models import Model
+from metalr.tasks import Pool, Sampler
+from metalr.types import Params
+
+OPTIMIZERS: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
+    "adam": lambda rate: promoting(optax.adam(rate)),
+    "sgd": lambda rate: promoting(optax.sgd(rate)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The cells of a small grid: every combination. batch_sizes larger than the support set become the whole set."""
+
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    steps: tuple[int, ...] = (1, 5, 10, 50)
+    batch_sizes: tuple[int, ...] = (8, 32, 128)
+    optimizers: tuple[str, ...] = ("adam", "sgd")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_choices(f"grid.{field.name}", getattr(self, field.name))
+        if not all(0 < rate < np.inf for rate in self.learning_rates):
+            raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
+        if min(self.steps) < 1 or min(self.batch_sizes) < 1:
+            raise ConfigError(f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}")
+        if not set(self.optimizers) <= set(OPTIMIZERS):
+            raise ConfigError(f"grid.optimizers: expected some of {tuple(OPTIMIZERS)}, got {self.optimizers}")
+
+
+class Cell(NamedTuple):
+    """One cell of a grid, scored on held-out tasks.
+
+    tasks: [tasks] float64, each task's query accuracy; example_gradients: of one task's run of this cell alone.
+    """
+
+    init: str
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    steps: int
+    tasks: np.ndarray
+    example_gradients: int
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over tasks, 0..1."""
+        return float(self.tasks.mean())
+
+    def row(self) -> dict:
+        """The cell as JSON values, with its 95 % CI."""
+        curve = protocol.curve_of(self.tasks[:, None])
+        facts = {k: v for k, v in self._asdict().items() if k != "tasks"}
+        return facts | {"accuracy": round(float(curve.mean[0]), 6), "ci95": round(float(curve.ci95[0]), 6)}
+
+
+def run_grid(
+    grid: Grid,
+    model: Model,
+    pool: Pool,
+    sample: Sampler,
+    support: int,
+    keys: jax.Array,
+    *,
+    init: Params | None,
+    report: Callable[[str], None] = lambda line: None,
+    known: Sequence[Cell] = (),
+    keep: Callable[[list[Cell]], None] = lambda cells: None,
+) -> tuple[list[Cell], dict[str, float]]:
+    """Score every cell on the tasks of `keys`.
+
+    Steps are snapshots of one trajectory, and one compilation serves all learning rates, so the grid costs far less
+    than its cells alone; both costs are given.
+
+    Args:
+      support: number of support images of a task.
+      init: start every task from these params; None draws a new random init for every task.
+      report: called with a line of text after each optimizer and batch size.
+      known: cells of an earlier call with the same arguments, which are not run again.
+      keep: called with the cells of each trajectory (all its steps) as soon as they are there.
+
+    Returns:
+      (cells, cost): cost has, for one task, "naive_example_gradients" (each cell alone), "example_gradients" (as
+      done), and for all tasks "seconds" with compilation.
+    """
+    cells: list[Cell] = []
+    began = time.perf_counter()
+    origin = "random" if init is None else "learned"
+    found = {cell[:5]: cell for cell in known}
+    batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
+    start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
+    for name, batch_size in itertools.product(grid.optimizers, batch_sizes):
+        evaluator = protocol.make_baseline(
+            model,
+            sample,
+            OPTIMIZERS[name],
+            sorted(grid.steps),
+            batch_size=None if batch_size == support else batch_size,
+            random_init=init is None,
+        )
+        for rate in grid.learning_rates:
+            wanted = [(origin, name, rate, batch_size, steps) for steps in sorted(grid.steps)]
+            if not all(key in found for key in wanted):
+                curve = evaluator(pool, start, np.float32(rate), keys)
+                fresh = [Cell(*key, curve.tasks[:, i], key[4] * batch_size) for i, key in enumerate(wanted)]
+                keep(fresh)
+                found |= {cell[:5]: cell for cell in fresh}
+            cells += [found[key] for key in wanted]
+        report(f"{name}, batch {batch_size}")
+    cost = {
+        "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),
+        "example_gradients": float(
+            sum(batch_sizes) * max(grid.steps) * len(grid.learning_rates) * len(grid.optimizers)
+        ),
+        "seconds": time.perf_counter() - began,
+    }
+    return cells, cost
+
+
+def best(cells: Sequence[Cell], steps: int | None = None) -> Cell:
+    """The cell with the highest accuracy on these very tasks, which flatters the grid; at `steps` steps if given.
+
+    Raises ConfigError if no cell has that number of steps.
+    """
+    fitting = [cell for cell in cells if steps is None or cell.steps == steps]
+    if not fitting:
+        raise ConfigError(f"grid.steps: expected {steps} among them, got {sorted({c.steps for c in cells})}")
+    return max(fitting, key=lambda cell: cell.accuracy)

@@ -1,0 +1,314 @@
+"""The learned inner-loop hyperparameters: which parameters share one, and how it changes over steps.
+
+They are one flat dict, name -> array. A learning rate's name is its group: the whole network ("all"), a layer
+("dense_0") or a tensor ("dense_0/kernel"); a tensor without a group does not adapt. Everything else has its kind in
+front: "momentum:dense_0", "decay:dense_0", "clip:dense_0", "proximal:dense_0", "dropout:all", and "predict:…" for the
+weights of the network that predicts hyperparameters from the task. The outer loop learns `raw` values, free of
+constraints; everything else sees the actual ones. `metalr.descent` makes steps of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalr.errors import ConfigError
+from metalr.trees import path_name
+from metalr.types import Params, Rates
+
+GRANULARITIES = ("shared", "layer", "tensor", "channel", "parameter")
+EXTENDS = ("hold", "mean", "error")
+ADAPTS = ("all", "head", "body")
+BASES = ("sgd", "adam")
+MAX_RATE = 1e3
+DEAD = 1e-3  # a rate below this share of the one it started from no longer adapts anything
+
+
+@dataclasses.dataclass(frozen=True)
+class RatesSpec:
+    """The static choices about the learned hyperparameters.
+
+    Attributes:
+      granularity: what shares one rate: "shared" (MAML, Finn et al. 2017, section 2.2), "layer", "tensor" (with
+        per_step: LSLR of MAML++, Antoniou et al. 2019, section 4), "channel" (one for each output of a layer), or
+        "parameter" (Meta-SGD, Li et al. 2017, eq. 2).
+      per_step: a rate of its own for every inner step.
+      knots: a schedule of that many rates instead, spread evenly over the steps of a fine-tune however many those
+        are, and interpolated between them (geometrically if positive). 0: no schedule.
+      positive: learn the logarithm, so that rates stay above zero; otherwise rates may turn negative.
+      steps: how many inner steps are trained.
+      initial: the rate that training starts from.
+      extend: the rate of a step beyond the trained ones: "hold" the last, the "mean" of all, or an "error".
+        Only matters with per_step.
+      adapts: "all" layers, only the "head" (ANIL, Raghu et al. 2020), or only the "body" (BOIL, Oh et al. 2021).
+      head: the output layer's name, for `adapts`.
+      lowest, highest: bounds that rates are projected to after every outer step; None is no bound. A lowest of 0 with
+        positive=False lets rates become exactly zero: a learned mask of what adapts.
+      base: the direction that rates scale: the gradient ("sgd"), or Adam's (Kingma & Ba 2015, algorithm 1).
+      momentum: start of a learned heavy-ball momentum a layer (Polyak 1964), or None for none.
+      decay: start of a learned weight decay a layer, the share that a step takes off a weight (decoupled, Loshchilov &
+        Hutter 2019; ALFA's 1 - beta, Baik et al. 2020, eq. 4), or None.
+      clip: start of a learned largest gradient norm a layer (Pascanu et al. 2013, algorithm 1), or None.
+      dropout: start of a learned dropout rate, as multiplicative Gaussian noise of the same variance, through which
+        gradients flow (Srivastava et al. 2014, section 10; Kingma et al. 2015, section 3), or None.
+      proximal: start of a learned pull a layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
+        (iMAML, Rajeswaran et al. 2019, eq. 3), or None.
+      predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the
+        layers' gradients and weights (ALFA, Baik et al. 2020, section 3.2).
+      batch_size: images of the support set in one step, reshuffled every epoch; None (or a smaller support set): all.
+    """
+
+    granularity: str = "layer"
+    per_step: bool = False
+    positive: bool = True
+    steps: int = 5
+    initial: float = 0.1
+    extend: str = "hold"
+    adapts: str = "all"
+    head: str = "head"
+    knots: int = 0
+    lowest: float | None = None
+    highest: float | None = None
+    base: str = "sgd"
+    momentum: float | None = None
+    decay: float | None = None
+    clip: float | None = None
+    dropout: float | None = None
+    proximal: float | None = None
+    predicted: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = (("granularity", GRANULARITIES), ("extend", EXTENDS), ("adapts", ADAPTS), ("base", BASES))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"rates.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.steps < 1:
+            raise ConfigError(f"inner.steps: expected at least 1, got {self.steps}")
+        if not 0 < self.initial <= MAX_RATE:
+            raise ConfigError(f"inner.rate: expected 0 < rate <= {MAX_RATE:g}, got {self.initial}")
+        if self.knots not in range(1025) or self.knots == 1:
+            raise ConfigError(f"inner.knots: expected 0 (no schedule) or 2..1024, got {self.knots}")
+        if self.knots and self.per_step:
+            raise ConfigError(
+                f"inner.knots: expected 0 with per_step, which has a rate for each step, got {self.knots}"
+            )
+        low, high = self.range
+        if not low <= self.initial <= high:
+            raise ConfigError(f"inner.rate: expected within the bounds {low:g}..{high:g}, got {self.initial}")
+        if self.positive and low <= 0 and self.lowest is not None:
+            raise ConfigError(f"inner.lowest: expected above 0 for positive rates (or signed), got {self.lowest}")
+        for name in ("momentum", "decay", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"inner.{name}: expected 0 < {name} < 1 (or None for none), got {value}")
+        for name in ("clip", "proximal"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"inner.{name}: expected a positive number (or None for none), got {value}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"inner.batch_size: expected at least 1 (or None for all), got {self.batch_size}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The bounds of an actual rate."""
+        low = -np.inf if self.lowest is None else self.lowest
+        return low, np.inf if self.highest is None else self.highest
+
+    @property
+    def only_rates(self) -> bool:
+        """Whether a step is -rate * gradient and nothing else."""
+        others = self.momentum, self.decay, self.clip, self.dropout, self.proximal, self.batch_size
+        return self.base == "sgd" and not self.predicted and all(v is None for v in others)
+
+    @property
+    def times(self) -> int:
+        """Length of a rate's time axis; 0: constant over steps."""
+        return self.steps if self.per_step else self.knots
+
+    def minibatch(self, support: int) -> int | None:
+        """Size of a minibatch of a support set of that size; None: all of it."""
+        return self.batch_size if self.batch_size is not None and self.batch_size < support else None
+
+
+def group_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
+    """The group of the tensor at a pytree path, or None if it does not adapt."""
+    tensor = path_name(path)
+    in_head = tensor == spec.head or tensor.startswith(f"{spec.head}/")
+    if (spec.adapts == "head" and not in_head) or (spec.adapts == "body" and in_head):
+        return None
+    if spec.granularity == "shared":
+        return "all"
+    return layer_name(tensor) if spec.granularity == "layer" else tensor
+
+
+def layer_name(tensor: str) -> str:
+    """The layer of a tensor: "dense_0" of "dense_0/kernel"."""
+    return tensor.rpartition("/")[0] or tensor
+
+
+def layer_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
+    """What shares momentum, decay and clipping with the tensor at a path: its layer (or "all" if rates are shared)."""
+    group = group_of(spec, path)
+    return group if group in (None, "all") else layer_name(path_name(path))
+
+
+def layers(spec: RatesSpec, params: Params) -> list[str]:
+    """The layers (or "all") that adapt, in the order of `params`."""
+    found = (layer_of(spec, path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def initial_raw(spec: RatesSpec, params: Params) -> Rates:
+    """Raw values to start meta-training from, standing for spec.initial, spec.momentum and so on.
+
+    A rate has the shape [] (that of the tensor for "parameter", its last axis for "channel"), with [steps] or [knots]
+    in front; float32 or the dtype of the parameters. Momentum, decay, clip and proximal are [] for each layer.
+
+    Raises:
+      ConfigError: nothing in `params` adapts (there is no layer of the name spec.head).
+    """
+    raw: Rates = {}
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in paths:
+        group = group_of(spec, path)
+        if group is not None:
+            own = {"parameter": leaf.shape, "channel": leaf.shape[-1:]}.get(spec.granularity, ())
+            start = np.log(spec.initial) if spec.positive else spec.initial
+            raw[group] = jnp.full((spec.times,) * bool(spec.times) + own, start, leaf.dtype)
+    names = {path_name(path).split("/")[0] for path, _ in paths}
+    if not raw or (spec.adapts != "all" and not any(path_name(p).startswith(f"{spec.head}/") for p, _ in paths)):
+        raise ConfigError(f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}")
+    dtype, adapting = paths[0][1].dtype, layers(spec, params)
+    starts: dict[str, tuple[float | None, Callable[[float], float]]] = {
+        "momentum": (spec.momentum, _logit),
+        "decay": (spec.decay, np.log),
+        "clip": (spec.clip, np.log),
+        "proximal": (spec.proximal, np.log),
+    }
+    for kind, (value, free) in starts.items():
+        if value is not None:
+            raw |= {f"{kind}:{layer}": jnp.full((), free(value), dtype) for layer in adapting}
+    if spec.dropout is not None:
+        raw["dropout:all"] = jnp.full((), _logit(spec.dropout), dtype)
+    if spec.predicted:
+        wide = 2 * len(adapting)  # gradient and weight of each layer in, rate and decay out (Baik et al., section 4.1)
+        draw = jax.nn.initializers.he_normal()(jax.random.key(0), (wide, wide), dtype)
+        # A last layer of zeros predicts factors of one: training starts from the rates as they are.
+        raw |= {
+            "predict:hidden/kernel": draw,
+            "predict:hidden/bias": jnp.full(wide, 0.1, dtype),
+            "predict:out/kernel": jnp.zeros((wide, wide if spec.decay is not None else wide // 2), dtype),
+            "predict:out/bias": jnp.zeros(wide if spec.decay is not None else wide // 2, dtype),
+        }
+    return raw
+
+
+def _logit(share: float) -> float:
+    return float(np.log(share / (1 - share)))
+
+
+def kind_of(name: str) -> str:
+    """What a value of the dict is: "rate", "momentum", "decay", "clip", "proximal", "dropout" or "predict"."""
+    kind, colon, _ = name.partition(":")
+    return kind if colon else "rate"
+
+
+def actual(spec: RatesSpec, raw: Rates) -> Rates:
+    """The hyperparameters that raw values stand for. Same names and shapes."""
+
+    def value(kind: str, raw: jax.Array) -> jax.Array:
+        if kind in ("momentum", "dropout"):
+            return jax.nn.sigmoid(raw)
+        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
+            return jnp.exp(raw)
+        return raw
+
+    return {name: value(kind_of(name), v) for name, v in raw.items()}
+
+
+def raw_of(spec: RatesSpec, actual: Rates) -> Rates:
+    """Raw values that stand for actual hyperparameters: the inverse of `actual`, up to rounding."""
+
+    def value(kind: str, actual: jax.Array) -> jax.Array:
+        if kind in ("momentum", "dropout"):
+            return jax.scipy.special.logit(actual)
+        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
+            return jnp.log(actual)
+        return actual
+
+    return {name: value(kind_of(name), jnp.asarray(v)) for name, v in actual.items()}
+
+
+def project(spec: RatesSpec, raw: Rates) -> Rates:
+    """Raw values whose rates are within spec.lowest..spec.highest."""
+    if spec.lowest is None and spec.highest is None:
+        return raw
+    low, high = (np.log(b) if b > 0 else -np.inf for b in spec.range) if spec.positive else spec.range
+    return {name: jnp.clip(v, low, high) if kind_of(name) == "rate" else v for name, v in raw.items()}
+
+
+def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | None = None) -> Rates:
+    """The actual values of one step (0-based; may be traced), without the time axis.
+
+    of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
+    """
+    if not spec.times:
+        return rates
+
+    def pick(value: jax.Array) -> jax.Array:
+        held = value[jnp.minimum(step, spec.steps - 1)]
+        return jnp.where(step < spec.steps, held, value.mean(0)) if spec.extend == "mean" else held
+
+    def between(value: jax.Array) -> jax.Array:
+        last = max((of_steps or spec.steps) - 1, 1)
+        place = jnp.minimum(step / last, 1.0) * (spec.knots - 1)
+        before = jnp.minimum(place.astype(jnp.int32), spec.knots - 2)
+        share = (place - before.astype(place.dtype)).astype(value.dtype)
+        one, other = value[before], value[before + 1]
+        return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
+
+    at = between if spec.knots else pick
+    return {name: at(value) if kind_of(name) == "rate" else value for name, value in rates.items()}
+
+
+def check_steps(spec: RatesSpec, steps: int) -> None:
+    """Raises ConfigError if `steps` is negative or goes beyond the trained ones where the spec forbids that."""
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise ConfigError(f"steps: expected an integer of at least 0, got {steps!r}")
+    if spec.per_step and spec.extend == "error" and steps > spec.steps:
+        raise ConfigError(
+            f"steps: expected at most the {spec.steps} trained steps, got {steps}; use extend='hold' or 'mean'"
+        )
+
+
+def dropout(spec: RatesSpec, rates: Rates, has_dropout: bool) -> bool | jax.Array:
+    """What the inner loop gives to the model's dropout: the learned rate, or whether it is active at all."""
+    return has_dropout if spec.dropout is None else rates["dropout:all"]
+
+
+def summary(spec: RatesSpec, rates: Rates) -> dict[str, float | list[float]]:
+    """Mean of each hyperparameter (a list over time if it has a time axis), for logs and for people."""
+    found = {}
+    for name, value in rates.items():
+        if kind_of(name) != "predict":
+            timed = bool(spec.times) and kind_of(name) == "rate"
+            found[name] = np.asarray(value).mean(axis=tuple(range(timed, np.ndim(value)))).tolist()
+    return found
+
+
+def health(spec: RatesSpec, rates: Rates) -> dict[str, dict[str, float]]:
+    """Of each group of rates, the share that is "negative" and the share that is "dead" (|rate| < DEAD * initial)."""
+    values = {name: np.asarray(value) for name, value in rates.items() if kind_of(name) == "rate"}
+    return {
+        name: {"negative": float((v < 0).mean()), "dead": float((np.abs(v) < DEAD * spec.initial).mean())}
+        for name, v in values.items()
+    }
+
+
+SHOWN: dict[str, Callable[[RatesSpec, Rates], Any]] = {"rates": summary, "rates_health": health}  # in logs and results

@@ -1,0 +1,43 @@
+"""Networks as two pure functions, `init(key) -> params` and `apply(params, x) -> outputs`."""
+
+from metalr.models.model import (
+    CELLS,
+    CUSTOM,
+    DTYPES,
+    MODELS,
+    MOST_LAYERS,
+    NORMS,
+    Apply,
+    Model,
+    WithSupport,
+    build,
+    check_dtypes,
+    conv4,
+    from_linen,
+    from_nnx,
+    mlp,
+    predict,
+    rnn,
+    unit,
+)
+
+__all__ = [
+    "CELLS",
+    "CUSTOM",
+    "DTYPES",
+    "MODELS",
+    "MOST_LAYERS",
+    "NORMS",
+    "Apply",
+    "Model",
+    "WithSupport",
+    "build",
+    "check_dtypes",
+    "conv4",
+    "from_linen",
+    "from_nnx",
+    "mlp",
+    "predict",
+    "rnn",
+    "unit",
+]

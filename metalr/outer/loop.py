@@ -1,0 +1,344 @@
+"""The outer loop: many meta-updates per dispatch, validation on meta-validation tasks, the best init and rates kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalr.errors import ConfigError, MetalrError
+from metalr.inner import hyperparameters
+from metalr.inner.descent import promoting
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.models import Model
+from metalr.outer import devices, meta_gradients
+from metalr.outer.meta_gradients import Method
+from metalr.tasks import Pool, Sampler, second_key
+from metalr.types import MetaParams, Params, Rates
+
+SCHEDULES = ("cosine", "constant")
+POLICIES = ("stop", "skip")
+CHUNK = 50  # most outer steps a dispatch
+DISPATCH_SECONDS = 1.0  # about how long a dispatch takes: progress moves, a signal is heard, and little is lost between
+
+
+class TrainState(NamedTuple):
+    """Everything that one outer step hands to the next. step: int32 []."""
+
+    meta: MetaParams
+    opt_state: Any
+    step: jax.Array
+
+
+class Phases(NamedTuple):
+    """What changes over the outer steps, and what an outer step leaves alone.
+
+    Attributes:
+      first_order_until: outer steps before this one are first order (derivative-order annealing).
+      multi_step_until: up to this outer step the query losses after all inner steps count, with weights that fade into
+        the last one's.
+      fresh_init: draw a new random init for every outer step instead of learning one, so that the rates stand alone.
+      fixed: the fields of MetaParams that do not learn; what does not learn has no part in the gradient's norm.
+    """
+
+    first_order_until: int = 0
+    multi_step_until: int = 0
+    fresh_init: bool = False
+    fixed: tuple[str, ...] = ()
+
+
+class Chunk(NamedTuple):
+    """What a chunk of outer steps gave. Metrics are numpy [steps of the chunk] arrays."""
+
+    state: TrainState
+    metrics: dict[str, np.ndarray]
+    seconds: float
+
+
+ChunkFunction = Callable[[TrainState, Pool, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class DivergedError(MetalrError):
+    """The meta-loss, a meta-gradient or a meta-parameter became NaN or infinite.
+
+    Attributes: step (the outer step that failed) and state (the TrainState before it, all finite).
+    """
+
+    def __init__(self, step: int, metrics: dict[str, np.ndarray], at: int, state: TrainState, note: str = "") -> None:
+        self.step, self.metrics, self.at, self.state = step, metrics, at, state
+        loss, norm = float(metrics["loss"][at]), float(metrics["gradient_norm"][at])
+        if np.isfinite(loss) and np.isfinite(norm):
+            what = (
+                f"loss {loss:.4g} and gradient norm {norm:.4g} are finite, the init or rates after the update are not"
+            )
+        else:
+            what = f"loss {loss:.4g}, gradient norm {norm:.4g}; expected finite numbers"
+        super().__init__(
+            f"outer step {step}: {what}{note}; lower outer.init_rate, outer.rates_rate or inner.rate, set outer.clip, "
+            "or set outer.on_divergence to skip"
+        )
+
+    def noted(self, note: str) -> DivergedError:
+        """The same error with more words."""
+        return DivergedError(self.step, self.metrics, self.at, self.state, note)
+
+
+class OutOfMemoryError(MetalrError):
+    """The device has not enough memory for a step."""
+
+
+def make_optimizer(
+    *,
+    steps: int,
+    init_rate: float | None,
+    rates_rate: float | None,
+    clip: float | None = 10.0,
+    schedule: str = "cosine",
+    base: Callable[[Any], optax.GradientTransformation] = optax.adam,
+) -> optax.GradientTransformation:
+    """The outer optimizer over MetaParams: one rate for the init, one for the raw rates, global-norm clipping.
+
+    A rate of None leaves that part as it is, and out of the norm that is clipped.
+    base: makes the optimizer of either part from a schedule.
+
+    Raises:
+      ConfigError: a rate that is not positive, or an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"outer.schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    for name, value in (("init_rate", init_rate), ("rates_rate", rates_rate), ("clip", clip)):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise ConfigError(f"outer.{name}: expected a positive number, got {value}")
+    if steps < 1:
+        raise ConfigError(f"outer.steps: expected at least 1, got {steps}")
+
+    def part(rate: float | None) -> optax.GradientTransformation:
+        if rate is None:
+            return optax.set_to_zero()
+        return base(optax.cosine_decay_schedule(rate, steps) if schedule == "cosine" else rate)
+
+    names: Any = MetaParams("init", "rates")  # type: ignore[arg-type]
+    given = {"init": init_rate, "rates": rates_rate}
+    parts = optax.multi_transform({name: part(rate) for name, rate in given.items()}, names)
+    if not clip:
+        return promoting(parts)
+    left = {name: optax.set_to_zero() if rate is None else optax.identity() for name, rate in given.items()}
+    return promoting(optax.chain(optax.multi_transform(left, names), optax.clip_by_global_norm(clip), parts))
+
+
+def start(
+    model: Model,
+    spec: RatesSpec,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    meta: MetaParams | None = None,
+) -> TrainState:
+    """The state before the first outer step. meta: where to start, in place of a random init and the spec's rates."""
+    if meta is None:
+        meta = jax.jit(lambda key: meta_gradients.initial(model, spec, key))(key)
+    return TrainState(meta, jax.jit(optimizer.init)(meta), jnp.zeros((), jnp.int32))
+
+
+def make_chunk(
+    model: Model,
+    spec: RatesSpec,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    sample: Sampler,
+    meta_batch: int,
+    *,
+    phases: Phases = Phases(),  # noqa: B008 - a tuple
+    on_divergence: str = "stop",
+) -> ChunkFunction:
+    """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
+
+    Outer step i draws its episodes from fold_in(key, i), and one program serves every count, so a run ends with the
+    same bits however it is cut into chunks. Tasks are split over the devices of all processes, as many as divide
+    `meta_batch`. A step whose loss, gradient or result is not finite changes no parameter: "stop" stays at that step
+    (and fails it again until the chunk ends), "skip" goes on with the next.
+
+    Returns:
+      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [CHUNK] float32, and
+      "finite", [CHUNK] bool: whether the step was; entries from `count` on mean nothing.
+    """
+    if meta_batch < 1:
+        raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
+    if on_divergence not in POLICIES:
+        raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
+    gradient = make_gradient(model, spec, method, sample, phases)
+    mesh = devices.task_mesh(meta_batch, all_processes=True)
+    split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
+
+    def finite_after(meta: MetaParams) -> jax.Array:
+        """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
+        actual = hyperparameters.actual(spec, meta.rates)
+        return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves((meta, actual))))
+
+    def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        now = trained_from(model, phases, state.meta, key, state.step)
+        grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
+        meta = optax.apply_updates(state.meta, updates)
+        meta = meta._replace(rates=hyperparameters.project(spec, meta.rates))
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & finite_after(meta)
+        new = TrainState(meta, opt_state, state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        if on_divergence == "skip":
+            kept = kept._replace(step=new.step)
+        return kept, metrics | {"gradient_norm": norm, "finite": finite}
+
+    def chunk(
+        state: TrainState, pool: Pool, key: jax.Array, count: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def body(i: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> Any:
+            state, metrics = carry
+            state, now = step(state, pool, key)
+            return state, {name: metrics[name].at[i].set(value) for name, value in now.items()}
+
+        shapes = jax.eval_shape(step, state, pool, key)[1]
+        blank = {name: jnp.zeros((CHUNK, *v.shape), v.dtype) for name, v in shapes.items()}
+        return jax.lax.fori_loop(0, count, body, (state, blank))
+
+    compiled = jax.jit(chunk, donate_argnums=0)
+    if mesh.size == 1:
+        return compiled
+
+    def placed(state: TrainState, pool: Pool, key: jax.Array, count: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The first state comes from one device and the next ones from all: placed alike, one program serves both."""
+        if jax.process_count() > 1:
+            pool, key = devices.replicate((pool, key), mesh)
+        return compiled(devices.replicate(state, mesh), pool, key, count)
+
+    return placed
+
+
+def task_keys(key: jax.Array, step: int | jax.Array, meta_batch: int) -> jax.Array:
+    """The keys of the tasks of one outer step: [meta_batch]."""
+    return jax.random.split(jax.random.fold_in(key, step), meta_batch)
+
+
+def trained_from(model: Model, phases: Phases, meta: MetaParams, key: jax.Array, number: int | jax.Array) -> MetaParams:
+    """The meta-parameters that outer step `number` adapts from: the state's, or a fresh init beside its rates."""
+    if not phases.fresh_init:
+        return meta
+    return meta._replace(init=model.init(second_key(jax.random.fold_in(key, number))))
+
+
+GradientFunction = Callable[[MetaParams, Pool, Any, jax.Array], tuple[MetaParams, dict[str, jax.Array]]]
+
+
+def make_gradient(
+    model: Model,
+    spec: RatesSpec,
+    method: Method,
+    sample: Sampler,
+    phases: Phases = Phases(),  # noqa: B008 - a tuple
+) -> GradientFunction:
+    """`gradient(meta, pool, number, keys)`: the meta-gradient of outer step `number` over the tasks of `keys`.
+
+    What does not learn (phases.fixed, and the init where every step draws one) gets zeros.
+    """
+
+    def gradient(meta: MetaParams, pool: Pool, number: Any, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
+        episodes = jax.vmap(lambda key: sample(pool, key))(keys)
+        inner_keys = jax.vmap(second_key)(keys)
+
+        def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            return meta_gradients.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
+
+        def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+            if not phases.first_order_until or method.first_order:
+                return of(method, weights)
+            first = number < phases.first_order_until
+            return jax.lax.cond(
+                first, lambda: of(method._replace(first_order=True), weights), lambda: of(method, weights)
+            )
+
+        def of_phase() -> tuple[MetaParams, dict[str, jax.Array]]:
+            if not phases.multi_step_until:
+                return of_order(None)
+            faded = jnp.minimum(number / phases.multi_step_until, 1.0)
+            weights = jnp.full(spec.steps, (1 - faded) / spec.steps).at[-1].add(faded)
+            return jax.lax.cond(faded < 1, lambda: of_order(weights), lambda: of_order(None))
+
+        grads, metrics = of_phase()
+        fixed = {*phases.fixed, *(("init",) if phases.fresh_init else ())}
+        return grads._replace(**{name: jax.tree.map(jnp.zeros_like, getattr(grads, name)) for name in fixed}), metrics
+
+    return gradient
+
+
+def failing_tasks(gradient: GradientFunction, meta: MetaParams, pool: Pool, number: int, keys: jax.Array) -> list[int]:
+    """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed.
+
+    Args:
+      gradient: of `make_gradient`, as the step that failed had it.
+      meta: what that step adapted from, of `trained_from`.
+    """
+
+    @jax.jit
+    def finite(meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            grads, metrics = gradient(meta, pool, number, key[None])
+            return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+
+        return jax.lax.map(one, keys)
+
+    return np.flatnonzero(~np.asarray(finite(meta, pool, np.int32(number), keys))).tolist()
+
+
+def run_chunks(
+    chunk: ChunkFunction,
+    state: TrainState,
+    pool: Pool,
+    key: jax.Array,
+    steps: int,
+    every: Sequence[int],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Chunk]:
+    """Outer steps state.step ... `steps`, in chunks of about DISPATCH_SECONDS that end at all multiples of `every`.
+
+    stop: asked before every chunk; the iteration ends when it says so. The first chunk is of no steps: it compiles.
+
+    Raises:
+      DivergedError: a step was not finite; the steps before it were given, and it has the state after those.
+      OutOfMemoryError: with the settings to lower.
+    """
+    done, count = int(state.step), 0
+    while done < steps and not stop():
+        began = time.perf_counter()
+        try:
+            state, measured = chunk(state, pool, key, np.int32(count))
+            metrics = {name: np.asarray(value)[:count] for name, value in measured.items()}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+                raise
+            raise OutOfMemoryError(
+                f"outer step {done}: not enough memory; lower outer.meta_batch or inner.steps, or set inner.derivative "
+                "to remat, truncated or forward"
+            ) from error
+        seconds = time.perf_counter() - began
+        moved = int(state.step) - done
+        if moved < count:
+            if moved:
+                yield Chunk(state, {name: value[:moved] for name, value in metrics.items()}, seconds)
+            raise DivergedError(done + moved, metrics, moved, state)
+        done += count
+        yield Chunk(state, metrics, seconds)
+        fitting = max(1, int(DISPATCH_SECONDS * count / seconds))  # 1 after the chunk that compiled
+        if jax.process_count() > 1:
+            fitting = CHUNK  # clocks differ, and all processes must do the same
+        count = min(fitting, CHUNK, steps - done, *(n - done % n for n in every))
+
+
+def learned(spec: RatesSpec, meta: MetaParams) -> tuple[Params, Rates]:
+    """The init and the actual rates of meta-parameters, copied off the training state (which is donated)."""
+    copies = jax.tree.map(jnp.copy, (meta.init, hyperparameters.actual(spec, meta.rates)))
+    return copies if jax.process_count() == 1 else jax.tree.map(np.asarray, copies)

@@ -1,0 +1,27 @@
+"""Results as text for people. Reads results only; never trains."""
+
+from metalr.report.tables import (
+    bars,
+    contest_text,
+    curve_lines,
+    curve_text,
+    learned_text,
+    search_text,
+    seeds_text,
+    study_text,
+    table,
+    text,
+)
+
+__all__ = [
+    "bars",
+    "contest_text",
+    "curve_lines",
+    "curve_text",
+    "learned_text",
+    "search_text",
+    "seeds_text",
+    "study_text",
+    "table",
+    "text",
+]

@@ -1,0 +1,406 @@
+"""`metalr compare`: finished runs beside their rivals, in a folder that can be stopped and gone on with.
+
+The folder holds config.json, searches.jsonl (a line a finished search of a task), results.json, and a lock while it
+goes on. results.json has a row for every method and cost, and what follows from them: what it costs to catch up, and
+after how many tasks meta-training has paid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metalr import data, tasks
+from metalr.learner import artifact
+from metalr.evaluation import protocol
+from metalr.search import fit
+from metalr.storage import folders
+from metalr.runs import preemption
+from metalr.evaluation import rivals
+from metalr.storage import sealed
+from metalr.search import searchers
+from metalr.inner import hyperparameters
+from metalr.search import trials as trials_lib
+from metalr.config import CompareConfig, TrainConfig
+from metalr.config.files import differences, from_json, read_config
+from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.models import Model
+from metalr.runs.progress import ConsoleReporter, Reporter
+from metalr.runs.provenance import command, peak_memory, provenance
+from metalr.evaluation.rivals import Field, Key, Scores, Searched
+
+FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
+WARM = "tpe+"  # TPE that tries the learned rates first
+FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
+
+
+class _Parts(NamedTuple):
+    """A comparison's parts, checked. paid_once: name of an init -> example-gradients of its training."""
+
+    learners: list[artifact.Learner]
+    joint: list[artifact.Learner]
+    field: Field
+    space: searchers.Space
+    searchers: list[str]
+    paid_once: dict[str, float]
+    facts: dict[str, Any]
+
+
+def run(
+    runs: Sequence[Path],
+    config: CompareConfig,
+    *,
+    pretrained: Path | None = None,
+    model: Model | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Compare finished runs of one setting, which differ in their seed only, with everything else.
+
+    Args:
+      runs: run folders; accuracies are averaged over them.
+      pretrained: the run folder of a jointly pre-trained init of the same network (--inner.algorithm joint).
+      model: the network of your own that the runs are of, if they are.
+
+    Raises:
+      MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
+    """
+    folders.check_free(config.out, FILES, overwrite=config.overwrite)
+    parts = _set_up(runs, config, pretrained, model)
+    with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
+        stored = {
+            "runs": [_record(path, folder) for path in runs],
+            "pretrained": None if pretrained is None else _record(pretrained, folder),
+        }
+        folders.write_json(folder / "config.json", stored | {"config": config.to_json()})
+        return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+
+def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a comparison that was stopped or killed, with its own settings; finished searches are kept.
+
+    Raises:
+      MetalrError: no comparison, a finished one, or one in use.
+    """
+    folders.refuse_if_locked(folder)
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        config = from_json(stored["config"], CompareConfig)
+        recorded_runs, recorded_pretrained = list(stored["runs"]), stored["pretrained"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
+    runs = [_locate(recorded, folder) for recorded in recorded_runs]
+    pretrained = None if recorded_pretrained is None else _locate(recorded_pretrained, folder)
+    if (folder / "results.json").exists():
+        raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
+    parts = _set_up(runs, config, pretrained, model, folder)
+    with folders.locked(folder):
+        folders.sweep(folder)
+        return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+
+def _record(run: Path, folder: Path) -> dict[str, str]:
+    """Where a run stands, and the hash of what it learned, by which it is known again."""
+    return folders.place(run, folder) | {"sha256": sealed.sha256(run / "artifact" / artifact.FACTS)}
+
+
+def _locate(recorded: dict[str, str], folder: Path) -> Path:
+    """Where a recorded run stands now. Raises ConfigError if it is in none of its places."""
+    tried = folders.places(recorded, folder)
+    for place in map(Path, tried):
+        file = place / "artifact" / artifact.FACTS
+        if file.is_file() and sealed.sha256(file) == recorded.get("sha256"):
+            return place
+    raise ConfigError(f"resume: {folder}: expected the run that it was begun with, found it in none of {tried}")
+
+
+def _set_up(
+    runs: Sequence[Path],
+    config: CompareConfig,
+    pretrained: Path | None,
+    model: Model | None,
+    resumed: Path | None = None,
+) -> _Parts:
+    """Check everything, before anything is written. resumed: the comparison's folder, which knows its data."""
+    from_json(config.to_json(), CompareConfig)  # the types, as in a config file
+    for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
+        if not values or not all(0 < value < np.inf for value in values):
+            raise ConfigError(f"{name}: expected one or more positive numbers, got {values}")
+    if config.tasks < 2 or config.tuning_tasks < 2 or config.searched == 1 or not 0 <= config.searched <= config.tasks:
+        raise ConfigError(
+            "tasks, tuning_tasks, searched: expected at least 2, at least 2, and 0 or 2..tasks, got "
+            f"{config.tasks}, {config.tuning_tasks}, {config.searched}"
+        )
+    unknown = sorted(set(config.searchers) - {*searchers.SEARCHERS, WARM})
+    if unknown or not config.searchers:
+        raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, WARM]}, got {unknown or 'none'}")
+    for name in ("batch_size", "shot", "query"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed: expected 0 <= seed < 2^32, got {config.seed}")
+    if set(config.searchers) - {"grid"} and config.searched:
+        searchers.import_optuna()
+    learners, trained = load_runs(runs, model)
+    joint, joint_trained = load_runs([pretrained], model) if pretrained else ([], [])
+    if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
+        raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
+    made = from_json(trained[0]["config"])
+    for found in joint_trained:
+        _check_pretrained(f"pretrained: {pretrained}", from_json(found["config"]), made)
+        if _data_sha256(found) != _data_sha256(trained[0]):
+            raise ConfigError(f"pretrained: {pretrained}: expected the data of the runs, {made.data!r}, got other data")
+    if config.data is None:
+        dataset = data.load_recorded(runs[0], made.data)
+    else:
+        dataset = data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
+    field, facts = _make_field(made, config, learners[0], dataset)
+    try:
+        hyperparameters.check_steps(learners[0].spec, max(field.lengths))
+    except ConfigError as error:
+        raise ConfigError(f"lengths: in {error}") from error
+    spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
+    space = searchers.Space(**dataclasses.asdict(config.space))
+    warm = rivals.as_trial(learners[0], space) is not None
+    paid_once = {
+        name: float(np.mean([results["training"]["example_gradients"] for results in of]))
+        for name, of in (("learned", trained), ("pre-trained", joint_trained))
+        if of
+    }
+    return _Parts(
+        [dataclasses.replace(learner, spec=spec) for learner in learners],
+        joint,
+        field,
+        space,
+        [name for name in config.searchers if warm or name != WARM],
+        {"random": 0.0} | paid_once,
+        facts,
+    )
+
+
+def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> None:
+    """Raises ConfigError unless an init was pre-trained jointly, and on the tasks that the runs were trained on."""
+    if joint.inner.algorithm != "joint":
+        raise ConfigError(f"{where}: expected a run of --inner.algorithm joint, got {joint.inner.algorithm}")
+    for name, (other, own) in differences(joint, trained).items():
+        if name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query"):
+            raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
+
+
+def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
+    """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
+    if not runs:
+        raise ConfigError("runs: expected at least one run folder, got none")
+    if len({Path(path).resolve() for path in runs}) < len(runs):
+        raise ConfigError(f"runs: expected different run folders, got {[str(path) for path in runs]}")
+    configs = [read_config(path) for path in runs]
+    for path, config in zip(runs, configs, strict=True):
+        free = ("seed", "out", "overwrite", "grid.", "evaluation.", "data")
+        changed = [name for name in differences(configs[0], config) if not name.startswith(free)]
+        if changed:
+            raise ConfigError(f"runs: expected runs that differ in their seed only, {path} also in {sorted(changed)}")
+    results = []
+    for path in runs:
+        try:
+            results.append(json.loads((path / "results.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
+    for path, found in zip(runs, results, strict=True):
+        if _data_sha256(found) != _data_sha256(results[0]):
+            raise ConfigError(
+                f"runs: expected runs that differ in their seed only, {path} has other data than {runs[0]}"
+            )
+    return [artifact.load(path / "artifact", model) for path in runs], results
+
+
+def _data_sha256(results: dict[str, Any]) -> Any:
+    return results.get("data", {}).get("sha256")
+
+
+def _make_field(
+    trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, dataset: data.Dataset
+) -> tuple[Field, dict[str, Any]]:
+    """The held-out tasks, and what a result says of them."""
+    shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
+    family, way = config.family or trained.tasks.family, trained.tasks.way
+    if (*dataset.shape,) != (*learner.model.input_shape,):
+        raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
+    splits = tasks.make_splits(dataset, family)
+    noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise
+    samplers = {part.part: tasks.make_sampler(part, way, shot, query, label_noise=noise) for part in splits}
+    support = way * shot
+    size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
+    keys = protocol.episode_keys(config.seed, config.tasks)
+    pool, sample = samplers["test"]
+    field = Field(
+        samplers["test"],
+        samplers["val"],
+        keys,
+        protocol.episode_keys(config.seed, config.tuning_tasks),
+        support,
+        len(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
+        tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
+        size,
+    )
+    return field, {
+        "family": family,
+        "regime": "few-shot" if shot <= FEW_SHOTS else "full",
+        "data": str(dataset),
+        "data_sha256": dataset.sha256,
+        "split_sha256": splits.sha256,
+        "trained_on": {"data": trained.data, "family": trained.tasks.family},
+        "tasks": config.tasks,
+        "searched_tasks": config.searched,
+        "support": support,
+        "query": way * query,
+        "label_noise": noise,
+    }
+
+
+def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    began = time.perf_counter()
+    folders.remember_data(folder, config.data or parts.facts["trained_on"]["data"], parts.facts["data_sha256"])
+    with preemption.watch() as asked:
+
+        def between() -> None:
+            if asked():
+                raise StoppedError(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}")
+
+        rows = _single(parts, reporter, between)
+        if config.searched:
+            rows += _searches(parts, config, folder, between, reporter)
+    reference = rows[: len(parts.field.lengths)]
+    results = {
+        "command": command(),
+        "config": config.to_json(),
+        "provenance": provenance(),
+        "seeds": [learner.facts.get("seed") for learner in parts.learners],
+        **parts.facts,
+        "rows": [_row(row, reference) for row in rows],
+        "conclusions": [_conclusion(row, reference) for row in rows[len(reference) :]],
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    folders.write_json(folder / "results.json", results)
+    return results | {"folder": str(folder)}
+
+
+def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> list[Scores]:
+    """All methods that take one run a task; learned init and rates first."""
+    learners, field = parts.learners, parts.field
+    alone = learners[0].facts.get("outer", {}).get("learns") == "rates"
+    runs = rivals.baselines(learners[0].model, field)
+    inits = {"random": None} | ({} if alone else {"learned": learners[0].init})  # parts by the first seed
+    inits |= {"pre-trained": parts.joint[0].init} if parts.joint else {}
+    methods: list[tuple[str, Callable[[], list[Scores]]]] = [
+        ("learned", lambda: rivals.learned(learners, field, random_init=alone))
+    ]
+    if not alone:
+        methods.append(("learned", lambda: rivals.learned(learners[:1], field, random_init=True)))
+    for name, init in inits.items():
+        for baseline in (rivals.unsearched, rivals.tuned):
+            methods.append((name, functools.partial(baseline, name, init, field, runs)))
+    rows: list[Scores] = []
+    for origin, method in methods:
+        between()
+        rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
+        reporter.line(f"{rows[-1].method}: {100 * rows[-1].accuracy.mean():.2f} % after {rows[-1].steps} steps")
+    return rows
+
+
+def _searches(
+    parts: _Parts, config: CompareConfig, folder: Path, between: Callable[[], None], reporter: Reporter
+) -> list[Scores]:
+    """What every task's own searches find at every budget."""
+    file = folder / "searches.jsonl"
+    wanted: dict[str, Sequence[str]] = {"random": parts.searchers}
+    inits: dict[str, Any] = {"random": None}
+    if parts.joint and "grid" in parts.searchers:
+        wanted, inits = wanted | {"pre-trained": ["grid"]}, inits | {"pre-trained": parts.joint[0].init}
+    warm = rivals.as_trial(parts.learners[0], parts.space)
+    known = {}
+    try:
+        for row in folders.read_rows(file):
+            trials = [trials_lib.Trial.from_json(trial) for trial in row["trials"]]
+            again = row["again"], row["again_example_gradients"]
+            known[(row["init"], row["searcher"], row["task"])] = Searched(trials, *again)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file}: not the searches of a comparison: {one_line(error)}") from error
+    with reporter.bar("searches", config.searched * sum(map(len, wanted.values())), len(known)) as advance:
+
+        def keep(key: Key, found: Searched) -> None:
+            row = dict(zip(("init", "searcher", "task"), key, strict=True)) | found._asdict()
+            folders.append_rows(file, [row | {"trials": [trial.to_json() for trial in found.trials]}])
+            advance(1, f"task {key[2]}, {key[1]} from the {key[0]} init")
+
+        found = rivals.searched(
+            parts.learners[0].model, parts.field._replace(keys=parts.field.keys[: config.searched]), parts.space,
+            wanted, inits, first=[warm] if warm else [], cells=max(config.budgets), known=known, keep=keep,
+            between=between,
+        )  # fmt: skip
+    rows, cell = [], rivals.mean_cost(parts.space.fitting(parts.field.train), parts.field.train)
+    for origin, names in wanted.items():
+        for name in names:
+            each, grid = [found[(origin, name, task)] for task in range(config.searched)], name == "grid"
+            title = f"{origin} init + " + {WARM: "tpe, learned rates first"}.get(name, name)
+            budgets = {f"{title}, {len(each[0].trials)} cells": np.inf} if grid else {
+                f"{title}, cost of {budget:g} cells": budget * cell for budget in config.budgets
+            }  # fmt: skip
+            new = [rivals.best_of(text, each, budget, grid=grid) for text, budget in budgets.items()]
+            new.append(rivals.best_of(f"{[*budgets][-1]}, trained again on all", each, grid=grid, choose="again"))
+            if grid:
+                new.append(rivals.best_of(f"{title}, best cell on the test part", each, grid=grid, choose="test"))
+            extra = parts.paid_once["learned"] if name == WARM else parts.paid_once[origin]
+            rows += [row._replace(paid_once=extra) for row in new]
+    return rows
+
+
+def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
+    """A row as JSON: accuracy, and the learned method's difference, at no more cost and at its longest run."""
+    count = len(row.accuracy)
+    mean, ci95 = protocol.paired(row.accuracy, np.zeros(count))
+    facts: dict[str, Any] = {
+        "method": row.method,
+        "steps": row.steps,
+        "tasks": count,
+        "accuracy": round(mean, 6),
+        "ci95": round(ci95, 6),
+        "accuracy_of_seeds": [round(value, 6) for value in row.seeds],
+        "example_gradients": round(row.example_gradients),
+        "naive_example_gradients": round(row.naive_example_gradients),
+        "paid_once_example_gradients": round(row.paid_once),
+        "seconds": round(row.seconds, 4),
+        "compile_seconds": None if row.compile_seconds is None else round(row.compile_seconds, 2),
+        "chosen": row.chosen,
+    }
+    affordable = [one for one in reference if one.example_gradients <= row.example_gradients * 1.001]
+    for name, against in (("at_equal_cost", affordable), ("at_the_end", reference)):
+        if against:
+            difference = protocol.paired(against[-1].accuracy[:count], row.accuracy)
+            facts[f"learned_minus_this_{name}"] = [round(value, 6) for value in difference]
+    return facts
+
+
+def _conclusion(row: Scores, reference: list[Scores]) -> dict[str, Any]:
+    """The cost at which the learned method reaches this row's accuracy, and the tasks after which it has paid."""
+    accuracy = row.accuracy.mean()
+    first = next((one for one in reference if one.accuracy[: len(row.accuracy)].mean() >= accuracy), None)
+    facts = {"method": row.method, "steps": row.steps, "accuracy": round(float(accuracy), 6)}
+    if first is None:
+        return facts | {"learned_reaches_it_with": None}
+    saved = row.example_gradients - first.example_gradients
+    owed = max(0.0, first.paid_once - row.paid_once)
+    return facts | {
+        "learned_reaches_it_with": round(first.example_gradients),
+        "share_of_its_cost": round(first.example_gradients / row.example_gradients, 5),
+        "share_of_its_naive_cost": round(first.example_gradients / row.naive_example_gradients, 5),
+        "break_even_tasks": None if saved <= 0 else int(np.ceil(owed / saved)),
+    }

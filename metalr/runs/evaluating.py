@@ -1,0 +1,174 @@
+"""A learner beside the alternatives, on the same held-out tasks: ablations, no search, the small grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from metalr.learner import artifact
+from metalr.evaluation import protocol
+from metalr.evaluation import small_grid
+from metalr.config import TrainConfig
+from metalr.runs.setup import Setup, grid_of
+from metalr.types import Curve
+
+
+def held_out(
+    learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int, of_steps: int | None = None
+) -> tuple[Curve, float]:
+    """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation.
+
+    Where rates alone were learned, every task starts from a random init of its own. of_steps: over how many steps a
+    schedule with knots is stretched; default: the trained ones, after which it holds.
+    """
+    began = time.perf_counter()
+    pool, sample = setup.samplers["test"]
+    random_init = setup.phases.fresh_init
+    evaluator = protocol.make_evaluator(
+        learner.model, learner.spec, sample, steps, random_init=random_init, of_steps=of_steps
+    )
+    curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
+    return curve, time.perf_counter() - began
+
+
+def horizons(
+    learner: artifact.Learner,
+    setup: Setup,
+    config: TrainConfig,
+    lengths: Sequence[int],
+    grid: small_grid.Grid,
+    random_grid: dict[int, small_grid.Cell] | None = None,
+) -> tuple[list[dict[str, Any]], dict[int, small_grid.Cell]]:
+    """A learner's fine-tunes of several lengths, each beside the best fixed rate found by grid at that very length.
+
+    Schedules with knots are stretched over each length. The grid runs on the same meta-test tasks, with the learner's
+    minibatches, and its best cell is chosen on them, which flatters it; grid.steps are not used.
+
+    Args:
+      random_grid: the second result of an earlier call with the same tasks, to save its time.
+
+    Returns:
+      (rows: horizon, method, accuracy, ci95, learned_minus_this and its ci95, cell; best cells from a random init).
+    """
+    pool, sample = setup.samplers["test"]
+    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
+    support, random_init = config.tasks.way * config.tasks.shot, setup.phases.fresh_init
+    spec, model = learner.spec, learner.model
+    size = min(spec.minibatch(support) or support, support)
+    grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
+    best: dict[str, dict[int, small_grid.Cell]] = {}
+    for origin, init in (("random", None), ("learned", learner.init)):
+        if origin == "random" and random_grid is not None:
+            best[origin] = random_grid
+        elif origin == "random" or not random_init:
+            cells, _ = small_grid.run_grid(grid, model, pool, sample, support, keys, init=init)
+            best[origin] = {steps: small_grid.best(cells, steps) for steps in lengths}
+    rows = []
+    for steps in lengths:
+        evaluator = protocol.make_evaluator(
+            model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init
+        )
+        ours = evaluator(pool, learner.init, learner.rates, keys).tasks[:, 0]
+        named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
+            (f"{'random' if random_init else 'learned'} init + {learner.kind_of_rates}", ours, {})
+        ]
+        for origin, at in best.items():
+            cell = at[steps]
+            chosen = {"optimizer": cell.optimizer, "learning_rate": cell.learning_rate}
+            named.append((f"{origin} init + grid, best fixed rate", cell.tasks, chosen))
+        for method, tasks, chosen in named:
+            (mean, ci95), (less, less_ci95) = protocol.paired(tasks, 0 * tasks), protocol.paired(ours, tasks)
+            numbers = {"accuracy": mean, "ci95": ci95, "learned_minus_this": less, "difference_ci95": less_ci95}
+            rounded = {name: round(value, 6) for name, value in numbers.items()}
+            rows.append({"horizon": steps, "method": method, **rounded, "cell": chosen})
+    return rows, best["random"]
+
+
+def curve_rows(curve: Curve) -> list[dict[str, float]]:
+    """A curve as JSON rows: steps, accuracy, ci95."""
+    return [
+        {"steps": int(n), "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
+        for n, m, c in zip(curve.steps, curve.mean, curve.ci95, strict=True)
+    ]
+
+
+def compare(
+    config: TrainConfig,
+    setup: Setup,
+    learner: artifact.Learner,
+    curve: Curve,
+    report: Callable[[str], None],
+    known: Sequence[small_grid.Cell] = (),
+    keep: Callable[[list[small_grid.Cell]], None] = lambda cells: None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The learned init and rates beside ablations, no search, and the best cells of the small grid.
+
+    Every row is of the same tasks; a grid's best cell is the one that did best on these very tasks, which flatters it.
+    known, keep: as in search.run_grid.
+
+    Returns:
+      (rows, facts of the grid with all cells).
+    """
+    grid, steps = grid_of(config), config.inner.steps
+    support = config.tasks.way * config.tasks.shot
+    pool, sample = setup.samplers["test"]
+    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
+    cells, costs = {}, {}
+    origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})
+    for origin, init in origins.items():
+        report(f"grid search from the {origin} init, {len(keys)} tasks")
+        cells[origin], costs[origin] = small_grid.run_grid(
+            grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=keep
+        )
+    taken = [int(n) for n in curve.steps]
+    reference = curve.tasks[:, taken.index(steps)]
+    per_step = min(config.inner.batch_size or support, support)
+    start = "random" if setup.phases.fresh_init else "learned"
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: small_grid.Cell | None = None) -> None:
+        mean, ci95 = protocol.paired(task_accuracy, np.zeros_like(task_accuracy))
+        difference, difference_ci95 = protocol.paired(reference, task_accuracy)
+        chosen = cell.row() if cell else {}
+        rows.append(
+            {
+                "method": method,
+                "steps": taken,
+                "accuracy": round(mean, 6),
+                "ci95": round(ci95, 6),
+                "learned_minus_this": round(difference, 6),
+                "difference_ci95": round(difference_ci95, 6),
+                "example_gradients": cost,
+                "cell": {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen},
+            }
+        )
+
+    kind = learner.kind_of_rates
+    add(f"{start} init + {kind}", steps, reference, steps * per_step)
+    if taken[-1] > steps:
+        add(f"{start} init + {kind}", taken[-1], curve.tasks[:, -1], taken[-1] * per_step)
+    if start == "learned":
+        random = protocol.make_evaluator(setup.model, learner.spec, sample, steps, random_init=True, at=[steps])
+        found = random(pool, learner.init, learner.rates, keys).tasks[:, 0]
+        add(f"random init + {kind}", steps, found, steps * per_step)
+    for origin in origins:
+        same = small_grid.best(cells[origin], steps)
+        cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
+        add(f"{origin} init + grid, best cell at {steps} steps", steps, same.tasks, cost, same)
+        best = small_grid.best(cells[origin])
+        naive = costs[origin]["naive_example_gradients"]
+        add(f"{origin} init + grid, best cell of all", best.steps, best.tasks, naive, best)
+    unsearched = [cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)]
+    if unsearched:
+        cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
+        add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
+    all_cells = [cell.row() for origin in cells for cell in cells[origin]]
+    return rows, {
+        "cells": all_cells,
+        "cost_per_task": costs,
+        "chosen": "best cell on the meta-test tasks themselves",
+    }

@@ -1,0 +1,31 @@
+"""Task families, their disjoint splits, and samplers `key -> Episode`."""
+
+from metalr.tasks.images import (
+    ARC,
+    ARCS,
+    FAMILIES,
+    PERMUTATIONS,
+    Family,
+    Pool,
+    Sampler,
+    Splits,
+    TaskSplit,
+    make_sampler,
+    make_splits,
+    second_key,
+)
+
+__all__ = [
+    "ARC",
+    "ARCS",
+    "FAMILIES",
+    "PERMUTATIONS",
+    "Family",
+    "Pool",
+    "Sampler",
+    "Splits",
+    "TaskSplit",
+    "make_sampler",
+    "make_splits",
+    "second_key",
+]

@@ -1,0 +1,43 @@
+"""Pytrees of arrays by name: "dense_0/kernel" -> array, in files, messages and logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from metalr.errors import ArtifactError, ConfigError
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as one string: "dense_0/kernel"; the value of a variable of NNX goes by the variable's name."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The names of a tree's leaves, in the order of its leaves."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by name."""
+    return {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
+    """Leaves of a pytree as numpy arrays, under "PREFIX/NAME".
+
+    Raises:
+      ConfigError: two leaves have the same name. ArtifactError: a dtype that could be written and not read back.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {f"{prefix}/{path_name(path)}": np.asarray(leaf, order="C") for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ConfigError("params: expected path names that differ, got two of the same")
+    for name, value in named.items():
+        if value.dtype.kind not in "fiub":  # safetensors writes bfloat16, and its reader for numpy cannot read it
+            raise ArtifactError(f"{name}: expected numbers of a dtype that numpy has, got {value.dtype}")
+    return named

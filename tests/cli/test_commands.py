@@ -1,0 +1,348 @@
+"""The command line, end to end on small data: run folders, refusals, speed of --help."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import metalr
+from metalr import cli, config, data, models, outer
+from metalr.config import files
+from metalr.errors import ConfigError
+from metalr.evaluation import protocol
+from metalr.inner import hyperparameters
+from metalr.runs import setup
+
+SMALL = [
+    "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.shot", "2", "--tasks.query", "3",
+    "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8",
+    "--evaluation.validation-episodes", "4", "--model.widths", "16", "--inner.steps", "2", "--evaluation.steps", "3",
+]  # fmt: skip
+
+
+ITS_OWN = ["--model.widths", "128"]  # SMALL's widths put back to the default, for networks that take none
+
+
+def call(*argv):
+    cli.main([str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        call(*argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("metalr: error: "), error
+    assert "\n" not in error
+    return error
+
+
+def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
+    grid = ["--grid.run", "--grid.steps", "1", "--grid.learning-rates", "0.001"]
+    call("train", "--data", blobs_npz, *SMALL, *grid, "--out", tmp_path / "run")
+    out = capsys.readouterr()
+    assert "learned init + learned rates" in out.out
+    first = out.err.splitlines()
+    assert first[0].startswith("data    blobs: 600 train + 300 test images")
+    assert [line.split()[0] for line in first[1:4]] == ["device", "tasks", "time"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "results.json",
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(6))
+    assert len(results["curve"]) == 4
+    methods = {row["method"] for row in results["comparison"]}
+    assert "random init + grid, best cell at 2 steps" in methods
+    assert len(methods) == 7
+    assert results["grid"]["cells"]
+
+    call("evaluate", tmp_path / "run", "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert again["curve"] == results["curve"]  # the same tasks, the same numbers
+    call("evaluate", tmp_path / "run", "--episodes", "12", "--steps", "3")
+    assert "12 held-out tasks" in capsys.readouterr().out
+
+    task = tmp_path / "task.npz"
+    x, y = data.load(str(blobs_npz)).test_images[..., 0], blobs.test_labels
+    np.savez(task, support_x=x[:50], support_y=y[:50], query_x=x[50:], query_y=y[50:])
+    call("adapt", tmp_path / "run", task, "--json", "--out", tmp_path / "fast.safetensors")
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["predictions"]) == 250
+    assert 0 <= result["accuracy"] <= 1
+    assert (tmp_path / "fast.safetensors").stat().st_size > 1000
+    np.savez(task, support_x=x[:50])
+    assert "missing ['support_y', 'query_x']" in refused(capsys, "adapt", tmp_path / "run", task)
+
+    learned = metalr.load(tmp_path / "run" / "artifact")
+    assert learned.facts["split_sha256"] == results["split_sha256"]
+    assert "exists and is not empty" in refused(capsys, "train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
+
+
+def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
+    inner = ["--inner.steps", "12", "--inner.knots", "3", "--inner.batch-size", "5", "--inner.momentum", "0.5"]
+    inner += ["--inner.signed", "--inner.lowest", "0", "--inner.highest", "1", "--inner.derivative", "forward"]
+    inner += ["--evaluation.steps", "12"]
+    call("train", "--data", blobs_npz, *SMALL, *inner, "--out", tmp_path / "run")
+    assert "12" in capsys.readouterr().out
+    call("show", tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "3 knots over any number of steps" in shown
+    assert "momentum:dense_0" in shown
+    call("show", tmp_path / "run" / "artifact", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["rates"]["head"]) == 3
+    assert facts["rates_health"]["head"] == {"negative": 0.0, "dead": 0.0}
+    learned = metalr.load(tmp_path / "run" / "artifact")
+    x = np.zeros((20, 8, 8), np.uint8)
+    learned.apply(learned.adapt(x, np.arange(20) % 10, steps=30), x)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["rates"]["momentum:head"] > 0
+
+    curves = {}
+    for steps in (12, 24):  # what is asked for is what the schedule is stretched over
+        call("evaluate", tmp_path / "run", "--steps", steps, "--episodes", "4", "--json")
+        curves[steps] = json.loads(capsys.readouterr().out)["curve"]
+    parts = setup.set_up(files.read_config(tmp_path / "run"))
+    evaluator = protocol.make_evaluator(
+        learned.model, learned.spec, parts.samplers["test"][1], 24, of_steps=24, at=[24]
+    )
+    keys = protocol.episode_keys(0, 4)
+    expected = evaluator(parts.samplers["test"][0], learned.init, learned.rates, keys).mean[0]
+    assert curves[24][-1]["accuracy"] == pytest.approx(float(expected), abs=1e-6)
+    assert curves[12][-1]["steps"] == 12
+
+
+def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--inner.algorithm", "anil", "--out", tmp_path / "run")
+    capsys.readouterr()
+    call("show", tmp_path / "run")
+    assert "without a rate, so not adapted: dense_0/bias, dense_0/kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inner.algorithm", "imaml", "--inner.learned", "True"], "inner.learned: expected False with imaml"),
+        (["--inner.algorithm", "maml", "--outer.learns", "rates"], "outer.learns: expected both or init"),
+        (
+            ["--model.name", "conv4", *ITS_OWN, "--inner.dropout", "0.1"],
+            "inner.dropout: expected None with the model 'conv4'",
+        ),
+        (["--outer.multi-step", "0.5", "--inner.derivative", "forward"], "outer.multi_step: expected 0"),
+        (["--outer.multi-step", "1", "--inner.steps", "9000", "--evaluation.steps", "9000"], "forward (what auto"),
+        (
+            ["--model.name", "rnn", *ITS_OWN, "--model.dropout", "0.5"],
+            "model.dropout: expected 0.0, because nothing else",
+        ),
+        (["--model.name", "rnn", "--model.widths", "8"], "model.widths: expected (128,), because"),
+        (["--model.channels", "8"], "model.channels: expected 64, because nothing else is used here (the network mlp"),
+        (["--inner.solver-steps", "3"], "inner.solver_steps: expected 5, because"),
+        (["--inner.derivative", "remat", "--inner.last", "3"], "inner.last: expected 10, because"),
+        (["--inner.extend", "mean"], "inner.extend: expected 'hold', because nothing else is used here"),
+        (["--inner.algorithm", "maml", "--outer.rates-rate", "1"], "outer.rates_rate: expected 0.01, because"),
+        (["--outer.learns", "rates", "--outer.init-rate", "1"], "outer.init_rate: expected 0.001, because"),
+        (["--inner.algorithm", "reptile", "--inner.first-order", "False"], "inner.first_order: expected None, because"),
+        (["--grid.steps", "7"], "grid.steps: expected (1, 5, 20), because nothing else"),
+        (["--outer.first-order-share", "2"], "outer.first_order_share: expected a share"),
+        (["--inner.knots", "1"], "inner.knots: expected 0"),
+    ],
+)
+def test_choices_that_do_not_go_together(flags, message, capsys, tmp_path):
+    assert message in refused(capsys, "train", *SMALL, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_same_seed_same_artifact(blobs_npz, tmp_path):
+    for name in ("a", "b"):
+        call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / name)
+    a, b = ((tmp_path / name / "artifact" / "learner.safetensors").read_bytes() for name in ("a", "b"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tasks.way", "5"], "tasks.way: family 'permuted' uses all 10 classes, got 5"),
+        (["--tasks.shot", "0"], "tasks.shot: expected at least 1, got 0"),
+        (["--tasks.shot", "500"], "tasks.shot + tasks.query: expected at most 50"),
+        (["--data", "nothing"], "data 'nothing': expected a prepared dataset"),
+        (["--data", "nothing.npz"], "nothing.npz: expected an .npz file, found none"),
+        (["--inner.rate", "-1"], "inner.rate: expected 0 < rate"),
+        (["--inner.steps", "0"], "inner.steps: expected at least 1"),
+        (["--outer.steps", "0"], "outer.steps: expected at least 1"),
+        (["--outer.meta-batch", "0"], "outer.meta_batch: expected at least 1"),
+        (["--outer.init-rate", "nan"], "outer.init_rate: expected a positive number"),
+        (["--outer.optimizer", "adamm"], "outer.optimizer: expected an optax optimizer"),
+        (["--outer.validate-every", "0"], "outer.validate_every"),
+        (["--outer.checkpoint-every", "0"], "outer.checkpoint_every"),
+        (["--evaluation.episodes", "1"], "evaluation.episodes: expected at least 2"),
+        (["--grid.run", "--grid.learning-rates", "0"], "grid.learning_rates: expected positive"),
+        (["--outer.optimizer", "lbfgs"], "outer.optimizer: expected an optax optimizer"),
+        (["--outer.optimizer", "scale"], "outer.optimizer: expected an optax optimizer"),
+        (["--evaluation.validation-episodes", "1"], "evaluation.validation_episodes: expected at least 2"),
+        (["--evaluation.seed", "-1"], "evaluation.seed: expected 0 <= seed"),
+        (["--grid.run", "--evaluation.steps", "1"], "evaluation.steps: expected at least inner.steps (2)"),
+        (["--inner.algorithm", "reptile", "--inner.learned", "True"], "inner.learned: expected False with reptile"),
+        (["--seed", "-1"], "seed: expected 0 <= seed"),
+        (["--seed", "99999999999999999999"], "seed: expected 0 <= seed"),
+        (["--inner.extend", "error", "--inner.algorithm", "lslr"], "evaluation.steps: expected at most the 2 trained"),
+    ],
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(blobs_npz, tmp_path, capsys, change, message):
+    before = sorted(tmp_path.iterdir())
+    error = refused(capsys, "train", "--data", blobs_npz, *SMALL, *change, "--out", tmp_path / "run")
+    assert message in error
+    assert sorted(p for p in tmp_path.iterdir() if p.name != "cache") == before
+
+
+def test_damaged_runs(tmp_path, capsys):
+    assert "expected a run folder" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").write_text('{"datas": 1}')
+    assert "datas: no such setting; did you mean data?" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": "x"}')
+    assert "seed: expected int, got 'x'" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "expected a folder with metalr.json" in refused(capsys, "adapt", tmp_path, tmp_path / "x.npz")
+
+
+def test_predictions_name_the_classes_of_the_task(blobs, blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
+    rows = [np.flatnonzero(blobs.test_labels == c)[:4] for c in (3, 7)]
+    x, y = blobs.test_images[np.concatenate(rows)], np.repeat(["seven", "three"], 4)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x, query_y=y)
+    capsys.readouterr()
+    call("adapt", tmp_path / "run", tmp_path / "task.npz", "--steps", "20", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["predictions"]) == {"seven", "three"}
+    assert found["accuracy"] == np.mean(np.array(found["predictions"]) == y)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x, query_y=np.array(["nine"] * 8))
+    assert "expected labels of the support set, ['seven', 'three'], got nine" in refused(
+        capsys, "adapt", tmp_path / "run", tmp_path / "task.npz"
+    )
+
+
+def test_show_needs_no_code_of_a_custom_network(tmp_path, capsys):
+    model = dataclasses.replace(models.mlp(3, (8, 8, 1), widths=(6,)), name="custom", settings={})
+    spec = hyperparameters.RatesSpec("layer", steps=3)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = metalr.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates))
+    metalr.save(tmp_path / "run" / "artifact", learned)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    call("show", tmp_path / "run")
+    assert "dense_0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "artifact")
+    said = refused(capsys, "show", tmp_path / "run")
+    assert "expected a finished run, found one without an artifact; go on with: metalr train --resume" in said
+
+
+def test_a_mistyped_flag_is_answered_once(capsys):
+    with pytest.raises(SystemExit):
+        call("train", "--outer.stepz", "1")
+    assert capsys.readouterr().err.count("--outer.steps INT") == 1
+
+
+def test_data_commands(blobs_npz, capsys):
+    call("data", "list")
+    assert "mnist12k: 10,000 train + 2,000 test" in capsys.readouterr().out
+    call("data", "import", blobs_npz, "--name", "mine")
+    capsys.readouterr()
+    call("data", "list", "--json")
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mnist12k", "mine"]
+    assert "another name" in refused(capsys, "data", "import", blobs_npz, "--name", "mnist12k")
+    assert "found none" in refused(capsys, "data", "prepare", "mnist", "--idx", "nowhere")
+
+
+def test_resume_from_the_command_line(blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "whole")
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "cut")
+    capsys.readouterr()
+    (tmp_path / "cut" / "results.json").unlink()  # as if it had been killed just before the end
+    assert "outer.steps: expected 6 as in" in refused(
+        capsys, "train", "--resume", tmp_path / "cut", "--outer.steps", "9"
+    )
+    assert "is finished" in refused(capsys, "train", "--resume", tmp_path / "whole")
+    assert "expected a run folder" in refused(capsys, "train", "--resume", tmp_path / "none")
+    call("train", f"--resume={tmp_path / 'cut'}", "--evaluation.episodes", "12", "--json")
+    assert json.loads(capsys.readouterr().out)["config"]["evaluation"]["episodes"] == 12
+
+
+def test_a_comparison_goes_on_with_its_own_settings_only(tmp_path, capsys):
+    for change in (["--tasks", "50"], ["--pretrained", str(tmp_path)], [str(tmp_path)]):
+        assert "resume: expected no runs and no settings" in refused(
+            capsys, "compare", *change, "--resume", tmp_path / "comparison"
+        )
+
+
+def test_the_defaults_of_train_fit_together():
+    setup.set_up(config.TrainConfig())
+
+
+def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
+    for mistyped, meant in (("--outer.stepps", "--outer.steps"), ("--inner.algoritm", "--inner.algorithm")):
+        with pytest.raises(SystemExit) as caught:
+            call("train", mistyped, "3")
+        assert caught.value.code == 2
+        assert meant in capsys.readouterr().err
+    for mistyped, message in (
+        ({"outer": {"metabatch": 3}}, r"outer.metabatch: no such setting; did you mean outer.meta_batch\?"),
+        ({"tasks": {"way": True}}, "tasks.way: expected int, got True"),
+        ({"grid": {"steps": 3}}, "grid.steps: expected a list, got 3"),
+        ({"grid": {"steps": ["a"]}}, "grid.steps: expected int, got 'a'"),
+        ({"model": 3}, "model: expected an object of settings, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            files.from_json(mistyped)
+
+
+def test_config_round_trip():
+    assert files.from_json(json.loads(json.dumps(config.QUICKSTART.to_json()))) == config.QUICKSTART
+
+
+@pytest.mark.smoke
+def test_help_imports_no_jax_and_is_fast():
+    code = "import sys; from metalr import cli\ntry: cli.main(['{}', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'jax' not in sys.modules and 'tensorflow_datasets' not in sys.modules"
+    for command in ("quickstart", "train"):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code.format(command)], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - began)
+        assert min(seconds) < 2, seconds  # a bound for slow machines; the measured figure is in benchmarks/results
+
+
+@pytest.mark.smoke
+def test_quickstart_in_small(tmp_path, capsys):
+    """The real command on the bundled data, with less of everything."""
+    call(
+        "quickstart", "--outer.steps", "60", "--evaluation.episodes", "16", "--evaluation.validation-episodes", "8",
+        "--grid.steps", "5", "--grid.learning-rates", "0.01", "--grid.batch-sizes", "1000", "--out", tmp_path / "q",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "q" / "results.json").read_text())["comparison"]
+    assert {"learned init + learned rates", "random init + grid, best cell at 5 steps"} <= {r["method"] for r in rows}
+    # Which is better is measured by benchmarks/quickstart.py; here: that the table says what was found.
+    for row in rows:
+        lines = [line for line in printed.splitlines() if line.startswith(row["method"])]
+        line = next(line for line in lines if f" {row['steps']}  " in line)
+        assert f"{100 * row['accuracy']:.2f} %" in line
+        assert 0 <= row["accuracy"] <= 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import sys; sys.argv[0] = 'metalr'; from metalr import cli; cli.main({})"
+    for argv in (["--help"], ["train", "--help"]):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code.format(argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait() == 141
+        child.stderr.close()

@@ -1,0 +1,222 @@
+"""IDX files, TFDS folders, downloads; all offline, on made files (and the real ones, if METALR_MNIST_IDX is set)."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metalr import data
+from metalr.data import sources
+from metalr.errors import DataError
+
+REAL = os.environ.get("METALR_MNIST_IDX")
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def idx_dir(tmp_path, monkeypatch):
+    """Four small IDX files, with their own hashes in place of MNIST's."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    hashes = {}
+    for part, count in (("train", 40), ("t10k", 20)):
+        for kind, array in (
+            ("images-idx3", rng.integers(0, 256, (count, 28, 28))),
+            ("labels-idx1", np.arange(count) % 10),
+        ):
+            content = idx_bytes(array)
+            name = f"{part}-{kind}-ubyte"
+            hashes[name] = hashlib.sha256(content).hexdigest()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(sources, "IDX_FILES", hashes)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # TFDS's own
+def test_idx_to_tfds_to_cache(idx_dir, tmp_path):
+    prepared = sources.prepare("mnist", idx=idx_dir)
+    assert (tmp_path / "tfds" / "mnist" / "3.0.1" / "dataset_info.json").is_file()
+    assert not list((tmp_path / "tfds").glob(".metalr-*"))
+    plain = sources.read_idx(idx_dir)
+    for part in ("train", "test"):  # TFDS shuffles: the same images with the same labels, in another order
+
+        def rows(dataset, part=part):
+            images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+            return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+        assert rows(prepared) == rows(plain)
+    assert data.load("mnist").sha256 == prepared.sha256
+    assert sources.prepare("mnist").sha256 == prepared.sha256  # now from the TFDS folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: None, "expected the gzipped IDX file, found none"),
+        (lambda raw: raw[:-20], "expected a whole gzip file, got one cut short"),
+        (lambda raw: b"<!DOCTYPE html><html>", "expected a gzip file, got an HTML page"),
+        (lambda raw: gzip.compress(gzip.decompress(raw)[:-1] + b"\0\1"), "expected sha256 .* got"),
+        (lambda raw: raw[:30] + bytes([raw[30] ^ 255]) + raw[31:], "expected"),
+    ],
+)
+def test_damaged_idx_files_are_refused_and_nothing_is_left(idx_dir, tmp_path, damage, message):
+    file = idx_dir / "t10k-images-idx3-ubyte.gz"
+    content = damage(file.read_bytes())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=f"t10k-images-idx3-ubyte.gz: {message}") as caught:
+        sources.prepare("mnist", idx=idx_dir)
+    assert "metalr data prepare mnist --idx DIR" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "tfds").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_download_by_tfds_with_checksums(idx_dir, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(idx_dir))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    infos = {}
+    for name in sources.IDX_FILES:
+        raw = (idx_dir / f"{name}.gz").read_bytes()
+        info = tfds.core.download.checksums.UrlInfo(
+            size=len(raw), checksum=hashlib.sha256(raw).hexdigest(), filename=f"{name}.gz"
+        )
+        infos[f"{sources.MNIST_URL}{name}.gz"] = info
+    monkeypatch.setattr(tfds.core.download.checksums, "get_all_url_infos", lambda: dict(infos))
+    try:
+        folder = sources.download_mnist(tmp_path / "got", url)
+        assert len(sources.read_idx(folder).train_images) == 40
+        bad = idx_dir / "train-labels-idx1-ubyte.gz"
+        bad.write_bytes(b"<html>" + bad.read_bytes())
+        with pytest.raises(DataError, match="the download failed"):
+            sources.download_mnist(tmp_path / "again", url)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_no_network_is_one_line():
+    with pytest.raises(DataError, match=r"cannot be reached.*--idx DIR.*mnist12k"):
+        sources.download_mnist(Path("x"), "http://127.0.0.1:9/")
+
+
+def write_tfds_set(folder, name, version, config=None, *, sizes=(4,), labels=(0, 1), test_labels=None, names=None):
+    """A small TFDS image-classification set, as its own builder would lay it out."""
+    import io
+
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    set_name = name
+    configs = [tfds.core.BuilderConfig(name=config, version=version)] if config else []
+
+    with tfds.core.registered.skip_registration():  # several of one name
+
+        class Set(tfds.core.GeneratorBasedBuilder):
+            name = set_name
+            VERSION = tfds.core.Version(version)
+            BUILDER_CONFIGS = configs
+            pkg_dir_path = None
+
+            def _info(self):
+                label = tfds.features.ClassLabel(names=names) if names else tfds.features.ClassLabel(num_classes=30)
+                features = {"image": tfds.features.Image(shape=(None, None, 1)), "label": label}
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+                )
+
+            def _split_generators(self, _):
+                return {
+                    "train": self._generate_examples(labels),
+                    "test": self._generate_examples(test_labels or labels),
+                }
+
+            def _generate_examples(self, labels):
+                for i, label in enumerate(np.repeat(labels, 12)):
+                    png = io.BytesIO()
+                    size = sizes[i % len(sizes)]
+                    Image.fromarray(np.full((size, size), i, np.uint8)).save(png, "PNG")
+                    yield i, {"image": png.getvalue(), "label": int(label)}
+
+    tfds.disable_progress_bar()
+    options = {"config": config} if config else {}
+    Set(data_dir=folder, file_format="array_record", **options).download_and_prepare()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_of_several_prepared_sets_has_to_be_named(tmp_path):
+    folder = tmp_path / "tfds"
+    for config, version in (("a", "1.0.0"), ("b", "1.0.0"), ("b", "2.0.0")):
+        write_tfds_set(folder, "many", version, config)
+    for asked in ("many", "many/b", "many:1.0.0"):
+        with pytest.raises(DataError, match=r"expected one prepared TFDS dataset, found many/.*:.*, many/.*; name one"):
+            sources.prepare(asked)
+    prepared = sources.prepare("many/b:2.0.0")
+    assert prepared.source == "TFDS many/b:2.0.0"
+    assert data.load("many/b:2.0.0").sha256 == prepared.sha256
+    assert sources.prepare("many/a").source == "TFDS many/a:1.0.0"
+    with pytest.raises(DataError, match=r"expected a prepared TFDS dataset"):
+        sources.prepare("many/c")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_numbering_and_any_split_of_classes(tmp_path):
+    folder = tmp_path / "tfds"
+    write_tfds_set(folder, "gaps", "1.0.0", labels=(3, 9))
+    dataset = sources.prepare("gaps")
+    assert (dataset.classes, dataset.class_names) == (2, ("3", "9"))
+    write_tfds_set(folder, "named", "1.0.0", names=["zebra", "ant"])
+    assert sources.prepare("named").class_names == ("zebra", "ant")  # TFDS's order stays
+    write_tfds_set(folder, "disjoint", "1.0.0", labels=range(8), test_labels=range(8, 12))
+    dataset = sources.prepare("disjoint")
+    assert dataset.class_split == ("train",) * 7 + ("val",) + ("test",) * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_of_several_sizes_are_not_called_damaged(tmp_path):
+    write_tfds_set(tmp_path / "tfds", "sizes", "1.0.0", sizes=(4, 5))
+    message = r"images of one size, got 2 sizes in 'train', from \(4, 4, 1\) to \(5, 5, 1\)"
+    with pytest.raises(DataError, match=message) as said:
+        sources.prepare("sizes")
+    assert "delete" not in str(said.value)
+    record = next((tmp_path / "tfds" / "sizes").glob("**/*.array_record*"))
+    record.write_bytes(record.read_bytes()[:40])
+    with pytest.raises(DataError, match="cannot be read: .*; if they are damaged, delete"):
+        sources.prepare("sizes")
+
+
+def test_what_cannot_be_prepared():
+    with pytest.raises(DataError, match="expected a prepared TFDS dataset"):
+        sources.prepare("fashion_mnist")
+    with pytest.raises(DataError, match="--idx: expected the name mnist"):
+        sources.prepare("other", idx=Path("."))
+
+
+@pytest.mark.skipif(not REAL, reason="METALR_MNIST_IDX names no folder with the real MNIST")
+def test_bundled_is_a_subset_of_the_real_mnist():
+    full, subset = sources.read_idx(Path(REAL or "")), data.bundled()
+    for digit in range(10):
+        np.testing.assert_array_equal(
+            full.train_images[full.train_labels == digit][:1000], subset.train_images[subset.train_labels == digit]
+        )
+        np.testing.assert_array_equal(
+            full.test_images[full.test_labels == digit][:200], subset.test_images[subset.test_labels == digit]
+        )

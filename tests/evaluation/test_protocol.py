@@ -1,0 +1,75 @@
+"""The held-out protocol."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from metalr import inner, models, outer, tasks
+from metalr.errors import ConfigError
+from metalr.evaluation import protocol
+from metalr.inner import descent, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.0),
+        models.conv4(10, (8, 8, 1), channels=4, layers=2),
+        models.rnn(10, (8, 8, 1), width=8),
+    ],
+    ids=["factored", "plain", "recurrent"],
+)
+def test_curve_is_the_mean_of_single_episodes(blobs, model):
+    pool, sample = tasks.make_sampler(tasks.make_splits(blobs, "rotated").test, 10, 2, 3)
+    spec = RatesSpec("layer", initial=0.3)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    actual = hyperparameters.actual(spec, meta.rates)
+    keys = protocol.episode_keys(3, 6)
+    curve = protocol.make_evaluator(model, spec, sample, 7)(pool, meta.init, actual, keys)
+    assert curve.tasks.shape == (6, 8)
+    optimizer = descent.optimizer(spec, actual)
+    single = jax.jit(lambda key: inner.adaptation_curve(model.apply, meta.init, sample(pool, key), optimizer, 7))
+    one_by_one = np.array([single(key) for key in keys])
+    np.testing.assert_allclose(curve.tasks, one_by_one, atol=0.034)  # one prediction of 30 may round over
+    np.testing.assert_allclose(curve.mean, curve.tasks.mean(0))
+    np.testing.assert_allclose(curve.ci95, 2.5705818 * curve.tasks.std(0, ddof=1) / np.sqrt(6))  # t, 5 degrees
+
+
+@pytest.mark.parametrize(("family", "way"), [("digits", 4), ("relabeled", 10), ("classes", 3)])
+def test_accuracy_before_adaptation_is_chance_where_labels_are_shuffled(blobs, family, way):
+    """Even for an init that knows the classes: it cannot know the labels."""
+    split = tasks.make_splits(blobs, family).test
+    pool, sample = tasks.make_sampler(split, way, 2, 8)
+    model, spec = models.mlp(way, (8, 8, 1), widths=(16,), dropout=0.0), RatesSpec("layer", initial=0.3)
+    init = model.init(jax.random.key(0))
+    trained, _ = inner.adapt(model.apply, init, *sample(pool, jax.random.key(9))[:2], optax.adam(1e-2), 100)
+    evaluator = protocol.make_evaluator(model, spec, sample, 1)
+    curve = evaluator(
+        pool,
+        trained,
+        hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init)),
+        protocol.episode_keys(0, 400),
+    )
+    assert abs(curve.mean[0] - 1 / way) < max(4 * curve.ci95[0], 0.01)
+
+
+def test_more_episodes_keep_the_first_ones():
+    a, b = (jax.random.key_data(protocol.episode_keys(5, n)) for n in (3, 8))
+    np.testing.assert_array_equal(a, b[:3])
+    assert not np.array_equal(a, jax.random.key_data(protocol.episode_keys(6, 3)))
+    with pytest.raises(ConfigError, match="evaluation.episodes: expected at least 2"):
+        protocol.episode_keys(0, 1)
+
+
+def test_paired_difference():
+    mean, ci95 = protocol.paired(np.array([0.5, 0.7, 0.9]), np.array([0.4, 0.5, 0.6]))
+    np.testing.assert_allclose((mean, ci95), (0.2, 4.3026527 * 0.1 / np.sqrt(3)))
+
+
+def test_an_interval_over_seeds_and_tasks_is_wider_than_either():
+    """By hand: t of 2 degrees of freedom is 4.3027; the means 0.1 apart have a standard deviation of 0.1."""
+    both = protocol.over_seeds_and_tasks([0.5, 0.6, 0.7], [0.03, 0.04, 0.05])
+    assert both == pytest.approx(np.hypot(4.302653 * 0.1 / np.sqrt(3), 0.04), rel=1e-6)
+    assert protocol.over_seeds_and_tasks([0.6, 0.6], [0.04, 0.04]) == pytest.approx(0.04)

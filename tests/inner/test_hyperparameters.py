@@ -1,0 +1,114 @@
+"""Rates: groups, shapes, steps beyond the trained ones, the optax transformation."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalr.errors import ConfigError
+from metalr.inner import descent, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+
+pytestmark = pytest.mark.smoke
+PARAMS = {
+    "dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+    "head": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)},
+}
+GROUPS = {
+    "shared": {"all"},
+    "layer": {"dense_0", "head"},
+    "tensor": {"dense_0/kernel", "dense_0/bias", "head/kernel", "head/bias"},
+    "parameter": {"dense_0/kernel", "dense_0/bias", "head/kernel", "head/bias"},
+}
+
+
+@pytest.mark.parametrize(
+    ("granularity", "per_step", "positive"), list(itertools.product(GROUPS, (False, True), (False, True)))
+)
+def test_groups_shapes_and_first_values(granularity, per_step, positive):
+    spec = RatesSpec(granularity, per_step=per_step, positive=positive, steps=3, initial=0.05)
+    raw = hyperparameters.initial_raw(spec, PARAMS)
+    assert set(raw) == GROUPS[granularity]
+    for group, value in hyperparameters.actual(spec, raw).items():
+        own = PARAMS[group.split("/")[0]][group.split("/")[1]].shape if granularity == "parameter" else ()
+        assert value.shape == ((3,) if per_step else ()) + own
+        np.testing.assert_allclose(value, 0.05, rtol=1e-6)
+        assert not value.weak_type
+
+
+@pytest.mark.parametrize(
+    ("adapts", "groups"), [("head", {"head"}), ("body", {"dense_0"}), ("all", {"dense_0", "head"})]
+)
+def test_only_adapting_layers_have_rates(adapts, groups):
+    spec = RatesSpec("layer", adapts=adapts)
+    raw = hyperparameters.initial_raw(spec, PARAMS)
+    assert set(raw) == groups
+    updates, _ = descent.optimizer(spec, hyperparameters.actual(spec, raw)).update(
+        PARAMS, descent.optimizer(spec, raw).init(PARAMS)
+    )
+    moved = {layer for layer in PARAMS if bool((updates[layer]["kernel"] != 0).any())}
+    assert moved == groups
+
+
+def test_unknown_head():
+    with pytest.raises(ConfigError, match=r"model.head: expected a layer 'last'.*\['dense_0', 'head'\]"):
+        hyperparameters.initial_raw(RatesSpec(adapts="body", head="last"), PARAMS)
+
+
+@pytest.mark.parametrize(("extend", "beyond"), [("hold", 0.3), ("mean", 0.2), ("error", 0.3)])
+def test_steps_beyond_the_trained_ones(extend, beyond):
+    spec = RatesSpec("shared", per_step=True, steps=3, extend=extend)
+    values = {"all": jnp.array([0.1, 0.2, 0.3])}
+    got = [float(hyperparameters.at_step(spec, values, step)["all"]) for step in range(5)]
+    np.testing.assert_allclose(got, [0.1, 0.2, 0.3, beyond, beyond], rtol=1e-6)
+    traced = jax.vmap(lambda step: hyperparameters.at_step(spec, values, step)["all"])(jnp.arange(5))
+    np.testing.assert_allclose(traced, got, rtol=1e-6)
+
+
+def test_error_is_an_explicit_rule():
+    spec = RatesSpec("shared", per_step=True, steps=3, extend="error")
+    hyperparameters.check_steps(spec, 3)
+    with pytest.raises(ConfigError, match="steps: expected at most the 3 trained steps, got 4"):
+        hyperparameters.check_steps(spec, 4)
+    for bad in (-1, 2.5):
+        with pytest.raises(ConfigError, match="steps: expected an integer"):
+            hyperparameters.check_steps(spec, bad)
+
+
+def test_optimizer_is_gradient_descent_in_any_loop():
+    spec = RatesSpec("tensor", per_step=True, steps=2)
+    values = {group: jnp.array([i + 1.0, 10.0 * (i + 1)]) for i, group in enumerate(sorted(GROUPS["tensor"]))}
+    tx = optax.chain(descent.optimizer(spec, values))
+    state, params = tx.init(PARAMS), PARAMS
+    for step in range(3):
+        updates, state = jax.jit(tx.update)(PARAMS, state, params)
+        np.testing.assert_allclose(updates["dense_0"]["bias"], -(1.0, 10.0, 10.0)[step])
+        np.testing.assert_allclose(updates["head"]["kernel"], -(4.0, 40.0, 40.0)[step])
+        params = optax.apply_updates(params, updates)
+
+
+def test_optimizer_refuses_other_params():
+    spec = RatesSpec("tensor")
+    tx = descent.optimizer(spec, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+    with pytest.raises(ConfigError, match="expected a rate for 'other/kernel'"):
+        tx.init({"other": {"kernel": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"granularity": "neuron"}, "rates.granularity: expected one of"),
+        ({"extend": "repeat"}, "rates.extend: expected one of"),
+        ({"adapts": "tail"}, "rates.adapts: expected one of"),
+        ({"steps": 0}, "inner.steps: expected at least 1"),
+        ({"initial": 0.0}, "inner.rate: expected 0 < rate"),
+        ({"initial": 1e4}, "inner.rate: expected 0 < rate"),
+        ({"initial": float("nan")}, "inner.rate: expected 0 < rate"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RatesSpec(**settings)

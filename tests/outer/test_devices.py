@@ -1,0 +1,98 @@
+"""Devices: meshes, refusals, and two processes that train as one."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metalr.errors import ConfigError
+from metalr.outer import devices
+
+TRAIN = [
+    "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "6", "--outer.meta-batch", "4", "--outer.validate-every",
+    "3", "--inner.steps", "2", "--evaluation.steps", "3", "--evaluation.episodes", "8",
+    "--evaluation.validation-episodes", "8", "--model.widths", "16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 6, 7])
+def test_mesh_divides_the_tasks(tasks):
+    assert tasks % devices.task_mesh(tasks).size == 0
+
+
+def test_a_wrong_process_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES.*cannot join.*two"):
+        devices.join_processes()
+
+
+def train(out, *more, **env):
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
+    call = [sys.executable, "-m", "metalr.cli", "train", *(more or [*TRAIN, "--out", str(out)])]
+    return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def two_processes(out, *more):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    return [train(out, *more, **join, JAX_NUM_CPU_DEVICES="1", JAX_PROCESS_ID=str(i)) for i in (0, 1)]
+
+
+def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
+    both = two_processes(tmp_path / "two")
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert "accuracy" in printed[0][0]
+    assert "accuracy" not in "".join(printed[1]), "only the first process reports"
+    alone = train(tmp_path / "one", JAX_NUM_CPU_DEVICES="2")
+    printed = alone.communicate(timeout=300)
+    assert alone.returncode == 0, printed
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
+        assert one == two, name
+    assert np.size(list(tmp_path.glob("*/artifact"))) == 2
+
+
+def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
+    """Both are killed once a checkpoint is there; the second one never sees the run folder's checkpoints itself."""
+    longer = ["--outer.steps", "3000", "--outer.checkpoint-every", "20", "--outer.validate-every", "1000"]
+    both = two_processes(tmp_path / "two", *TRAIN, *longer, "--out", str(tmp_path / "two"))
+    store, until = tmp_path / "two" / "checkpoints", time.monotonic() + 200
+    while not any(store.glob("step_*")) and time.monotonic() < until and both[0].poll() is None:
+        time.sleep(0.05)
+    for process in both:
+        process.kill()
+        process.communicate()
+    assert any(store.glob("step_*"))
+    assert not (tmp_path / "two" / "results.json").exists()
+    again = two_processes(tmp_path / "two", "--resume", str(tmp_path / "two"))
+    printed = [process.communicate(timeout=300) for process in again]
+    assert [process.returncode for process in again] == [0, 0], printed
+    assert "resumed at outer step" in printed[0][1]
+    alone = train(tmp_path / "one", *TRAIN, *longer, "--out", str(tmp_path / "one"), JAX_NUM_CPU_DEVICES="2")
+    printed = alone.communicate(timeout=300)
+    assert alone.returncode == 0, printed
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
+        assert one == two, name
+
+
+def test_processes_of_different_settings_are_refused(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    both = [
+        train("", *TRAIN, "--seed", str(i), "--out", str(tmp_path / "x"), **join, JAX_PROCESS_ID=str(i)) for i in (0, 1)
+    ]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [2, 2], printed
+    assert "processes: expected the same settings, data and versions in all" in printed[0][1]
+    assert "this one differs in ['settings']" in printed[1][1]

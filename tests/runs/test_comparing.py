@@ -1,0 +1,191 @@
+"""Comparing finished runs with their rivals, end to end on small data."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from metalr import cli, data, report, runs
+from metalr.config import (
+    CompareConfig,
+    EvaluationConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from metalr.errors import ConfigError
+from metalr.evaluation import rivals
+from metalr.runs import comparing
+from metalr.runs.progress import ConsoleReporter
+from metalr.search import trials
+
+QUIET = ConsoleReporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def trained(blobs, tmp_path_factory):
+    """Two seeds of a run, and a jointly pre-trained init, with Adam inside."""
+    root = tmp_path_factory.mktemp("trained")
+    arrays = {part: getattr(blobs, part) for part in data.PARTS}
+    np.savez(root / "blobs.npz", images=arrays.pop("train_images"), labels=arrays.pop("train_labels"), **arrays)
+    config = TrainConfig(
+        data=str(root / "blobs.npz"),
+        tasks=TaskConfig(family="permuted", way=10, shot=4, query=3),
+        model=ModelConfig(widths=(8,)),
+        inner=InnerConfig(steps=4, base="adam", rate=1e-2, batch_size=8, knots=2),
+        outer=OuterConfig(steps=3, meta_batch=2),
+        evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=4),
+    )
+    variants = {"a": {}, "b": {"seed": 1}, "joint": {"inner": InnerConfig(algorithm="joint", steps=4)}}
+    for name, changes in variants.items():
+        runs.run(dataclasses.replace(config, out=root / name, **changes), name="x", reporter=QUIET)
+    return [root / name for name in variants]
+
+
+CONFIG = CompareConfig(
+    shot=5, query=3, tasks=4, searched=2, lengths=(1.0, 2.0), batch_size=8, tuning_tasks=2, budgets=(1.0, 3.0),
+    space=SpaceConfig(learning_rates=(1e-3, 1e-1), epochs=(1, 2), batch_sizes=(8,)),
+)  # fmt: skip
+
+
+def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
+    *seeds, joint = trained
+    config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
+    results = comparing.run(seeds, config, pretrained=joint, reporter=QUIET)
+    methods = {row["method"] for row in results["rows"]}
+    assert methods >= {
+        "learned init + learned rates",
+        "random init + learned rates",
+        "learned init, no search (Adam 0.001)",
+        "learned init + one tuned rate",
+        "random init, no search (Adam 0.001)",
+        "pre-trained init, no search (Adam 0.001)",
+        "random init + grid, 4 cells",
+        "pre-trained init + grid, 4 cells",
+        "random init + grid, 4 cells, trained again on all",
+        "random init + random, cost of 3 cells",
+        "random init + tpe, cost of 1 cells",
+        "random init + asha, cost of 3 cells, trained again on all",
+        "random init + tpe, learned rates first, cost of 1 cells",
+        "pre-trained init + one tuned rate",
+        "random init + one tuned rate",
+    }
+    first, second = results["rows"][:2]
+    assert (first["steps"], second["steps"]) == (6, 12)  # epochs of 50 // 8 steps
+    assert first["example_gradients"] == 48
+    assert len(first["accuracy_of_seeds"]) == 2
+    assert np.mean(first["accuracy_of_seeds"]) == pytest.approx(first["accuracy"], abs=1e-6)
+    assert first["learned_minus_this_at_equal_cost"] == [0.0, 0.0]
+    grid = next(row for row in results["rows"] if row["method"] == "random init + grid, 4 cells")
+    assert grid["tasks"] == 2
+    assert grid["naive_example_gradients"] == 2 * (1 + 2) * 40  # 20 % of each class validates
+    assert grid["example_gradients"] == 2 * 2 * 40  # epochs are snapshots
+    assert grid["paid_once_example_gradients"] == 0 < first["paid_once_example_gradients"]
+    ends = results["conclusions"]
+    assert len(ends) == len(results["rows"]) - 2
+    assert all(end["learned_reaches_it_with"] is None or end["share_of_its_cost"] > 0 for end in ends)
+    text = report.contest_text(results)
+    assert "random init + grid, 4 cells" in text
+    assert "permuted, few-shot: 4 held-out tasks, 2 of them searched" in text
+
+    kept = (config.out / "searches.jsonl").read_text().splitlines()
+    assert len(kept) == 2 * 6
+    (config.out / "results.json").unlink()
+    (config.out / "searches.jsonl").write_text("\n".join(kept[:7]) + '\n{"init": "ran')  # killed in a line
+    again = comparing.resume(config.out, reporter=QUIET)
+    same = [{k: v for k, v in row.items() if "seconds" not in k} for row in results["rows"]]
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in again["rows"]] == same
+    with pytest.raises(ConfigError, match="this comparison is finished"):
+        comparing.resume(config.out, reporter=QUIET)
+
+    cli.main(
+        ["compare", str(seeds[0]), "--tasks", "3", "--searched", "0", "--lengths", "1", "--tuning-tasks", "2",
+         "--data", json.loads((seeds[0] / "config.json").read_text())["data"], "--family", "rotated",
+         "--label-noise", "0.3", "--json"]
+    )  # fmt: skip
+    other = json.loads(capsys.readouterr().out)
+    assert (other["family"], other["label_noise"], results["label_noise"]) == ("rotated", 0.3, 0.0)
+    assert other["trained_on"]["family"] == "permuted"
+    assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
+
+
+def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path):
+    """Classes differ in size then, and so does what a task's search trains on: all of it means all of each."""
+    space = SpaceConfig(learning_rates=(1e-2,), epochs=(1, 2), batch_sizes=(999,))
+    config = dataclasses.replace(
+        CONFIG, label_noise=0.6, space=space, searched=4, searchers=("grid", "tpe+"), out=tmp_path / "noisy"
+    )
+    comparing.run(trained[:1], config, reporter=QUIET)
+    rows = [json.loads(line) for line in (config.out / "searches.jsonl").read_text().splitlines()]
+    sizes = {row["trials"][0]["batch_size"] for row in rows}
+    assert len(sizes) > 1
+    assert max(sizes) < 50
+    for row in rows:  # the winner was trained again on all 50
+        assert row["again_example_gradients"] in (50, 100)
+
+
+def test_refusals(trained, tmp_path):
+    a, b, joint = trained
+    config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
+    for runs_, change, message in (
+        ([], {}, "runs: expected at least one"),
+        ([a, joint], {}, "runs: expected runs that differ in their seed only, .* also in .*inner.algorithm"),
+        ([a], {"searchers": ("gird",)}, r"searchers: expected some of .*, got \['gird'\]"),
+        ([a], {"searchers": ()}, r"searchers: expected some of .*, got none"),
+        ([a], {"tasks": 1}, "tasks, tuning_tasks, searched: expected"),
+        ([a], {"searched": 1}, "tasks, tuning_tasks, searched: expected"),
+        ([a], {"lengths": ()}, "lengths: expected one or more positive"),
+        ([a], {"budgets": (0.0,)}, "budgets: expected one or more positive"),
+        ([a], {"batch_size": 0}, "batch_size: expected at least 1"),
+        ([a], {"shot": 0}, "shot: expected at least 1"),
+        ([a], {"seed": -1}, "seed: expected 0 <= seed"),
+        ([a], {"tasks": 2.5}, "tasks: expected int, got 2.5"),
+        ([a, a], {}, "runs: expected different run folders"),
+        ([a], {"shot": 99}, "tasks.shot"),
+        ([a], {"data": "mnist12k"}, "data: expected images of shape"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            comparing.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
+        assert not config.out.exists()
+    with pytest.raises(ConfigError, match="pretrained: .*: expected a run of --inner.algorithm joint, got"):
+        comparing.run([a], config, pretrained=b, reporter=QUIET)
+    assert not config.out.exists()
+    with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
+        comparing.resume(tmp_path / "nothing", reporter=QUIET)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(a, unfinished)
+    (unfinished / "results.json").unlink()
+    with pytest.raises(ConfigError, match="expected a finished run"):
+        comparing.run([unfinished], config, reporter=QUIET)
+
+
+def test_an_init_pretrained_on_other_tasks_is_refused():
+    train = TrainConfig(data="a", tasks=TaskConfig("rotated", 10, 5, 15))
+    joint = dataclasses.replace(train, inner=InnerConfig(algorithm="joint"))
+    comparing._check_pretrained("pretrained", dataclasses.replace(joint, tasks=TaskConfig("rotated", 10, 1, 5)), train)
+    other = dataclasses.replace(joint, tasks=TaskConfig("permuted", 10, 5, 15))
+    with pytest.raises(ConfigError, match="expected tasks.family 'rotated' as in the runs, got 'permuted'"):
+        comparing._check_pretrained("pretrained", other, train)
+
+
+def test_what_a_search_found_within_a_budget():
+    def trial(number, validation, test):
+        return trials.Trial(number, 0.1, 16, 2, (validation,), (test,), {2: validation}, 10, 1.0)
+
+    searches = [
+        rivals.Searched([trial(0, 0.2, 0.5), trial(1, 0.6, 0.4)], 0.45, 12),
+        rivals.Searched([trial(0, 0.3, 0.7), trial(1, 0.1, 0.9)], 0.75, 12),
+    ]
+    whole, first = rivals.best_of("x", searches), rivals.best_of("x", searches, 10)
+    assert whole.accuracy.tolist() == [0.4, 0.7]
+    assert (whole.example_gradients, first.example_gradients) == (20, 10)
+    assert first.accuracy.tolist() == [0.5, 0.7]
+    assert rivals.best_of("x", searches, choose="test").accuracy.tolist() == [0.5, 0.9]
+    again = rivals.best_of("x", searches, choose="again")
+    assert again.accuracy.tolist() == [0.45, 0.75]
+    assert again.example_gradients == 32

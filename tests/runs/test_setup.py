@@ -1,0 +1,130 @@
+"""What a config stands for: choices that there are not, and the cost of a task by its derivative."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import metalr
+from metalr import runs
+from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
+from metalr.errors import ConfigError
+from metalr.runs import progress, setup
+from metalr.runs.setup import set_up, task_cost
+
+
+@pytest.fixture
+def small(blobs_npz):
+    return TrainConfig(
+        data=str(blobs_npz),
+        tasks=TaskConfig(family="permuted", way=10, shot=2, query=3),
+        model=ModelConfig(widths=(16,)),
+        inner=InnerConfig(steps=2),
+        outer=OuterConfig(steps=4, meta_batch=2),
+        evaluation=EvaluationConfig(episodes=6, validation_episodes=2, steps=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"outer": OuterConfig(learns="rate")}, "outer.learns"),
+        ({"inner": InnerConfig(derivative="Forward")}, "inner.derivative"),
+        ({"inner": InnerConfig(adapts="heads")}, "inner.adapts"),
+        ({"model": ModelConfig(name="resnet")}, "model.name"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused(small, changes, named):
+    with pytest.raises(ConfigError, match=rf"{named}: expected one of \(.*, got '"):
+        set_up(dataclasses.replace(small, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner": InnerConfig(steps=2.5)}, "inner.steps: expected int, got 2.5"),
+        ({"outer": OuterConfig(steps="10")}, "outer.steps: expected int, got '10'"),
+        ({"outer": OuterConfig(learns="init"), "inner": InnerConfig(learned=True)}, "inner.learned: expected None or"),
+    ],
+)
+def test_wrong_types_and_contradictions_are_refused(small, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(dataclasses.replace(small, **changes))
+
+
+def test_every_experiment_uses_all_that_it_sets():
+    """No document asks for a setting that its other settings leave nothing to do."""
+    experiments = Path(__file__).parents[2] / "experiments"
+    seen = 0
+    for file in experiments.glob("*.py"):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for value in vars(module).values():
+            for config in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(config, TrainConfig):
+                    setup.check_choices_of(config, None)
+                    seen += 1
+    assert seen > 20
+
+
+def test_optimizers_that_are_none_are_told_why():
+    with pytest.raises(ConfigError, match=r"such as 'adam'; optax has no 'adm', but 'adam'"):
+        setup.optax_by_name("adm")
+    with pytest.raises(ConfigError, match=r"got 'apply_updates': TypeError: "):
+        setup.optax_by_name("apply_updates")
+
+
+def test_metalr_runs_under_strict_promotion(small, tmp_path):
+    """Where the user's own code is held to it; optax's Adam is not up to it."""
+    with jax.numpy_dtype_promotion("strict"):
+        convolution = {"name": "conv4", "channels": 2, "layers": 1}
+        for model, family in (({"widths": (8,)}, "rotated"), (convolution, "permuted")):
+            config = dataclasses.replace(
+                small, model=ModelConfig(**model), tasks=dataclasses.replace(small.tasks, family=family),
+                out=tmp_path / family,
+            )  # fmt: skip
+            runs.run(config, name="x", reporter=progress.ConsoleReporter(quiet=True))
+            learned = metalr.load(tmp_path / family)
+            x = np.random.default_rng(0).random((20, 8, 8), np.float32)
+            learned.apply(learned.adapt(x, np.arange(20) % 10), x)
+
+
+def test_a_setting_that_may_be_none_may_be_none(small):
+    set_up(dataclasses.replace(small, outer=OuterConfig(steps=4, meta_batch=2, clip=None)))
+
+
+def test_a_curve_ends_at_the_trained_steps_where_rates_cannot_be_extended(small):
+    config = dataclasses.replace(
+        small, inner=InnerConfig(steps=2, per_step=True, extend="error"), evaluation=EvaluationConfig(episodes=6)
+    )
+    set_up(config)
+    assert config.curve_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [
+        ({}, 3 * 4 * 20),
+        ({"derivative": "remat"}, 4 * 4 * 20),
+        ({"derivative": "truncated", "last": 3}, (4 + 3 * 3) * 20),
+        ({"derivative": "forward"}, (2 * 2 + 1) * 4 * 20),
+        ({"first_order": True}, 4 * 20),
+        ({"batch_size": 5}, 3 * 4 * 5),
+        ({"algorithm": "reptile"}, 4 * 20),
+        ({"algorithm": "imaml", "solver_steps": 5}, 4 * 20 + 2 * 7 * 20),
+        ({"algorithm": "joint"}, 20),
+    ],
+)
+def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
+    """20 support images, 4 steps, 30 query images; two learned numbers. docs/long.md has the factors."""
+    config = dataclasses.replace(small, inner=InnerConfig(**{"steps": 4} | inner), evaluation=EvaluationConfig(steps=4))
+    assert task_cost(config, set_up(config)) == expected + 30
+
+
+def test_cost_of_a_first_order_start_is_in_between(small):
+    config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, first_order_share=0.5))
+    assert task_cost(config, set_up(config)) == (0.5 + 0.5 * 3) * 2 * 20 + 30
