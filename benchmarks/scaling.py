@@ -29,12 +29,13 @@ import jax
 import measure
 import numpy as np
 
-from metalr import config, models, outer, runs
+from metalr import config, models, outer
 from metalr.inner import hyperparameters
 from metalr.outer import loop
 from metalr.runs import (
     progress,
     setup,
+    training,
 )
 from metalr.types import Episode
 
@@ -204,7 +205,7 @@ def outer_section() -> list[Row]:
             if repeat == 0:
                 continue  # compiled only now; the loop below compiles every time, and takes that off
             with tempfile.TemporaryDirectory() as folder:
-                *_, facts = runs.meta_train(settings, parts, Path(folder), progress.ConsoleReporter(quiet=True))
+                *_, facts = training.meta_train(settings, parts, Path(folder), progress.ConsoleReporter(quiet=True))
             looped.append(facts["seconds"] - facts["validation_seconds"] - facts["step_seconds"])
         step_seconds = float(np.median(alone[1:]))
         rows.append(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 Params = Any  # a pytree of float arrays, as flax makes them
-Rates = dict[str, jax.Array]  # name -> learned hyperparameter; see metalr.rates
+Rates = dict[str, jax.Array]  # name -> learned hyperparameter; see metalr.inner.hyperparameters
 
 
 class Episode(NamedTuple):
@@ -21,7 +21,7 @@ class Episode(NamedTuple):
 
 
 class MetaParams(NamedTuple):
-    """What the outer loop learns. `rates` are raw: metalr.rates.actual turns them into hyperparameters."""
+    """What the outer loop learns. `rates` are raw: inner.hyperparameters.actual turns them into hyperparameters."""
 
     init: Params
     rates: Rates

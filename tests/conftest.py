@@ -40,7 +40,8 @@ def blobs() -> data.Dataset:
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.tile(np.arange(10), count)
-        return np.clip(prototypes[labels] + 0.15 * rng.standard_normal((len(labels), 8, 8)), 0, 1), labels
+        noisy = np.clip(prototypes[labels] + 0.15 * rng.standard_normal((len(labels), 8, 8)), 0, 1)
+        return np.round(255 * noisy).astype(np.uint8), labels
 
     (train_x, train_y), (test_x, test_y) = draw(60), draw(30)
     return data.from_arrays(train_x, train_y, test_images=test_x, test_labels=test_y, name="blobs")

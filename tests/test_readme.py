@@ -110,10 +110,7 @@ def test_numbers_of_long_fine_tunes_are_those_of_their_results():
 
 @pytest.mark.parametrize("name", sorted(OMNIGLOT))
 def test_omniglot_artifacts_adapt_and_match_the_docs(name):
-    path, results = ROOT / "experiments" / "artifacts" / name, OMNIGLOT[name]
-    learned = metalr.load(path)
-    assert learned.facts["split_sha256"] == results["split_sha256"]
-    assert sum(f.stat().st_size for f in path.iterdir()) < 10**6
+    results = OMNIGLOT[name]
     made = from_json(results["runs"][0]["config"])
     document = runpy.run_path(str(ROOT / "experiments" / "omniglot.py"))["CONFIGS"][name.removeprefix("omniglot_")]
     assert differences(dataclasses.replace(made, out=None), document) == {}
@@ -121,6 +118,12 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
     row = re.search(rf"^\| `{name}` \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "choosing.md").read_text(), re.M)
     assert row
     assert tuple(map(float, row.groups())) == (round(100 * best["accuracy"], 1), round(100 * best["ci95"], 1))
+    if name.endswith("_cpu"):  # of the slower settings the results alone are kept
+        return
+    path = ROOT / "experiments" / "artifacts" / name
+    learned = metalr.load(path)
+    assert learned.facts["split_sha256"] == results["split_sha256"]
+    assert sum(f.stat().st_size for f in path.iterdir()) < 10**6
     way = learned.model.way
     images = np.random.default_rng(0).integers(0, 256, (2 * way, 28, 28), dtype=np.uint8)
     fast = learned.adapt(images[:way], np.arange(way))

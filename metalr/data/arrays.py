@@ -1,6 +1,6 @@
 """Image-classification data in memory: checked arrays, the bundled MNIST subset, the decoded cache.
 
-Reading other formats (IDX files, TFDS folders, downloads) is `metalr.sources`; this module never touches the
+Reading other formats (IDX files, TFDS folders, downloads) is `metalr.data.sources`; this module never touches the
 network and never picks another dataset than the one it was asked for.
 """
 

@@ -4,7 +4,7 @@ They are one flat dict, name -> array. A learning rate's name is its group: the 
 ("dense_0") or a tensor ("dense_0/kernel"); a tensor without a group does not adapt. Everything else has its kind in
 front: "momentum:dense_0", "decay:dense_0", "clip:dense_0", "proximal:dense_0", "dropout:all", and "predict:…" for the
 weights of the network that predicts hyperparameters from the task. The outer loop learns `raw` values, free of
-constraints; everything else sees the actual ones. `metalr.descent` makes steps of them.
+constraints; everything else sees the actual ones. `metalr.inner.descent` makes steps of them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Learner:
       model: the network.
       spec: the static choices about the rates.
       init: the learned initialization, the model's params pytree.
-      rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.rates.
+      rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.inner.hyperparameters.
       facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
     """
 

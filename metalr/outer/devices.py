@@ -27,7 +27,9 @@ from metalr.models import Apply, Model
 
 AXIS = "tasks"
 SETTINGS: Any = jax.config  # its options are not in its type
-ACCELERATOR_BYTES = 8 << 30  # what the tasks that are vmapped together on an accelerator may take, by `bytes_of`
+ACCELERATOR_BYTES = (
+    64 << 30
+)  # of the tasks vmapped together on an accelerator, by `bytes_of`; XLA keeps far less at once
 
 
 def cores() -> int:

@@ -19,23 +19,20 @@ import jax
 import numpy as np
 
 from metalr import data, tasks
-from metalr.learner import artifact
-from metalr.evaluation import protocol
-from metalr.search import fit
-from metalr.storage import folders
-from metalr.runs import preemption
-from metalr.evaluation import rivals
-from metalr.storage import sealed
-from metalr.search import searchers
-from metalr.inner import hyperparameters
-from metalr.search import trials as trials_lib
 from metalr.config import CompareConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.evaluation import protocol, rivals
+from metalr.evaluation.rivals import Field, Key, Scores, Searched
+from metalr.inner import hyperparameters
+from metalr.learner import artifact
 from metalr.models import Model
+from metalr.runs import preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.evaluation.rivals import Field, Key, Scores, Searched
+from metalr.search import fit, searchers
+from metalr.search import trials as trials_lib
+from metalr.storage import folders, sealed
 
 FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
 WARM = "tpe+"  # TPE that tries the learned rates first

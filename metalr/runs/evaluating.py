@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from metalr.learner import artifact
-from metalr.evaluation import protocol
-from metalr.evaluation import small_grid
 from metalr.config import TrainConfig
+from metalr.evaluation import protocol, small_grid
+from metalr.learner import artifact
 from metalr.runs.setup import Setup, grid_of
 from metalr.types import Curve
 
@@ -130,7 +129,9 @@ def compare(
     start = "random" if setup.phases.fresh_init else "learned"
     rows: list[dict[str, Any]] = []
 
-    def add(method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: small_grid.Cell | None = None) -> None:
+    def add(
+        method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: small_grid.Cell | None = None
+    ) -> None:
         mean, ci95 = protocol.paired(task_accuracy, np.zeros_like(task_accuracy))
         difference, difference_ci95 = protocol.paired(reference, task_accuracy)
         chosen = cell.row() if cell else {}

@@ -17,18 +17,17 @@ import jax
 import numpy as np
 
 from metalr import data, models, tasks
-from metalr.evaluation import protocol
-from metalr.search import fit
-from metalr.storage import folders
-from metalr.runs import preemption
-from metalr.search import searchers
-from metalr.search import trials as trials_lib
 from metalr.config import ModelConfig, SearchConfig
 from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
+from metalr.evaluation import protocol
+from metalr.runs import preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
 from metalr.runs.setup import check_choices_of, model_of, optax_by_name
+from metalr.search import fit, searchers
+from metalr.search import trials as trials_lib
+from metalr.storage import folders
 from metalr.types import Episode
 
 FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", *folders.OWN}

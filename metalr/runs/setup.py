@@ -14,17 +14,15 @@ import numpy as np
 import optax
 
 from metalr import data, models, outer, tasks
-from metalr.outer import algorithms
-from metalr.evaluation import small_grid
-from metalr.outer import loop
-from metalr.inner import hyperparameters
 from metalr.config import ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
-from metalr.inner.descent import promoting
 from metalr.errors import ConfigError, one_line
-from metalr.models import Model
-from metalr.outer import Method
+from metalr.evaluation import small_grid
+from metalr.inner import hyperparameters
+from metalr.inner.descent import promoting
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.models import Model
+from metalr.outer import Method, algorithms, loop
 from metalr.tasks import Pool, Sampler, Splits
 
 

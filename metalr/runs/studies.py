@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from metalr.learner import artifact
-from metalr.runs import evaluating
-from metalr.evaluation import protocol
-from metalr.storage import folders
-from metalr.evaluation import small_grid
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, one_line
-from metalr.runs.training import RUN_FILES, resume, run
+from metalr.evaluation import protocol, small_grid
+from metalr.learner import artifact
+from metalr.runs import evaluating
 from metalr.runs.setup import set_up
+from metalr.runs.training import RUN_FILES, resume, run
+from metalr.storage import folders
 
 
 def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Path) -> dict[str, Any]:

@@ -24,23 +24,19 @@ import numpy as np
 
 import metalr
 from metalr import data, models, outer
-from metalr.learner import artifact
-from metalr.storage import checkpoints
-from metalr.runs import evaluating
-from metalr.outer import devices
-from metalr.evaluation import protocol
-from metalr.storage import folders
-from metalr.runs import preemption
-from metalr.evaluation import small_grid
-from metalr.outer import loop
-from metalr.inner import hyperparameters
 from metalr.config import ModelConfig, TrainConfig
 from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
+from metalr.evaluation import protocol, small_grid
+from metalr.inner import hyperparameters
+from metalr.learner import artifact
 from metalr.models import Model
+from metalr.outer import devices, loop
+from metalr.runs import evaluating, preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up, task_cost
+from metalr.storage import checkpoints, folders
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
 
@@ -149,7 +145,9 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
         )
     raw = jax.tree.map(
         jnp.asarray,
-        hyperparameters.raw_of(setup.spec, learner.rates) if takes_rates else hyperparameters.initial_raw(setup.spec, learner.init),
+        hyperparameters.raw_of(setup.spec, learner.rates)
+        if takes_rates
+        else hyperparameters.initial_raw(setup.spec, learner.init),
     )
     facts = {
         "folder": str(config.init),

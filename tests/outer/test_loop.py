@@ -232,21 +232,22 @@ def test_unknown_policy(parts):
 
 DEVICES = """
 import sys
-from metalr import devices
+from metalr.outer import devices
 devices.use_all_cores() if sys.argv[1] == "cores" else None
 import jax
 if sys.argv[1] != "cores":
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-from metalr import data, models, outer, tasks, train
-from metalr.rates import RatesSpec
+from metalr import data, models, outer, tasks
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.outer import loop
 model, spec = models.mlp(10, widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
 pool, sample = tasks.make_sampler(tasks.make_splits(data.bundled(), "permuted").train, 10, 2, 3)
-optimizer = train.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
-chunk = train.make_chunk(model, spec, outer.Method(), optimizer, sample, meta_batch=4)
-state = train.start(model, spec, optimizer, jax.random.key(0))
+optimizer = loop.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
+chunk = loop.make_chunk(model, spec, outer.Method(), optimizer, sample, meta_batch=4)
+state = loop.start(model, spec, optimizer, jax.random.key(0))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-chunk(train.start(model, spec, optimizer, jax.random.key(0)), pool, jax.random.key(0), 0)
+chunk(loop.start(model, spec, optimizer, jax.random.key(0)), pool, jax.random.key(0), 0)
 first = sum("backend_compile" in name for name in compiled)
 state, metrics = chunk(state, pool, jax.random.key(0), 5)
 state, _ = chunk(state, pool, jax.random.key(0), 0)

@@ -68,7 +68,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
 CRASH = """
 import os, sys
 from pathlib import Path
-from metalr import folders
+from metalr.storage import folders
 
 exchange, at, after = sys.argv[2] == "exchange", int(sys.argv[3]), sys.argv[4] == "after"
 calls = 0
@@ -135,8 +135,9 @@ def test_no_lock_of_unix_is_needed_to_import_and_load(tmp_path):
     code = """
 import sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
-import metalr, metalr.cli, metalr.folders, metalr.provenance
-assert metalr.provenance.peak_memory() == 0
+import metalr, metalr.cli
+from metalr.runs import provenance
+assert provenance.peak_memory() == 0
 metalr.load(sys.argv[1])
 """
     golden = sorted((Path(__file__).parents[1] / "golden").glob("*/metalr.json"))[0].parent
@@ -146,7 +147,7 @@ metalr.load(sys.argv[1])
 HOLD = """
 import sys, time
 from pathlib import Path
-from metalr import folders
+from metalr.storage import folders
 with folders.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

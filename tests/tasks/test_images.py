@@ -11,6 +11,7 @@ from metalr import data, tasks
 from metalr.config import TaskConfig, TrainConfig
 from metalr.errors import ConfigError, DataError
 from metalr.runs.setup import set_up
+from metalr.tasks import images
 
 SUBSETS = [name for name, family in tasks.FAMILIES.items() if family.classes == "subset"]
 
@@ -91,7 +92,7 @@ def test_support_and_query_never_share_an_image(numbered):
 
 def test_every_image_is_drawn_equally_often():
     counts = np.zeros(7)
-    draw = jax.jit(jax.vmap(lambda key: tasks._choose(key, 7, 3)))
+    draw = jax.jit(jax.vmap(lambda key: images._choose(key, 7, 3)))
     chosen = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert all(len(set(row)) == 3 for row in chosen[:200].tolist())
     for place in range(3):  # in every place, not only overall
@@ -112,7 +113,7 @@ def test_label_orders_of_different_residues_never_meet(way):
     modulus = 7 if way >= 7 else 3
 
     def orders(residues):
-        draw = jax.vmap(lambda key: tasks._label_order(key, way, residues, modulus))
+        draw = jax.vmap(lambda key: images._label_order(key, way, residues, modulus))
         return np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(1), 500)))
 
     seen = [{tuple(o) for o in orders((residue,)).tolist()} for residue in range(modulus)]

@@ -1,4 +1,4 @@
-"""Rebuild mnist12k.npz from the four IDX files: python metalr/bundled/build.py IDX_DIR.
+"""Rebuild mnist12k.npz from the four IDX files: python metalr/data/bundled/build.py IDX_DIR.
 
 The first 1,000 images of each digit of MNIST's training set and the first 200 of each digit of its test
 set, each in MNIST's own order.

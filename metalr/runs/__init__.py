@@ -1,0 +1,8 @@
+"""Jobs in a folder of their own: training, searching, comparing, studies; set-up, progress, provenance."""
+
+from metalr.runs.training import (
+    resume,
+    run,
+)
+
+__all__ = ["resume", "run"]
