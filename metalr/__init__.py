@@ -1,8 +1,9 @@
 """metalr: meta-learn an initialization and the inner-loop learning rates; fine-tune later tasks without a search.
 
-learned = metalr.load("runs/x")
+learned = metalr.meta_train(tasks, model, objective="squared_error", out="runs/mine")
+learned = metalr.load("runs/mine", model=model)
 fast = learned.adapt(support_x, support_y, steps=5)
-logits = learned.apply(fast, query_x)
+outputs = learned.apply(fast, query_x)
 """
 
 import importlib
@@ -11,13 +12,39 @@ from typing import TYPE_CHECKING, Any
 from metalr.errors import MetalrError
 
 if TYPE_CHECKING:
-    from metalr.learner.artifact import Learner, load, save
+    from metalr import models, tasks
+    from metalr.inner import Objective
+    from metalr.learner import Learner, load, save
+    from metalr.runs import meta_train
+    from metalr.tasks import Tasks
+    from metalr.types import Episode
 
 __version__ = "0.1.0"
-__all__ = ["Learner", "MetalrError", "__version__", "load", "save"]
+__all__ = [
+    "Episode",
+    "Learner",
+    "MetalrError",
+    "Objective",
+    "Tasks",
+    "__version__",
+    "load",
+    "meta_train",
+    "models",
+    "save",
+    "tasks",
+]
 
 # Loaded on first use: the command line's --help must not wait for jax.
-_FROM = {"Learner": "metalr.learner", "load": "metalr.learner", "save": "metalr.learner"}
+_FROM = {
+    "Episode": "metalr.types",
+    "Learner": "metalr.learner",
+    "Objective": "metalr.inner",
+    "Tasks": "metalr.tasks",
+    "load": "metalr.learner",
+    "meta_train": "metalr.runs",
+    "save": "metalr.learner",
+}
+_PACKAGES = ("models", "tasks")
 
 
 def __dir__() -> list[str]:
@@ -27,4 +54,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"metalr.{name}")
     raise AttributeError(f"module 'metalr' has no attribute {name!r}")

@@ -27,6 +27,11 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def count(tree: Any) -> int:
+    """How many examples there are: the length of the leading axis of the tree's leaves."""
+    return np.shape(jax.tree.leaves(tree)[0])[0]
+
+
 def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """Leaves of a pytree as numpy arrays, under "PREFIX/NAME".
 

@@ -12,12 +12,17 @@ Rates = dict[str, jax.Array]  # name -> learned hyperparameter; see metalr.inner
 
 
 class Episode(NamedTuple):
-    """One task's data. Leading axes (a meta-batch) may stand before every shape given here."""
+    """One task's data: what is adapted to, and what the adapted network is judged on.
 
-    support_x: jax.Array  # [support, height, width, channels] float32, 0..1
-    support_y: jax.Array  # [support] int32, 0..way-1
-    query_x: jax.Array  # [query, height, width, channels] float32, 0..1
-    query_y: jax.Array  # [query] int32, 0..way-1
+    Each field is any pytree of arrays with a leading axis [support] or [query], the examples. A leading axis [tasks]
+    may stand before (a meta-batch). Image families give images [n, height, width, channels] float32, 0..1, and
+    labels [n] int32, 0..way-1.
+    """
+
+    support_x: Any
+    support_y: Any
+    query_x: Any
+    query_y: Any
 
 
 class MetaParams(NamedTuple):
@@ -28,9 +33,9 @@ class MetaParams(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Accuracy on held-out tasks after some numbers of inner steps."""
+    """The objective's score (accuracy, say) on held-out tasks after some numbers of inner steps."""
 
     steps: np.ndarray  # [points] int, ascending: after how many steps
-    mean: np.ndarray  # [points] float, 0..1
+    mean: np.ndarray  # [points] float
     ci95: np.ndarray  # [points] float, half-width over tasks
-    tasks: np.ndarray  # [tasks, points] float64, each task's own query accuracy
+    tasks: np.ndarray  # [tasks, points] float64, each task's own score on its query set

@@ -189,13 +189,13 @@ def evaluate(
     setup = set_up(config, dataset=data_lib.load_recorded(run, config.data, data))
     length = config.curve_steps if steps is None else steps
     learner = artifact.load(run / "artifact")
-    if learner.facts.get("split_sha256") != setup.splits.sha256:
+    if learner.facts.get("split_sha256") != setup.source.split_sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
     curve, seconds = evaluating.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)
     results = {
         "run": str(run),
         "episodes": asked.episodes,
-        "split_sha256": setup.splits.sha256,
+        "split_sha256": setup.source.split_sha256,
         "transductive": learner.model.transductive,
         "curve": evaluating.curve_rows(curve),
         "seconds": round(seconds, 3),

@@ -1,1 +1,1 @@
-"""Held-out evaluation: the fixed protocol and its intervals, the small grid, and all rivals of a learner."""
+"""Held-out evaluation: the fixed protocol, its intervals, and the small grid on the same tasks."""

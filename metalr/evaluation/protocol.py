@@ -15,9 +15,11 @@ from metalr import inner
 from metalr.errors import ConfigError
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, Model
 from metalr.outer import devices
 from metalr.tasks import Pool, Sampler, second_key
+from metalr.trees import count
 from metalr.types import Curve, Episode, Params, Rates
 
 Evaluator = Callable[..., Curve]
@@ -85,6 +87,7 @@ def make_evaluator(
     random_init: bool = False,
     of_steps: int | None = None,
     at: Sequence[int] | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Evaluator:
     """A compiled `evaluate(pool, init, rates, keys) -> Curve` for actual learned rates, to `steps` inner steps.
 
@@ -94,6 +97,7 @@ def make_evaluator(
       random_init: ignore `init` and draw a new one for every task.
       of_steps: over how many steps a schedule with knots is spread; default: the trained ones.
       at: after which numbers of steps the curve has a point, ascending; default: as `points` says.
+      objective: what adapts, and what the curve is of.
 
     Raises ConfigError where spec.extend forbids so many steps.
     """
@@ -108,18 +112,21 @@ def make_evaluator(
             descent.optimizer(spec, rates, of_steps),
             steps,
             observe_at=at,
-            batch_size=spec.minibatch(episode.support_y.shape[0]),
+            objective=objective,
+            batch_size=spec.minibatch(count(episode.support_y)),
             key=key,
             dropout=hyperparameters.dropout(spec, rates, model.dropout),
         )
 
     def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
         data = episode.support_x, episode.support_y, episode.query_x
-        logits = factored.query_logits(init, rates, spec, *data, steps, every_step=True, of_steps=of_steps)
-        return jax.vmap(inner.accuracy, (0, None))(logits[np.asarray(at)], episode.query_y)
+        logits = factored.query_logits(
+            init, rates, spec, *data, steps, every_step=True, of_steps=of_steps, objective=objective.name
+        )
+        return jax.vmap(objective.score, (0, None))(logits[np.asarray(at)], episode.query_y)
 
     def fits(support: int) -> bool:
-        return factored.pays(model, spec, support, steps)
+        return objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
 
     return _compiled(model, sample, plain, at, random_init, fast, fits)
 
@@ -132,6 +139,7 @@ def make_baseline(
     *,
     batch_size: int | None = None,
     random_init: bool = False,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Evaluator:
     """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for optimizer(learning_rate) as inner loop.
 
@@ -147,6 +155,7 @@ def make_baseline(
             optimizer(learning_rate),
             max(at),
             observe_at=at,
+            objective=objective,
             batch_size=batch_size,
             key=key,
             dropout=model.dropout,
@@ -184,7 +193,7 @@ def _compiled(
             return plain(apply, episode, step_key, start, rates)
 
         episodes = jax.eval_shape(sample, pool, keys[0])
-        if fits(episodes.support_y.shape[0]):
+        if fits(count(episodes.support_y)):
             return devices.map_tasks(in_fast_form, keys, min(32, len(keys)))
         group = devices.fitting_group(functools.partial(one_task, model.cpu_apply or model.apply), keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)

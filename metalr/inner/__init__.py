@@ -3,25 +3,37 @@
 from metalr.inner.loop import (
     UNROLLED_STEPS,
     Carry,
-    Loss,
     Step,
-    accuracy,
     adapt,
     adaptation_curve,
-    cross_entropy,
     make_step,
     take,
 )
+from metalr.inner.objective import (
+    CROSS_ENTROPY,
+    OBJECTIVES,
+    Loss,
+    Objective,
+    accuracy,
+    cross_entropy,
+    objective_of,
+    squared_error,
+)
 
 __all__ = [
+    "CROSS_ENTROPY",
+    "OBJECTIVES",
     "UNROLLED_STEPS",
     "Carry",
     "Loss",
+    "Objective",
     "Step",
     "accuracy",
     "adapt",
     "adaptation_curve",
     "cross_entropy",
     "make_step",
+    "objective_of",
+    "squared_error",
     "take",
 ]

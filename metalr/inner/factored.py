@@ -16,19 +16,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.models import Model
 from metalr.types import Params, Rates
 
+OBJECTIVES = ("cross_entropy", "squared_error")  # whose output gradients this form knows
 FEW_ROWS = 8  # a kernel is updated by that many images in one fused loop, rather than by a product and a difference
 LOW_RANK_SHARE = 2.0  # activations and errors may be this much larger than a kernel: shared products are that good
 
 
 def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
     """Whether this form applies to the model and rates, and is the cheaper one for this support set."""
-    first = model.input_shape[0] * model.input_shape[1] * model.input_shape[2]
+    if not model.relu_stack or model.input_shape is None:
+        return False
+    first = int(np.prod(model.input_shape))
     return (
         model.relu_stack
         and not model.dropout
@@ -56,23 +60,25 @@ def query_logits(
     first_order: bool = False,
     every_step: bool = False,
     of_steps: int | None = None,
+    objective: str = "cross_entropy",
 ) -> jax.Array:
     """Logits on the query set after adapting to the support set.
 
     Args:
       params: the init of a `relu_stack` model.
       rates: actual rates, of granularity "shared", "layer" or "tensor".
-      support_x, query_x: [support or query, height, width, channels] float.
-      support_y: [support] int.
+      support_x, query_x: [support or query, …] float; flattened.
+      support_y: [support] int for cross_entropy, [support] or [support, outputs] float for squared_error.
       steps: static number of inner steps.
       first_order: as in `inner.adapt`.
       every_step: also give the logits before each step.
       of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
+      objective: one of OBJECTIVES.
 
     Returns:
       [query, way], or [steps + 1, query, way] if every_step.
     """
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps, objective)
     query_x = query_x.reshape(query_x.shape[0], -1)
     on_query = stack.products(query_x)  # each set apart, because joining them would copy every image
     layers = stack.start()
@@ -85,13 +91,19 @@ def query_logits(
 
 
 def adapt(
-    params: Params, rates: Rates, spec: RatesSpec, support_x: jax.Array, support_y: jax.Array, steps: int
+    params: Params,
+    rates: Rates,
+    spec: RatesSpec,
+    support_x: jax.Array,
+    support_y: jax.Array,
+    steps: int,
+    objective: str = "cross_entropy",
 ) -> Params:
     """Params after `steps` steps on the support set; the first kernel is built once, at the end. Arguments as above.
 
     A schedule with knots is spread over these steps.
     """
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, objective)
     first, rest = stack.start()
     layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
     for step in range(steps):
@@ -116,6 +128,7 @@ class _Stack:
         steps: int,
         first_order: bool,
         of_steps: int | None,
+        objective: str,
     ) -> None:
         body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
         self.names = [*body, "head"]
@@ -123,7 +136,12 @@ class _Stack:
         self.of_steps = of_steps
         self.one_rate = spec.granularity != "tensor"  # for a layer's kernel and bias
         self.x = support_x.reshape(support_x.shape[0], -1)
-        self.targets = jax.nn.one_hot(support_y, params["head"]["bias"].shape[0], dtype=support_x.dtype)
+        outputs = params["head"]["bias"].shape[0]
+        self.classes = objective == "cross_entropy"
+        if self.classes:
+            self.targets = jax.nn.one_hot(support_y, outputs, dtype=support_x.dtype)
+        else:
+            self.targets = support_y.reshape(len(support_y), outputs).astype(support_x.dtype)
         self.on_support = self.products(self.x)
 
     def products(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +167,12 @@ class _Stack:
         first, rest = layers[0], list(layers[1])
         now = hyperparameters.at_step(self.spec, self.rates, index, self.of_steps)
         logits, inputs = self.forward(layers, self.on_support)
-        error = (jax.nn.softmax(logits) - self.targets) / len(self.x)
+        # The objective's gradient by the outputs: of the mean over examples, and of the mean over all numbers.
+        error = (
+            (jax.nn.softmax(logits) - self.targets) / len(self.x)
+            if self.classes
+            else 2 * (logits - self.targets) / self.targets.size
+        )
         for i in reversed(range(len(rest))):
             a, delta = jax.lax.stop_gradient((inputs[i], error)) if self.first_order else (inputs[i], error)
             error = rest[i].backward(error) * (inputs[i] > 0).astype(error.dtype)

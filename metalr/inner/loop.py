@@ -15,29 +15,20 @@ import jax.numpy as jnp
 import optax
 
 from metalr.errors import ConfigError
+from metalr.inner.objective import CROSS_ENTROPY, Loss, Objective, cross_entropy
 from metalr.models import Apply, predict
+from metalr.trees import count
 from metalr.types import Episode, Params
 
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
 Carry = tuple[Params, Any]  # params and the optimizer's state
 Step = Callable[[Carry, "int | jax.Array"], Carry]  # (carry, number of the step) -> carry
 UNROLLED_STEPS = 8  # up to here a Python loop compiles to faster code than a scan; measured in benchmarks/README.md
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy. logits: [n, way] float; labels: [n] int; result: [] float."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of correct predictions. logits: [n, way] float; labels: [n] int; result: [] float32, 0..1."""
-    return (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
-
-
 def make_step(
     apply: Apply,
-    support_x: jax.Array,
-    support_y: jax.Array,
+    support_x: Any,
+    support_y: Any,
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
@@ -48,7 +39,7 @@ def make_step(
     first_order: bool = False,
 ) -> Step:
     """One inner step, `step((params, state), number) -> (params, state)`, for numbers 0 … steps - 1. As in `adapt`."""
-    support = support_y.shape[0]
+    support = count(support_y)
     if batch_size is not None and not 1 <= batch_size <= support:
         raise ConfigError(f"batch_size: expected 1..{support} (the support set's size), got {batch_size}")
     if key is None and (dropout is not False or batch_size is not None):
@@ -61,7 +52,7 @@ def make_step(
         orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(batch_key, epoch), support))(epochs)
 
     @functools.partial(jax.jit, inline=True)  # so that the steps of an unrolled loop are traced once
-    def gradient(now: Params, x: jax.Array, y: jax.Array, drop: dict[str, Any]) -> Params:
+    def gradient(now: Params, x: Any, y: Any, drop: dict[str, Any]) -> Params:
         return jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
 
     def step(carry: Carry, number: int | jax.Array) -> Carry:
@@ -70,7 +61,7 @@ def make_step(
         if batch_size is not None:
             start = number // batches, number % batches * batch_size
             rows = jax.lax.dynamic_slice(orders, start, (1, batch_size))[0]
-            x, y = x[rows], y[rows]
+            x, y = jax.tree.map(lambda v: v[rows], (x, y))
         drop: dict[str, Any] = {}
         if dropout is not False:
             drop["key"] = jax.random.fold_in(drop_key, number)
@@ -98,8 +89,8 @@ def take(step: Step, carry: Carry, first: int, last: int, *, remat: bool = False
 def adapt(
     apply: Apply,
     params: Params,
-    support_x: jax.Array,
-    support_y: jax.Array,
+    support_x: Any,
+    support_y: Any,
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
@@ -111,16 +102,15 @@ def adapt(
     """Take `steps` optimizer steps on the support set.
 
     Args:
-      apply: (params, x, key=None) -> logits.
+      apply: (params, x, key=None) -> outputs.
       params: where to start, a pytree of float arrays.
-      support_x: [support, height, width, channels] float32.
-      support_y: [support] int32.
+      support_x, support_y: inputs and targets, any pytrees of arrays with a leading axis [support].
       optimizer: `descent.optimizer(...)`, or any optax transformation.
       steps: static number of steps.
       observe: called with the params after some steps; its results are stacked. Default: nothing.
       observe_at: after which numbers of steps, ascending. Default: 0, 1, …, steps.
       remat: recompute each step in the backward pass: memory for one step's activations instead of all steps'.
-      loss: (outputs of `apply`, labels) -> [] float.
+      loss: (outputs of `apply`, targets) -> [] float.
       batch_size: size of a minibatch; epochs are reshuffled, an incomplete last batch is left out. Default: all.
       key: for minibatches and dropout; needed by either.
       dropout: True gives `apply` a key of its own in every step; a rate ([] float) also gives it dropout=rate.
@@ -163,12 +153,18 @@ def adaptation_curve(
     episode: Episode,
     optimizer: optax.GradientTransformation,
     steps: int,
+    *,
+    objective: Objective = CROSS_ENTROPY,
     **options: Any,
 ) -> jax.Array:
-    """Query accuracy of one episode after 0, 1, …, steps inner steps (or those in observe_at): [steps + 1] float32."""
+    """The objective's score on one episode's query set after 0, 1, …, steps inner steps (or those in observe_at).
+
+    Returns: [steps + 1] float32.
+    """
 
     def observe(now: Params) -> jax.Array:
-        return accuracy(predict(apply, now, episode.support_x, episode.query_x), episode.query_y)
+        return objective.score(predict(apply, now, episode.support_x, episode.query_x), episode.query_y)
 
-    _, curve = adapt(apply, params, episode.support_x, episode.support_y, optimizer, steps, observe=observe, **options)
+    support = episode.support_x, episode.support_y
+    _, curve = adapt(apply, params, *support, optimizer, steps, observe=observe, loss=objective.loss, **options)
     return curve

@@ -26,12 +26,15 @@ from safetensors.numpy import save as tensor_bytes
 import metalr
 from metalr import data, inner, models, trees
 from metalr.errors import ArtifactError, ConfigError, DataError, MetalrWarning, one_line
+from metalr.evaluation import protocol
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, OBJECTIVES, Objective
 from metalr.models import Model
 from metalr.outer import devices
 from metalr.storage import folders, sealed
-from metalr.types import Params, Rates
+from metalr.tasks import Tasks
+from metalr.types import Curve, Params, Rates
 
 FORMAT = 2  # 2: hyperparameters beside rates, schedules; 1 is read too
 TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
@@ -50,6 +53,7 @@ class Learner:
       init: the learned initialization, the model's params pytree.
       rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.inner.hyperparameters.
       facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
+      objective: what the inner loop minimises and evaluation measures.
     """
 
     model: Model
@@ -57,15 +61,17 @@ class Learner:
     init: Params
     rates: Rates
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: Objective = CROSS_ENTROPY
 
     def adapt(self, support_x: Any, support_y: Any, steps: int | None = None, *, init: Params | None = None) -> Params:
         """Fine-tune on a task's support set; compiled once a shape.
 
         Args:
           support_x: [support, height, width] or [support, height, width, channels]; uint8 0..255 or float 0..1.
-            A further leading axis adapts many tasks at once.
+            A further leading axis adapts many tasks at once. A network of other inputs takes what its sampler gave in
+            training: any pytree of arrays with a leading axis [support], one task at a time.
           support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
-            present in every task.
+            present in every task. A network of other outputs takes targets as in training.
           steps: inner steps; default: as many as were trained.
           init: params to start from; default: the learned init. Rates that were learned alone (outer.learns "rates")
             hold for any random init, `model.init(key)`; the one stored beside them is such a one.
@@ -87,13 +93,34 @@ class Learner:
         start = self.init if init is None else init
         steps = self.spec.steps if steps is None else steps
         hyperparameters.check_steps(self.spec, steps)
+        if not self.model.takes_images:
+            x, y = _examples(support_x, "support_x"), _examples(support_y, "support_y")
+            if trees.count(x) != trees.count(y):
+                raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
+            return self._adapt(start, self.rates, x, y, steps=int(steps), batched=False)
         batched = np.ndim(support_y) == 2
         x = self._images(support_x, "support_x", batched)
         y = self._labels(support_y, x.shape[: 1 + batched])
-        return self._adapt(start, self.rates, x, y, steps=int(steps))
+        return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
+
+    def evaluate(self, tasks: Tasks, episodes: int = 600, steps: int | None = None, seed: int = 0) -> Curve:
+        """The adaptation curve on held-out tasks: the fixed meta-test episodes of a seed, the same for every method.
+
+        Args:
+          tasks: their `test` sampler is drawn from.
+          steps: length of the curve; default: 10, or as many as were trained if those are more.
+
+        Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
+        """
+        length = max(10, self.spec.steps) if steps is None else steps
+        pool, sample = tasks.sampler("test")
+        run = protocol.make_evaluator(self.model, self.spec, sample, length, objective=self.objective)
+        return run(pool, self.init, self.rates, protocol.episode_keys(seed, episodes))
 
     def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
-        """Logits [n, way] float32 of images in any of the forms that `adapt` takes (differentiable in params).
+        """Outputs for inputs in any of the forms that `adapt` takes, of images logits [n, way] float32.
+
+        Differentiable in params.
 
         Params with a leading axis [tasks], as from `adapt` on many tasks, take images with one too.
 
@@ -108,6 +135,12 @@ class Learner:
           ConfigError: params of another network. DataError: a wrong shape, dtype or pixel.
         """
         batched, tasks = self._check_params(params)
+        if not self.model.takes_images:
+            if batched or support_x is not None:
+                raise ConfigError(
+                    "params: expected those of one task, and no support_x, with a network of other inputs"
+                )
+            return self._apply(params, _examples(x, "x"))
         images = self._images(x, "x", batched)
         if batched and images.shape[0] != tasks:
             raise DataError(f"x: expected images for {tasks} tasks, as params are, got {images.shape[0]}")
@@ -117,7 +150,7 @@ class Learner:
         if support_x is not None:
             return self._apply(params, images, self._images(support_x, "support_x", batched))
         count = images.shape[1 if batched else 0]
-        if self.model.transductive and count < FEW_IMAGES_A_CLASS * self.model.way:
+        if self.model.transductive and count < FEW_IMAGES_A_CLASS * self.model.classes:
             warnings.warn(
                 f"x: {count} images for {self.model.way} classes: this network normalises by the statistics of the "
                 "images "
@@ -145,11 +178,11 @@ class Learner:
 
     def __repr__(self) -> str:
         count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.init))
-        shape = "x".join(map(str, self.model.input_shape))
+        inputs, outputs = _described(self.model)
         tasks = self.facts.get("tasks", {})
         trained = f", trained on {tasks['family']!r} tasks" if "family" in tasks else ""
         return (
-            f"Learner({self.model.name} with {count:,} params, {shape} images, {self.model.way} classes; "
+            f"Learner({self.model.name} with {count:,} params, {inputs}, {outputs}; "
             f"{self.kind_of_rates} ({self.spec.granularity}, {self.spec.steps} steps){trained})"
         )
 
@@ -181,56 +214,58 @@ class Learner:
 
     @functools.cached_property
     def _adapt(self) -> Callable[..., Params]:
-        model, spec = self.model, self.spec
+        model, spec, objective = self.model, self.spec, self.objective
 
-        def adapt(init: Params, rates: Rates, x: jax.Array, y: jax.Array, *, steps: int) -> Params:
-            fast = factored.pays(model, spec, y.shape[-1], steps)
+        def adapt(init: Params, rates: Rates, x: Any, y: Any, *, steps: int, batched: bool) -> Params:
+            support = jax.tree.leaves(y)[0].shape[int(batched)]
+            fast = objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
 
-            def tasks(
-                apply: models.Apply, group: int, init: Params, rates: Rates, x: jax.Array, y: jax.Array
-            ) -> Params:
-                def one(task: tuple[jax.Array, jax.Array]) -> Params:
-                    if fast:
-                        return factored.adapt(init, rates, spec, *task, steps)
-                    drop = hyperparameters.dropout(spec, rates, model.dropout)
-                    return inner.adapt(
-                        apply, init, *task, descent.optimizer(spec, rates, steps), steps, key=jax.random.key(0),
-                        batch_size=spec.minibatch(y.shape[-1]), dropout=drop,
-                    )[0]  # fmt: skip
+            def one(apply: models.Apply, init: Params, rates: Rates, task: tuple[Any, Any]) -> Params:
+                if fast:
+                    return factored.adapt(init, rates, spec, *task, steps, objective.name)
+                drop = hyperparameters.dropout(spec, rates, model.dropout)
+                return inner.adapt(
+                    apply, init, *task, descent.optimizer(spec, rates, steps), steps, key=jax.random.key(0),
+                    batch_size=spec.minibatch(support), dropout=drop, loss=objective.loss,
+                )[0]  # fmt: skip
 
-                return devices.map_tasks(one, (x, y), group) if y.ndim == 2 else one((x, y))
+            def tasks(apply: models.Apply, group: int, init: Params, rates: Rates, x: Any, y: Any) -> Params:
+                if not batched:
+                    return one(apply, init, rates, (x, y))
+                return devices.map_tasks(functools.partial(one, apply, init, rates), (x, y), group)
 
-            def here(init: Params, rates: Rates, x: jax.Array, y: jax.Array) -> Params:
-                group = 1
-                if y.ndim == 2:
-                    products = model.cpu_apply or model.apply
-                    group = devices.fitting_group(
-                        lambda t: tasks(products, 1, init, rates, models.unit(t[0]), t[1]), (x, y)
-                    )
-                return devices.by_platform(model, tasks, init, rates, models.unit(x), y, accelerator_group=group)
+            def here(init: Params, rates: Rates, x: Any, y: Any) -> Params:
+                x, group = _prepared(model, x), 1
+                if batched:
+                    alone = functools.partial(one, model.cpu_apply or model.apply, init, rates)
+                    group = devices.fitting_group(alone, (x, y))
+                return devices.by_platform(model, tasks, init, rates, x, y, accelerator_group=group)
 
-            if y.ndim == 1:
+            if not batched:
                 return here(init, rates, x, y)
-            return devices.split_tasks(here, devices.task_mesh(y.shape[0]), 2, mean=False)(init, rates, x, y)
+            mesh = devices.task_mesh(trees.count(y))
+            return devices.split_tasks(here, mesh, 2, mean=False)(init, rates, x, y)
 
-        return jax.jit(adapt, static_argnames="steps")
+        return jax.jit(adapt, static_argnames=("steps", "batched"))
 
     @functools.cached_property
-    def _apply(self) -> Callable[..., jax.Array]:
-        def logits(params: Params, x: jax.Array, support_x: jax.Array | None = None) -> jax.Array:
-            def forward(apply: models.Apply, _: int, params: Params, x: jax.Array, *support: jax.Array) -> jax.Array:
-                def one(params: Params, x: jax.Array, *support: jax.Array) -> jax.Array:
+    def _apply(self) -> Callable[..., Any]:
+        many = 5 if self.model.takes_images else None  # axes of the images of many tasks
+
+        def outputs(params: Params, x: Any, support_x: Any = None) -> Any:
+            def forward(apply: models.Apply, _: int, params: Params, x: Any, *support: Any) -> Any:
+                def one(params: Params, x: Any, *support: Any) -> Any:
                     return models.predict(apply, params, support[0], x) if support else apply(params, x)
 
-                return jax.vmap(one)(params, x, *support) if x.ndim == 5 else one(params, x, *support)
+                return jax.vmap(one)(params, x, *support) if many and x.ndim == many else one(params, x, *support)
 
-            support = () if support_x is None else (models.unit(support_x),)
-            return devices.by_platform(self.model, forward, params, models.unit(x), *support)
+            support = () if support_x is None else (_prepared(self.model, support_x),)
+            return devices.by_platform(self.model, forward, params, _prepared(self.model, x), *support)
 
-        return jax.jit(logits)
+        return jax.jit(outputs)
 
     def _images(self, x: Any, what: str, batched: bool) -> Any:
-        height, width, channels = self.model.input_shape
+        height, width, channels = self.model.image_shape
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         lead = x.shape[: 1 + batched]
         if x.shape[1 + batched :] not in ((height, width), (height, width, channels)) or (
@@ -256,9 +291,9 @@ class Learner:
             raise DataError(f"support_y: expected integers of shape {list(shape)}, got {y.dtype} {list(y.shape)}")
         if not isinstance(y, jax.core.Tracer):
             values = np.asarray(y)
-            if values.min() < 0 or values.max() >= self.model.way:
+            if values.min() < 0 or values.max() >= self.model.classes:
                 raise DataError(
-                    f"support_y: expected labels 0..{self.model.way - 1} (trained {self.model.way}-way), "
+                    f"support_y: expected labels 0..{self.model.classes - 1} (trained {self.model.way}-way), "
                     f"got {values.min()}..{values.max()}"
                 )
             counts = (np.atleast_2d(values)[..., None] == np.arange(values.max() + 1)).any(1)
@@ -266,6 +301,37 @@ class Learner:
                 missing = int(np.argwhere(~counts)[0, 1])
                 raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
         return y.astype(np.int32)
+
+
+def _prepared(model: Model, x: Any) -> Any:
+    """Inputs as the network takes them: images as float32 0..1, others as they are."""
+    return models.unit(x) if model.takes_images else x
+
+
+def _described(model: Model) -> tuple[str, str]:
+    """Inputs and outputs of a network in words."""
+    if model.takes_images:
+        return f"{'x'.join(map(str, model.image_shape))} images", f"{model.classes} classes"
+    shape = "inputs of any kind" if model.input_shape is None else f"inputs of shape {list(model.input_shape)}"
+    return shape, "outputs of its own"
+
+
+def _examples(tree: Any, what: str) -> Any:
+    """Inputs or targets of one task, as arrays. Raises DataError unless all have one leading axis and are finite."""
+    arrays = jax.tree.map(lambda v: v if isinstance(v, jax.Array) else _column(np.asarray(v)), tree)
+    leaves = jax.tree.leaves(arrays)
+    if not leaves or any(leaf.ndim < 1 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
+        shapes = [list(leaf.shape) for leaf in leaves]
+        raise DataError(f"{what}: expected arrays with one leading axis of examples, got shapes {shapes}")
+    for leaf in leaves:
+        tracer = isinstance(leaf, jax.core.Tracer)
+        if not tracer and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            raise DataError(f"{what}: expected finite values, got others")
+    return arrays
+
+
+def _column(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float32) if value.dtype == np.float64 else value
 
 
 def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path:
@@ -292,12 +358,15 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         "model": {
             "name": learner.model.name,
             "way": learner.model.way,
-            "input_shape": list(learner.model.input_shape),
+            "input_shape": None if learner.model.input_shape is None else list(learner.model.input_shape),
             "head": learner.model.head,
             "settings": learner.model.settings,
             "transductive": learner.model.transductive,
         },
-        "preprocessing": "uint8 / 255, or float 0..1 as it is; shape [n, height, width, channels]; no centring",
+        "objective": learner.objective.name,
+        "preprocessing": "uint8 / 255, or float 0..1 as it is; shape [n, height, width, channels]; no centring"
+        if learner.model.takes_images
+        else "none: inputs as the sampler gave them",
         "rates": dataclasses.asdict(learner.spec),
         "inner_steps": learner.spec.steps,
         "facts": learner.facts,
@@ -343,8 +412,8 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     alone = learner.facts.get("outer", {}).get("learns") == "rates"
     init = "a random initialization that was not learned" if alone else "a meta-learned initialization"
     return (
-        f"# A metalr learner\n\nA {facts['model']['name']} with {learner.model.way} outputs for "
-        f"{'x'.join(map(str, learner.model.input_shape))} images: {init} and meta-learned inner-loop "
+        f"# A metalr learner\n\nA {facts['model']['name']} ({', '.join(_described(learner.model))}): {init} and "
+        "meta-learned inner-loop "
         f"learning rates ({learner.spec.granularity}), trained for {learner.spec.steps} steps.\n{norm}\n"
         '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
         "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"
@@ -368,22 +437,23 @@ def folder_of(path: Path | str) -> Path:
     return path / "artifact"
 
 
-def load(path: Path | str, model: Model | None = None) -> Learner:
+def load(path: Path | str, model: Model | None = None, objective: Objective | None = None) -> Learner:
     """Read an artifact after checking its hashes, names, shapes, dtypes and values.
 
     Args:
       path: an artifact folder, or a run folder with one.
       model: needed for a custom model only, built as it was for training.
+      objective: needed for an objective of your own only.
 
     Raises:
-      ArtifactError: missing, damaged, of a newer format, or not fitting the model.
+      ArtifactError: missing, damaged, of a newer format, or not fitting the model or the objective.
     """
-    return _load(folder_of(path), model)
+    return _load(folder_of(path), model, objective)
 
 
 def load_to_show(path: Path | str) -> Learner:
     """As `load`, but of a custom model too, without its code: it can be looked at, not applied."""
-    return _load(folder_of(path), None, without_code=True)
+    return _load(folder_of(path), None, None, without_code=True)
 
 
 def _without_code(path: Path, facts: dict[str, Any], info: dict[str, Any]) -> Model:
@@ -404,13 +474,30 @@ def _without_code(path: Path, facts: dict[str, Any], info: dict[str, Any]) -> Mo
     def refuse(*_: Any, **__: Any) -> Any:
         raise ArtifactError(f"{path}: holds a custom model; to apply it: metalr.load(path, model=...)")
 
-    settings: dict[str, Any] = {"input_shape": tuple(info["input_shape"]), "way": info["way"], "head": info["head"]}
+    shape = None if info["input_shape"] is None else tuple(info["input_shape"])
+    settings: dict[str, Any] = {"input_shape": shape, "way": info["way"], "head": info["head"]}
     # A model of your own may take any rate of dropout: what it can do is not asked here.
     return Model(info["name"], lambda _: jax.tree.map(jnp.asarray, tree), refuse, **settings, learned_dropout=True)
 
 
-def _load(path: Path, model: Model | None, *, without_code: bool = False) -> Learner:
+def _objective_of(path: Path, name: str, given: Objective | None, without_code: bool) -> Objective:
+    """The objective that an artifact was trained with. Raises ArtifactError for another, or none."""
+    if given is not None:
+        if given.name != name:
+            raise ArtifactError(f"{path}: expected the objective {name!r}, got {given.name!r}")
+        return given
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if without_code:
+        return Objective(name, lambda outputs, targets: jnp.full((), jnp.nan))
+    raise ArtifactError(
+        f"{path}: has an objective of your own, {name!r}; pass it: metalr.load(path, ..., objective=...)"
+    )
+
+
+def _load(path: Path, model: Model | None, objective: Objective | None, *, without_code: bool = False) -> Learner:
     facts = sealed.read_manifest(path, FACTS, FORMAT)
+    objective = _objective_of(path, facts.get("objective", CROSS_ENTROPY.name), objective, without_code)
     try:
         info = facts["model"]
         if model is None and info["name"] not in models.MODELS:
@@ -426,10 +513,11 @@ def _load(path: Path, model: Model | None, *, without_code: bool = False) -> Lea
             raise ArtifactError(f"{path / FACTS}: expected no dropout rate for the model {info['name']!r}")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path / FACTS}: does not describe a learner: {one_line(error)}") from error
-    if (list(model.input_shape), model.way) != (list(info["input_shape"]), info["way"]):
+    shape = None if model.input_shape is None else list(model.input_shape)
+    if (shape, model.way) != (info["input_shape"], info["way"]):
         raise ArtifactError(
-            f"{path}: expected a model for images {info['input_shape']} and {info['way']} classes, "
-            f"got {list(model.input_shape)} and {model.way}"
+            f"{path}: expected a model for images {info['input_shape']} and {info['way']} classes, got {shape} and "
+            f"{model.way}"
         )
     if model.name == info["name"] and model.settings != info["settings"]:
         raise ArtifactError(f"{path}: expected model settings {info['settings']}, got {model.settings}")
@@ -455,7 +543,7 @@ def _load(path: Path, model: Model | None, *, without_code: bool = False) -> Lea
     init = jax.tree.unflatten(jax.tree.structure(expected), arrays)
     rates = {group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw}
     sealed.read_file(path, CARD, facts, MAX_BYTES[CARD])
-    return Learner(model, spec, init, rates, facts.get("facts", {}))
+    return Learner(model, spec, init, rates, facts.get("facts", {}), objective)
 
 
 def write_params(path: Path, params: Params) -> None:

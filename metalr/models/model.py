@@ -54,8 +54,8 @@ class Model:
       init: key -> params, a pytree of float32 arrays.
       apply: (params, x, key=None) -> logits. x: [n, height, width, channels] float32, 0..1; logits: [n, way]
         float32. With a key, dropout is active; without one, apply is deterministic.
-      input_shape: (height, width, channels).
-      way: number of outputs.
+      input_shape: the shape of one input, (height, width, channels) of images; None for inputs that are not one array.
+      way: number of outputs; None for outputs that are not [n, outputs].
       head: name of the output layer, the first keys of its path in params joined by "/" (ANIL and BOIL need it).
       settings: what rebuilds the model from MODELS[name]; empty for custom models.
       cpu_apply: the same function in the form that is fastest on CPUs, or None.
@@ -69,8 +69,8 @@ class Model:
     name: str
     init: Callable[[jax.Array], Params]
     apply: Apply
-    input_shape: tuple[int, int, int]
-    way: int
+    input_shape: tuple[int, ...] | None
+    way: int | None
     head: str = "head"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     cpu_apply: Apply | None = None
@@ -78,6 +78,28 @@ class Model:
     dropout: bool = False
     learned_dropout: bool = False
     transductive: bool = False
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether inputs are images [n, height, width, channels] and outputs the logits of classes."""
+        return self.input_shape is not None and len(self.input_shape) == 3 and self.way is not None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels). Raises ConfigError for a network of other inputs."""
+        if self.input_shape is None or len(self.input_shape) != 3:
+            raise ConfigError(
+                f"model {self.name!r}: expected a network of images, got inputs of shape {self.input_shape}"
+            )
+        height, width, channels = self.input_shape
+        return height, width, channels
+
+    @property
+    def classes(self) -> int:
+        """How many classes it tells apart. Raises ConfigError for a network of other outputs."""
+        if self.way is None:
+            raise ConfigError(f"model {self.name!r}: expected a network of classes, got one of other outputs")
+        return self.way
 
     @property
     def uses_support(self) -> bool:
@@ -349,6 +371,36 @@ def build(name: str, way: int, input_shape: tuple[int, int, int], **settings: An
         raise ConfigError(f"model {name}: {error}") from error
 
 
+def from_function(
+    init: Callable[[jax.Array], Params],
+    apply: Callable[[Params, Any], Any],
+    *,
+    name: str = CUSTOM,
+    head: str = "head",
+    input_shape: tuple[int, ...] | None = None,
+    relu_stack: bool = False,
+) -> Model:
+    """A network of two plain functions of your own, over any inputs and to any outputs.
+
+    Args:
+      init: key -> params, a pytree of float32 arrays (nested dicts, say).
+      apply: (params, x) -> outputs; x and the outputs are pytrees of arrays with a leading axis [n].
+      head: name of the output layer, for algorithms that adapt the head or the body alone.
+      input_shape: of one input, if inputs are one array and the fast form for ReLU stacks shall be used.
+      relu_stack: whether it is exactly Dense-ReLU-…-Dense with params as `Model.relu_stack` says.
+
+    Raises ConfigError for params that are not float32 or float64.
+    """
+    if not callable(init) or not callable(apply):
+        raise ConfigError(f"model: expected two functions, init and apply, got {init!r} and {apply!r}")
+
+    def applied(params: Params, x: Any, key: jax.Array | None = None) -> Any:
+        return apply(params, x)
+
+    check_dtypes(jax.eval_shape(init, jax.random.key(0)), "model")
+    return Model(name, init, applied, input_shape, None, head, relu_stack=relu_stack)
+
+
 def _check_shape(input_shape: Any, way: Any) -> None:
     """Raises ConfigError unless these are (height, width, channels) and a number of classes."""
     if (
@@ -455,7 +507,7 @@ def _checked(model: Model) -> Model:
         warnings.simplefilter("ignore")
         params = jax.eval_shape(model.init, jax.random.key(0))
     check_dtypes(params, "model")
-    x = jax.ShapeDtypeStruct((3, *model.input_shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((3, *model.image_shape), jnp.float32)
     logits = jax.eval_shape(model.apply, params, x)
     if not isinstance(logits, jax.ShapeDtypeStruct):
         raise ConfigError(f"model: expected an array of logits, got {type(logits).__name__}")

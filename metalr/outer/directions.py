@@ -1,7 +1,7 @@
 """Meta-gradients of one task that are not the plain derivative of its query loss through all inner steps.
 
-Each is a function (apply, spec, meta, episode, key, …) -> (direction shaped like `meta`, {"loss", "accuracy"}), where
-loss and accuracy are those of the query set after adaptation.
+Each is a function (apply, spec, meta, episode, key, …) -> (direction shaped like `meta`, measured), where `measured` is
+what the objective measures on the query set after adaptation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from jax.flatten_util import ravel_pytree
 from metalr import inner
 from metalr.inner import descent, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, predict
+from metalr.trees import count
 from metalr.types import Episode, MetaParams, Params, Rates
 
 Direction = tuple[MetaParams, dict[str, jax.Array]]
@@ -28,7 +30,7 @@ def step_of(
     """The inner step of an episode with actual rates, and the function that starts the optimizer's state."""
     optimizer = descent.optimizer(spec, rates)
     x, y = episode.support_x, episode.support_y
-    size = spec.minibatch(y.shape[0])
+    size = spec.minibatch(count(y))
     step = inner.make_step(apply, x, y, optimizer, spec.steps, batch_size=size, key=key, **options)
     return step, optimizer.init
 
@@ -76,13 +78,13 @@ def reptile(
     episode: Episode,
     key: jax.Array,
     *,
-    loss: inner.Loss = inner.cross_entropy,
+    objective: Objective = CROSS_ENTROPY,
     dropout: bool = False,
 ) -> Direction:
     """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2); rates get zeros: they do not learn."""
-    fast = adapted(apply, spec, meta, episode, key, loss=loss, dropout=dropout)
+    fast = adapted(apply, spec, meta, episode, key, loss=objective.loss, dropout=dropout)
     direction = jax.tree.map(jnp.subtract, meta.init, fast)
-    _, metrics = on_query(apply, fast, episode, loss)
+    _, metrics = on_query(apply, fast, episode, objective)
     return _of_init(direction, meta), metrics
 
 
@@ -91,11 +93,13 @@ def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
     return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates))
 
 
-def on_query(apply: Apply, fast: Params, episode: Episode, loss: inner.Loss) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The query loss of adapted params, and the metrics."""
-    logits = predict(apply, fast, episode.support_x, episode.query_x)
-    value = loss(logits, episode.query_y)
-    return value, {"loss": value, "accuracy": inner.accuracy(logits, episode.query_y)}
+def on_query(
+    apply: Apply, fast: Params, episode: Episode, objective: Objective
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The query loss of adapted params, and all that the objective measures."""
+    outputs = predict(apply, fast, episode.support_x, episode.query_x)
+    measured = objective.measure(outputs, episode.query_y)
+    return measured["loss"], measured
 
 
 def joint(
@@ -105,7 +109,7 @@ def joint(
     episode: Episode,
     key: jax.Array,
     *,
-    loss: inner.Loss = inner.cross_entropy,
+    objective: Objective = CROSS_ENTROPY,
     dropout: bool = False,
 ) -> Direction:
     """The init's own gradient on all of the task's images, with no inner loop: ordinary pre-training on many tasks.
@@ -113,10 +117,10 @@ def joint(
     The baseline that says what adaptation in training is good for. Metrics are of the query set before any step; rates
     get zeros: they do not learn.
     """
-    x, y = (jnp.concatenate(v) for v in zip(episode[:2], episode[2:], strict=True))
+    x, y = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tuple(episode[:2]), tuple(episode[2:]))
     options = {"key": key} if dropout else {}
-    gradient = jax.grad(lambda p: loss(apply(p, x, **options), y))(meta.init)
-    _, metrics = on_query(apply, meta.init, episode, loss)
+    gradient = jax.grad(lambda p: objective.loss(apply(p, x, **options), y))(meta.init)
+    _, metrics = on_query(apply, meta.init, episode, objective)
     return _of_init(gradient, meta), metrics
 
 
@@ -127,7 +131,7 @@ def implicit(
     episode: Episode,
     key: jax.Array,
     *,
-    loss: inner.Loss = inner.cross_entropy,
+    objective: Objective = CROSS_ENTROPY,
     dropout: bool = False,
     solver_steps: int = 5,
 ) -> Direction:
@@ -140,8 +144,8 @@ def implicit(
 
     It is right only near a minimum: take enough steps, at a rate that is stable there (16 steps at 0.1, say).
     """
-    fast = adapted(apply, spec, meta, episode, key, loss=loss, dropout=dropout)
-    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, loss), has_aux=True)(fast)
+    fast = adapted(apply, spec, meta, episode, key, loss=objective.loss, dropout=dropout)
+    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, objective), has_aux=True)(fast)
     rates = hyperparameters.actual(spec, meta.rates)
 
     def scaled(tree: Params, by: Callable[[jax.Array], jax.Array | float]) -> Params:
@@ -154,7 +158,7 @@ def implicit(
         return jax.tree_util.tree_map_with_path(scale, tree)
 
     # Reverse over reverse, for the convolution that CPUs use has no forward mode; the Hessian is symmetric.
-    _, curved = jax.vjp(jax.grad(lambda p: loss(apply(p, episode.support_x), episode.support_y)), fast)
+    _, curved = jax.vjp(jax.grad(lambda p: objective.loss(apply(p, episode.support_x), episode.support_y)), fast)
 
     def system(v: Params) -> Params:
         return jax.tree.map(jnp.add, scaled(curved(v)[0], lambda _: 1.0), scaled(v, lambda pull: pull))
@@ -200,7 +204,7 @@ def forward(
     episode: Episode,
     key: jax.Array,
     *,
-    loss: inner.Loss = inner.cross_entropy,
+    objective: Objective = CROSS_ENTROPY,
     dropout: bool = False,
     first_order: bool = False,
 ) -> Direction:
@@ -212,12 +216,12 @@ def forward(
     flat, restore = ravel_pytree(meta.rates)
 
     def final(flat: jax.Array) -> Params:
-        options: dict[str, Any] = {"loss": loss, "dropout": dropout, "first_order": first_order}
+        options: dict[str, Any] = {"loss": objective.loss, "dropout": dropout, "first_order": first_order}
         return adapted(apply, spec, MetaParams(meta.init, restore(flat)), episode, key, **options)
 
     push = jax.vmap(lambda one: jax.jvp(final, (flat,), (one,)), out_axes=(None, 0))
     fast, changes = push(jnp.eye(flat.size, dtype=flat.dtype))
-    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, loss), has_aux=True)(fast)
+    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, objective), has_aux=True)(fast)
     each = jax.tree.map(lambda change, g: change.reshape(flat.size, -1) @ g.reshape(-1), changes, query)
     return MetaParams(query, restore(jnp.stack(jax.tree.leaves(each)).sum(0))), metrics
 

@@ -15,6 +15,7 @@ from metalr.errors import ConfigError, MetalrError
 from metalr.inner import hyperparameters
 from metalr.inner.descent import promoting
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Model
 from metalr.outer import devices, meta_gradients
 from metalr.outer.meta_gradients import Method
@@ -154,6 +155,7 @@ def make_chunk(
     *,
     phases: Phases = Phases(),  # noqa: B008 - a tuple
     on_divergence: str = "stop",
+    objective: Objective = CROSS_ENTROPY,
 ) -> ChunkFunction:
     """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
 
@@ -163,14 +165,14 @@ def make_chunk(
     (and fails it again until the chunk ends), "skip" goes on with the next.
 
     Returns:
-      (state, metrics): "loss", "accuracy" (query set, after adaptation), "gradient_norm", each [CHUNK] float32, and
-      "finite", [CHUNK] bool: whether the step was; entries from `count` on mean nothing.
+      (state, metrics): what the objective measures (query set, after adaptation) and "gradient_norm", each [CHUNK]
+      float32, and "finite", [CHUNK] bool: whether the step was; entries from `count` on mean nothing.
     """
     if meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
-    gradient = make_gradient(model, spec, method, sample, phases)
+    gradient = make_gradient(model, spec, method, sample, phases, objective)
     mesh = devices.task_mesh(meta_batch, all_processes=True)
     split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
 
@@ -239,6 +241,7 @@ def make_gradient(
     method: Method,
     sample: Sampler,
     phases: Phases = Phases(),  # noqa: B008 - a tuple
+    objective: Objective = CROSS_ENTROPY,
 ) -> GradientFunction:
     """`gradient(meta, pool, number, keys)`: the meta-gradient of outer step `number` over the tasks of `keys`.
 
@@ -250,7 +253,8 @@ def make_gradient(
         inner_keys = jax.vmap(second_key)(keys)
 
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-            return meta_gradients.meta_gradient(model, spec, meta, episodes, inner_keys, method, step_weights=weights)
+            options: dict[str, Any] = {"step_weights": weights, "objective": objective}
+            return meta_gradients.meta_gradient(model, spec, meta, episodes, inner_keys, method, **options)
 
         def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             if not phases.first_order_until or method.first_order:

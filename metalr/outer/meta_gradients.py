@@ -12,6 +12,7 @@ from metalr import inner, models
 from metalr.errors import ConfigError
 from metalr.inner import factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, Model, predict
 from metalr.outer import devices, directions
 from metalr.types import Episode, MetaParams
@@ -88,9 +89,9 @@ def query_logits(
     every_step: bool = False,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [query, way] of one episode after spec.steps steps from meta.init: the plain form.
+    """Outputs [query, …] of one episode after spec.steps steps from meta.init: the plain form.
 
-    every_step: [steps + 1, query, way], before each step and after the last.
+    every_step: [steps + 1, query, …], before each step and after the last.
     """
     remat = method.derivative in ("remat", "truncated")
     if not every_step:
@@ -118,7 +119,7 @@ def meta_gradient(
     keys: jax.Array,
     method: Method = Method(),  # noqa: B008 - a tuple
     *,
-    loss: inner.Loss = inner.cross_entropy,
+    objective: Objective = CROSS_ENTROPY,
     step_weights: jax.Array | None = None,
     plain: bool = False,
 ) -> tuple[MetaParams, dict[str, jax.Array]]:
@@ -129,13 +130,13 @@ def meta_gradient(
       meta: init and raw rates.
       episodes: with a leading axis [tasks].
       keys: [tasks] keys, for minibatches and dropout in the inner loop (active if the model has any).
-      loss: of support and query set alike.
+      objective: its loss is that of support and query set alike.
       step_weights: [steps] float: the loss is the sum of these times the query losses after 1, 2, … steps, instead of
         that after the last one (Antoniou et al. 2019, section 4).
       plain: never use the factored form (it gives the same gradients; tests compare).
 
     Returns:
-      (gradients shaped like `meta`, {"loss", "accuracy"}: means over tasks of the query set after adaptation).
+      (gradients shaped like `meta`, what the objective measures: means over tasks of the query set after adaptation).
 
     Raises ConfigError for a method that there is not.
     """
@@ -143,10 +144,11 @@ def meta_gradient(
         if getattr(method, choice) not in known:
             raise ConfigError(f"{choice}: expected one of {known}, got {getattr(method, choice)!r}")
     dropout = model.dropout
-    support = episodes.support_y.shape[1]
+    support = jax.tree.leaves(episodes.support_y)[0].shape[1]
     name = method.meta_gradient if method.meta_gradient != "query" else method.derivative
-    fast = name in ("reverse", "remat") and loss is inner.cross_entropy and not plain
+    fast = name in ("reverse", "remat") and objective.name in factored.OBJECTIVES and not plain
     fast = fast and factored.pays(model, spec, support, spec.steps)
+    loss = objective.loss
     if name == "forward":
         model = dataclasses.replace(model, cpu_apply=None)  # that form may have no forward mode: conv4's has not
 
@@ -156,15 +158,16 @@ def meta_gradient(
             rates = hyperparameters.actual(spec, meta.rates)
             data = episode.support_x, episode.support_y, episode.query_x
             logits = factored.query_logits(
-                meta.init, rates, spec, *data, spec.steps, first_order=method.first_order, every_step=every
-            )
+                meta.init, rates, spec, *data, spec.steps, first_order=method.first_order, every_step=every,
+                objective=objective.name,
+            )  # fmt: skip
         else:
             logits = query_logits(
                 apply, spec, meta, episode, method, loss=loss, dropout=dropout, every_step=every, key=key
             )
         final = logits[-1] if every else logits
-        value = loss(final, episode.query_y)
-        metrics = {"loss": value, "accuracy": inner.accuracy(final, episode.query_y)}
+        metrics = objective.measure(final, episode.query_y)
+        value = metrics["loss"]
         if step_weights is not None:
             value = step_weights @ jax.vmap(lambda each: loss(each, episode.query_y))(logits[1:])
         return value, metrics
@@ -177,7 +180,7 @@ def meta_gradient(
             }
             direction, options = directions.DIRECTIONS[name], own.get(name, {})
             each = devices.vmap_group(
-                lambda task: direction(apply, spec, meta, *task, loss=loss, dropout=dropout, **options), tasks
+                lambda task: direction(apply, spec, meta, *task, objective=objective, dropout=dropout, **options), tasks
             )
             return jax.tree.map(lambda v: v.mean(0), each)
 

@@ -9,11 +9,11 @@ import numpy as np
 
 def text(results: dict[str, Any]) -> str:
     """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
-    tasks, training = results["config"]["tasks"], results["training"]
+    training = results["training"]
     episodes = results["config"]["evaluation"]["episodes"]
     lines = [
         "",
-        f"{tasks['family']} {tasks['way']}-way {tasks['shot']}-shot, {episodes} held-out tasks, "
+        f"{results['tasks']}, {episodes} held-out tasks, "
         f"data {results['data']['name']}" + (", transductive norm" if results["transductive"] else ""),
         "",
     ]
@@ -163,9 +163,13 @@ def curve_text(results: dict[str, Any]) -> str:
 
 
 def curve_lines(curve: list[dict[str, Any]]) -> list[str]:
-    """A curve as aligned lines."""
-    rows = [(str(r["steps"]), f"{100 * r['accuracy']:.2f} %", f"± {100 * r['ci95']:.2f}") for r in curve]
-    return _aligned([("steps", "accuracy", "95 % CI"), *rows], left=())
+    """A curve as aligned lines: of accuracy in per cent, of any other metric in its own unit."""
+    (metric,) = set(curve[0]) - {"steps", "ci95", "ci95_over_tasks", "lowest_seed", "highest_seed"}
+    if metric == "accuracy":
+        rows = [(str(r["steps"]), f"{100 * r[metric]:.2f} %", f"± {100 * r['ci95']:.2f}") for r in curve]
+    else:
+        rows = [(str(r["steps"]), f"{r[metric]:.4g}", f"± {r['ci95']:.2g}") for r in curve]
+    return _aligned([("steps", metric, "95 % CI"), *rows], left=())
 
 
 def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 from metalr import data, tasks
+from metalr.comparison import rivals
+from metalr.comparison.rivals import Field, Key, Scores, Searched
 from metalr.config import CompareConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
-from metalr.evaluation import protocol, rivals
-from metalr.evaluation.rivals import Field, Key, Scores, Searched
+from metalr.evaluation import protocol
 from metalr.inner import hyperparameters
 from metalr.learner import artifact
 from metalr.models import Model
@@ -228,7 +229,7 @@ def _make_field(
     """The held-out tasks, and what a result says of them."""
     shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
     family, way = config.family or trained.tasks.family, trained.tasks.way
-    if (*dataset.shape,) != (*learner.model.input_shape,):
+    if dataset.shape != learner.model.image_shape:
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
     splits = tasks.make_splits(dataset, family)
     noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise

@@ -28,7 +28,13 @@ def held_out(
     pool, sample = setup.samplers["test"]
     random_init = setup.phases.fresh_init
     evaluator = protocol.make_evaluator(
-        learner.model, learner.spec, sample, steps, random_init=random_init, of_steps=of_steps
+        learner.model,
+        learner.spec,
+        sample,
+        steps,
+        random_init=random_init,
+        of_steps=of_steps,
+        objective=learner.objective,
     )
     curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
@@ -55,7 +61,7 @@ def horizons(
     """
     pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
-    support, random_init = config.tasks.way * config.tasks.shot, setup.phases.fresh_init
+    support, random_init = setup.support, setup.phases.fresh_init
     spec, model = learner.spec, learner.model
     size = min(spec.minibatch(support) or support, support)
     grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
@@ -87,10 +93,10 @@ def horizons(
     return rows, best["random"]
 
 
-def curve_rows(curve: Curve) -> list[dict[str, float]]:
-    """A curve as JSON rows: steps, accuracy, ci95."""
+def curve_rows(curve: Curve, metric: str = "accuracy") -> list[dict[str, float]]:
+    """A curve as JSON rows: steps, the metric by its name, ci95."""
     return [
-        {"steps": int(n), "accuracy": round(float(m), 6), "ci95": round(float(c), 6)}
+        {"steps": int(n), metric: round(float(m), 6), "ci95": round(float(c), 6)}
         for n, m, c in zip(curve.steps, curve.mean, curve.ci95, strict=True)
     ]
 
@@ -113,7 +119,7 @@ def compare(
       (rows, facts of the grid with all cells).
     """
     grid, steps = grid_of(config), config.inner.steps
-    support = config.tasks.way * config.tasks.shot
+    support = setup.support
     pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     cells, costs = {}, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,47 +22,85 @@ from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters
 from metalr.inner.descent import promoting
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Model
 from metalr.outer import Method, algorithms, loop
-from metalr.tasks import Pool, Sampler, Splits
+from metalr.types import Episode
+
+OWN_TASKS = "tasks given in Python"  # the source of a Tasks
+
+
+class Source(NamedTuple):
+    """Where tasks come from, as plain JSON values that travel with every result.
+
+    Attributes:
+      name, source, sha256: of the data, or of a Tasks.
+      split_sha256: says whether two results are of the same splits; splits: what each part holds.
+      text: the data in a line; tasks: what one task is, in a line.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    split_sha256: str
+    splits: list[dict[str, Any]]
+    text: str
+    tasks: str
 
 
 class Setup(NamedTuple):
-    """The parts of a run. samplers: by part of the split: "train", "val", "test". learned: whether rates are."""
+    """The parts of a run.
 
-    dataset: data.Dataset
-    splits: Splits
+    Attributes:
+      samplers: by part of the split: "train", "val", "test".
+      support, query: examples of one task.
+      learned: whether the outer loop changes the rates.
+    """
+
+    source: Source
     model: Model
     spec: RatesSpec
     method: Method
     phases: loop.Phases
     optimizer: optax.GradientTransformation
-    samplers: dict[str, tuple[Pool, Sampler]]
+    samplers: dict[str, tuple[Any, Callable[[Any, jax.Array], Episode]]]
     learned: bool
+    objective: Objective
+    support: int
+    query: int
 
 
-def set_up(config: TrainConfig, model: Model | None = None, dataset: data.Dataset | None = None) -> Setup:
+def set_up(
+    config: TrainConfig,
+    model: Model | None = None,
+    dataset: data.Dataset | None = None,
+    *,
+    given: tasks.Tasks | None = None,
+    objective: Objective = CROSS_ENTROPY,
+) -> Setup:
     """Check a config and make its parts.
 
     Args:
       model: a network of your own, instead of config.model.
       dataset: the data, if it is loaded already; default: what config.data names.
+      given: tasks of your own, in place of the data and config.tasks; they come with a model.
+      objective: what is minimised and measured.
 
     Raises:
       MetalrError: naming the setting, what was expected and what came.
     """
     check_choices_of(config, model)
     row = algorithms.algorithm_row(config.inner.algorithm)
-    given = dataclasses.asdict(config.inner)
+    inner_settings = dataclasses.asdict(config.inner)
     shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
-    row = row._replace(**{k: v for k, v in (given | shares).items() if k in row._fields and v is not None})
+    row = row._replace(**{k: v for k, v in (inner_settings | shares).items() if k in row._fields and v is not None})
     if config.outer.learns == "init":
         if config.inner.learned:
             raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
         row = row._replace(learned=False)
-    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps"}
+    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(inner_settings)) - {"steps"}
     spec = RatesSpec(
-        **{name: getattr(row, name, given[name]) for name in same},
+        **{name: getattr(row, name, inner_settings[name]) for name in same},
         positive=not config.inner.signed,
         steps=config.inner.steps,
         initial=config.inner.rate,
@@ -105,6 +144,8 @@ def set_up(config: TrainConfig, model: Model | None = None, dataset: data.Datase
         if getattr(config.evaluation, name) < 2:
             raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
     if config.grid.run:
+        if given is not None:
+            raise ConfigError("grid.run: expected False with tasks of your own, got True")
         grid_of(config)
     optimizer = loop.make_optimizer(
         steps=config.outer.steps,
@@ -114,9 +155,15 @@ def set_up(config: TrainConfig, model: Model | None = None, dataset: data.Datase
         schedule=config.outer.schedule,
         base=optax_by_name(config.outer.optimizer),
     )
-    dataset = data.load(config.data) if dataset is None else dataset
-    splits = tasks.make_splits(dataset, config.tasks.family)
-    model = model_of(config.model, config.tasks.way, dataset, model)
+    if given is None:
+        dataset = data.load(config.data) if dataset is None else dataset
+        source, samplers = _of_images(config, dataset)
+        model = model_of(config.model, config.tasks.way, dataset, model)
+        support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
+    else:
+        assert model is not None
+        given.check(model, objective)
+        source, samplers, support, query = _of_tasks(given)
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
     chosen: tuple[str, int] = config.inner.derivative, config.inner.last
@@ -135,12 +182,32 @@ def set_up(config: TrainConfig, model: Model | None = None, dataset: data.Datase
         config.outer.learns == "rates",
         () if row.learned else ("rates",),
     )
-    shape = (config.tasks.way, config.tasks.shot, config.tasks.query)
-    noise = config.tasks.label_noise
-    samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=noise) for part in splits}
-    if config.tasks.distort:
-        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=config.tasks.distort, label_noise=noise)
-    return Setup(dataset, splits, model, spec, method, phases, optimizer, samplers, row.learned)
+    return Setup(source, model, spec, method, phases, optimizer, samplers, row.learned, objective, support, query)
+
+
+def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
+    """A family of image tasks and its samplers. Raises MetalrError."""
+    t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family)
+    shape = (t.way, t.shot, t.query)
+    samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=t.label_noise) for part in splits}
+    if t.distort:
+        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=t.distort, label_noise=t.label_noise)
+    described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class"
+    facts = [part.describe() for part in splits]
+    return Source(dataset.name, dataset.source, dataset.sha256, splits.sha256, facts, str(dataset), described), samplers
+
+
+def _of_tasks(given: tasks.Tasks) -> tuple[Source, dict[str, Any], int, int]:
+    """Tasks of the user's own: where they come from, their samplers, and the sizes of support and query set."""
+    names = {"train": "train", "val": "validation", "test": "test"}
+    samplers = {name: given.sampler(part) for name, part in names.items()}
+    pool, sample = samplers["train"]
+    shapes = jax.eval_shape(sample, pool, jax.random.key(0))
+    support, query = (jax.tree.leaves(field)[0].shape[0] for field in (shapes.support_y, shapes.query_y))
+    facts = json.loads(json.dumps(dict(given.facts)))
+    described = f"{given.name}, {support} support and {query} query examples"
+    text = f"{given.name}: tasks of your own"
+    return Source(given.name, OWN_TASKS, given.sha256, given.sha256, [facts], text, described), samplers, support, query
 
 
 def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
@@ -199,10 +266,10 @@ def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model 
     """The network for a dataset: the given one if it fits, or what the config says. Raises ConfigError."""
     if given is None:
         return models.build(config.name, way, dataset.shape, **config.settings())
-    if (given.way, *given.input_shape) != (way, *dataset.shape):
+    if (given.way, given.input_shape) != (way, dataset.shape):
         raise ConfigError(
             f"model: expected {way} outputs for images of shape {list(dataset.shape)}, got {given.way} for "
-            f"{list(given.input_shape)}"
+            f"{None if given.input_shape is None else list(given.input_shape)}"
         )
     return given
 
@@ -237,7 +304,7 @@ def grid_of(config: TrainConfig) -> small_grid.Grid:
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
     """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
-    support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
+    support, query = setup.support, setup.query
     steps, method = config.inner.steps, setup.method
     if method.meta_gradient == "joint":
         return support + query
@@ -257,13 +324,11 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
 def describe(config: TrainConfig, setup: Setup) -> str:
     """The first lines of a run: data, device, task split, expected time."""
     devices = jax.local_devices()
-    t = config.tasks
     seconds = expected_seconds(config, setup)
     return (
-        f"data    {setup.dataset}\n"
+        f"data    {setup.source.text}\n"
         f"device  {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})\n"
-        f"tasks   {t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class; "
-        f"split {setup.splits.sha256[:12]}\n"
+        f"tasks   {setup.source.tasks}; split {setup.source.split_sha256[:12]}\n"
         f"time    about {max(1, round(seconds / 60))} min expected, from this machine's speed"
     )
 
@@ -281,7 +346,7 @@ def expected_seconds(config: TrainConfig, setup: Setup) -> float:
     per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
     examples = config.outer.steps * config.outer.meta_batch * task_cost(config, setup)
     if config.grid.run:
-        grid, support = grid_of(config), config.tasks.way * config.tasks.shot
+        grid, support = grid_of(config), setup.support
         batches = sum(min(size, support) for size in grid.batch_sizes)
         runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
         examples += runs * max(grid.steps) * batches

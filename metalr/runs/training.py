@@ -23,19 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import metalr
-from metalr import data, models, outer
+from metalr import data, models, outer, tasks
 from metalr.config import ModelConfig, TrainConfig
 from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol, small_grid
 from metalr.inner import hyperparameters
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.learner import artifact
 from metalr.models import Model
 from metalr.outer import devices, loop
 from metalr.runs import evaluating, preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.setup import Setup, describe, set_up, task_cost
+from metalr.runs.setup import OWN_TASKS, Setup, describe, set_up, task_cost
 from metalr.storage import checkpoints, folders
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
@@ -48,7 +49,13 @@ Asked = Callable[[], bool]
 
 
 def run(
-    config: TrainConfig, *, name: str, model: Model | None = None, reporter: Reporter | None = None
+    config: TrainConfig,
+    *,
+    name: str,
+    model: Model | None = None,
+    reporter: Reporter | None = None,
+    given: tasks.Tasks | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> dict[str, Any]:
     """Meta-train, evaluate on held-out tasks, compare if asked to; leave a run folder; return its results.
 
@@ -57,6 +64,8 @@ def run(
     Args:
       name: names the default folder runs/NAME.
       model: a network of your own (models.from_linen, models.from_nnx), instead of config.model.
+      given: tasks of your own, instead of config.data and config.tasks; with a model.
+      objective: what is minimised and measured.
 
     Raises:
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
@@ -65,7 +74,7 @@ def run(
     folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
     if model is not None:
         config = dataclasses.replace(config, model=ModelConfig.of(model))
-    setup = set_up(config, model)
+    setup = set_up(config, model, given=given, objective=objective)
     warm = warm_start(config, setup)
     with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
@@ -73,7 +82,13 @@ def run(
 
 
 def resume(
-    folder: Path, config: TrainConfig | None = None, *, model: Model | None = None, reporter: Reporter | None = None
+    folder: Path,
+    config: TrainConfig | None = None,
+    *,
+    model: Model | None = None,
+    reporter: Reporter | None = None,
+    given: tasks.Tasks | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> dict[str, Any]:
     """Go on with a stopped or killed run from its newest whole checkpoint; it ends as if it had never stopped.
 
@@ -81,6 +96,7 @@ def resume(
       folder: the run folder.
       config: the run's config, with other values for MAY_CHANGE if wanted; default: the run's own.
       model: the network of your own that the run was started with, if it was.
+      given, objective: the tasks and the objective of your own that it was started with, if it was.
 
     Raises:
       MetalrError: no run, a finished one, one in use, or a changed setting that the result depends on.
@@ -98,8 +114,16 @@ def resume(
             )
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
-    where = config.data if config.data != stored.data else None
-    setup = set_up(config, model, data.load_recorded(folder, stored.data, where))
+    if given is None:
+        where = config.data if config.data != stored.data else None
+        setup = set_up(config, model, data.load_recorded(folder, stored.data, where))
+    else:
+        begun = folders.data_of(folder).get("sha256", given.sha256)
+        if begun != given.sha256:
+            raise ConfigError(
+                f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)"
+            )
+        setup = set_up(config, model, given=given, objective=objective)
     warm = None if checkpoints.any_in(folder / "checkpoints") else warm_start(config, setup)
     with folders.locked(folder):
         folders.sweep(folder)
@@ -161,7 +185,7 @@ def _agree(config: TrainConfig, setup: Setup) -> None:
     """Raises ConfigError unless all processes of this run are about to do the same."""
     settings = {k: v for k, v in config.to_json().items() if k not in ("out", "overwrite", "data", "init")}
     devices.check_same_in_all_processes(
-        {"settings": json.dumps(settings), "data": setup.dataset.sha256, "jax": jax.__version__}
+        {"settings": json.dumps(settings), "data": setup.source.sha256, "jax": jax.__version__}
         | {"metalr": metalr.__version__}
     )
 
@@ -170,7 +194,7 @@ def _carry_out(
     config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter, warm: WarmStart | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    folders.remember_data(folder, config.data, setup.dataset.sha256)
+    folders.remember_data(folder, config.data, setup.source.sha256)
     with preemption.watch() as asked:
         _agree(config, setup)
         reporter.line(describe(config, setup))
@@ -180,7 +204,9 @@ def _carry_out(
         )
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
-        learner = artifact.Learner(setup.model, setup.spec, init, rates, learner_facts(config, setup, training))
+        learner = artifact.Learner(
+            setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective
+        )
         if not (folder / "config.json").is_file():
             folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
         artifact.save(folder / "artifact", learner, overwrite=True)
@@ -192,13 +218,16 @@ def _carry_out(
             "command": command(),
             "config": config.to_json(),
             "provenance": provenance(),
-            "data": {"name": setup.dataset.name, "source": setup.dataset.source, "sha256": setup.dataset.sha256},
-            "split_sha256": setup.splits.sha256,
-            "splits": [part.describe() for part in setup.splits],
+            "data": {"name": setup.source.name, "source": setup.source.source, "sha256": setup.source.sha256},
+            "split_sha256": setup.source.split_sha256,
+            "splits": setup.source.splits,
             "transductive": setup.model.transductive,
             "training": training,
             **{name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()},
-            "curve": evaluating.curve_rows(curve),
+            "objective": setup.objective.name,
+            "metric": {"name": setup.objective.choose_by, "maximise": setup.objective.maximise},
+            "tasks": setup.source.tasks,
+            "curve": evaluating.curve_rows(curve, setup.objective.choose_by),
             "evaluation_seconds": round(seconds, 3),
         }
         if config.grid.run:
@@ -217,15 +246,15 @@ def _kept_cells(
     config: TrainConfig, folder: Path, asked: Asked
 ) -> tuple[list[small_grid.Cell], Callable[[list[small_grid.Cell]], None]]:
     """Cells of the grid that an earlier process finished, and what keeps those of this one."""
-    file, tasks = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
+    file, of = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
     known = []
     for facts in folders.read_rows(file):
         with contextlib.suppress(TypeError, KeyError):
-            if facts.pop("tasks_of") == tasks:
+            if facts.pop("tasks_of") == of:
                 known.append(small_grid.Cell(**facts | {"tasks": np.array(facts["tasks"])}))
 
     def keep(cells: list[small_grid.Cell]) -> None:
-        folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": tasks} for c in cells])
+        folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": of} for c in cells])
         if asked():
             raise _stopped(folder, "in the grid", config.model.own)
 
@@ -274,10 +303,11 @@ def meta_train(
         config.outer.meta_batch,
         phases=setup.phases,
         on_divergence=config.outer.on_divergence,
+        objective=setup.objective,
     )
     validate = protocol.make_evaluator(
         setup.model, setup.spec, val_sample, setup.spec.steps, at=[setup.spec.steps],
-        random_init=setup.phases.fresh_init,
+        random_init=setup.phases.fresh_init, objective=setup.objective,
     )  # fmt: skip
     val_keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     state = loop.start(
@@ -300,7 +330,7 @@ def meta_train(
         tree = jax.tree.map(jnp.asarray, tree)
         state, best = tree["state"], tree["best"]
         reporter.line(f"resumed at outer step {int(state.step)}")
-    steps = config.outer.steps
+    steps, metric = config.outer.steps, setup.objective.choose_by
     every = config.outer.validate_every, config.outer.checkpoint_every
 
     def save(state: loop.TrainState) -> None:
@@ -333,10 +363,10 @@ def meta_train(
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
                         score = float(validate(val_pool, init, rates, val_keys).mean[-1])
-                        line: dict[str, Any] = {"step": done, "validation_accuracy": round(score, 6)}
+                        line: dict[str, Any] = {"step": done, f"validation_{metric}": round(score, 6)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
                         _write_line(log, folder, line)
-                        if facts["score"] is None or score > facts["score"]:
+                        if facts["score"] is None or setup.objective.better(score, facts["score"]):
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         spent = round(facts["seconds"] + part.seconds, 2)
                         facts["validations"].append([done, round(score, 6), spent])
@@ -346,8 +376,9 @@ def meta_train(
                         save(state)
                     facts["step_seconds"] += part.seconds
                     facts["seconds"] += part.seconds + time.perf_counter() - began
-                    loss, accuracy = part.metrics["loss"].mean(), part.metrics["accuracy"].mean()
-                    advance(count, f"loss {loss:.3f}  accuracy {accuracy:.3f}  {note}")
+                    shown = dict.fromkeys(("loss", metric))  # once, if the loss itself chooses
+                    numbers = [f"{name} {part.metrics[name].mean():.3f}" for name in shown]
+                    advance(count, "  ".join([*numbers, note]))
         except loop.DivergedError as error:
             state = error.state
             save(state)
@@ -367,7 +398,7 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
         "name": facts["name"],
         "outer_steps": config.outer.steps,
         "best_step": facts["best_step"],
-        "validation_accuracy": round(facts["score"], 6),
+        f"validation_{setup.objective.choose_by}": round(facts["score"], 6),
         "validations": facts["validations"],
         **numbers,
         # Of a step once it is compiled; and in all, with compilation, validation and everything between.
@@ -392,7 +423,7 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), meta)
-    gradient = loop.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases)
+    gradient = loop.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases, setup.objective)
     now = loop.trained_from(setup.model, setup.phases, local, key, step)
     bad = loop.failing_tasks(gradient, now, pool, step, keys)
     rates = hyperparameters.summary(setup.spec, hyperparameters.actual(setup.spec, local.rates))
@@ -431,13 +462,13 @@ def _flush(log: RawIOBase, folder: Path) -> int:
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its own making."""
     return {
-        "tasks": dataclasses.asdict(config.tasks),
-        "data": {"name": setup.dataset.name, "sha256": setup.dataset.sha256},
-        "split_sha256": setup.splits.sha256,
+        "tasks": {"name": setup.source.tasks} if setup.source.source == OWN_TASKS else dataclasses.asdict(config.tasks),
+        "data": {"name": setup.source.name, "sha256": setup.source.sha256},
+        "split_sha256": setup.source.split_sha256,
         "algorithm": config.inner.algorithm,
         "learned_rates": setup.learned,
         "seed": config.seed,
         "outer": dataclasses.asdict(config.outer),
-        "validation_accuracy": training["validation_accuracy"],
+        (name := f"validation_{setup.objective.choose_by}"): training[name],
         "example_gradients": training["example_gradients"],
     }

@@ -14,6 +14,7 @@ from metalr.tasks.images import (
     make_splits,
     second_key,
 )
+from metalr.tasks.sets import Tasks, mixture, sinusoid
 
 __all__ = [
     "ARC",
@@ -25,7 +26,10 @@ __all__ = [
     "Sampler",
     "Splits",
     "TaskSplit",
+    "Tasks",
     "make_sampler",
     "make_splits",
+    "mixture",
     "second_key",
+    "sinusoid",
 ]

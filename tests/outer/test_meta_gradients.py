@@ -38,8 +38,9 @@ def quadratic_loss(w, labels):
 def quadratic_gradient(steps, rate, **options):
     spec = RatesSpec("shared", steps=steps, initial=rate)
     meta = outer.initial(QUADRATIC, spec, jax.random.key(0))
+    quadratic = inner.Objective("quadratic", quadratic_loss)
     keys = jax.random.split(jax.random.key(0), 1)
-    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, Method(**options), loss=quadratic_loss)
+    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, Method(**options), objective=quadratic)
     return np.asarray(meta.init["layer"]["w"]), np.asarray(grads.init["layer"]["w"]), float(grads.rates["all"])
 
 

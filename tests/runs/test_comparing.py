@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metalr import cli, data, report, runs
+from metalr.comparison import rivals
 from metalr.config import (
     CompareConfig,
     EvaluationConfig,
@@ -19,7 +20,6 @@ from metalr.config import (
     TrainConfig,
 )
 from metalr.errors import ConfigError
-from metalr.evaluation import rivals
 from metalr.runs import comparing
 from metalr.runs.progress import ConsoleReporter
 from metalr.search import trials

@@ -1,0 +1,124 @@
+"""Objectives: what the inner and the outer loop minimise, what is reported, and which of it chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalr.errors import ConfigError
+
+Loss = Callable[[Any, Any], jax.Array]  # (outputs of the model, targets), each with a leading axis [n] -> [] float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """A loss with its metrics.
+
+    Attributes:
+      name: a key of OBJECTIVES, or what you call your own.
+      loss: (outputs, targets) -> [] float, the mean over examples; of support and query sets alike.
+      metrics: name -> (outputs, targets) -> [] float; reported beside the loss.
+      choose_by: the metric (or "loss") that validation chooses by and that curves and tables show.
+      maximise: whether more of it is better.
+    """
+
+    name: str
+    loss: Loss
+    metrics: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
+    choose_by: str = "loss"
+    maximise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.choose_by != "loss" and self.choose_by not in self.metrics:
+            raise ConfigError(
+                f"objective {self.name!r}: choose_by: expected one of {['loss', *self.metrics]}, got {self.choose_by!r}"
+            )
+        if {"loss", "gradient_norm", "finite", "step"} & set(self.metrics):
+            raise ConfigError(f"objective {self.name!r}: metrics: expected other names than those of the outer loop")
+
+    def measure(self, outputs: Any, targets: Any) -> dict[str, jax.Array]:
+        """The loss and all metrics, by name."""
+        found = {"loss": self.loss(outputs, targets)}
+        return found | {name: metric(outputs, targets) for name, metric in self.metrics.items()}
+
+    def score(self, outputs: Any, targets: Any) -> jax.Array:
+        """What is chosen by."""
+        return (self.loss if self.choose_by == "loss" else self.metrics[self.choose_by])(outputs, targets)
+
+    def better(self, new: float, old: float) -> bool:
+        """Whether one score is better than another."""
+        return new > old if self.maximise else new < old
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy. logits: [n, way] float; labels: [n] int; result: [] float."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of correct predictions. logits: [n, way] float; labels: [n] int; result: [] float32, 0..1."""
+    return (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+
+
+def _alike(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Outputs in the shape of the targets, [n] or [n, d]. Raises ConfigError where broadcasting would pair wrongly."""
+    targets = jnp.asarray(targets, outputs.dtype)
+    if outputs.shape not in (targets.shape, (*targets.shape, 1)):
+        raise ConfigError(
+            f"objective: expected outputs of the targets' shape {list(targets.shape)}, got {list(outputs.shape)}"
+        )
+    return outputs.reshape(targets.shape), targets
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean squared error. outputs, targets: [n] or [n, d] float; outputs also [n, 1] for targets [n]; result: []."""
+    outputs, targets = _alike(outputs, targets)
+    return jnp.square(outputs - targets).mean()
+
+
+def r2(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Share of the targets' variance that is explained, over this very set: at best 1; below 0 the mean is better."""
+    outputs, targets = _alike(outputs, targets)
+    spread = jnp.square(targets - targets.mean(0, keepdims=True)).mean()
+    return 1 - jnp.square(outputs - targets).mean() / jnp.maximum(spread, 1e-12)
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean sigmoid cross-entropy. logits: [n] or [n, d] float (also [n, 1] for labels [n]); labels: 0 or 1."""
+    return optax.sigmoid_binary_cross_entropy(*_alike(logits, labels)).mean()
+
+
+def binary_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of logits on the right side of zero."""
+    logits, labels = _alike(logits, labels)
+    return ((logits > 0) == (labels > 0.5)).mean(dtype=jnp.float32)
+
+
+CROSS_ENTROPY = Objective("cross_entropy", cross_entropy, {"accuracy": accuracy}, "accuracy", maximise=True)
+OBJECTIVES = {
+    each.name: each
+    for each in (
+        CROSS_ENTROPY,
+        Objective("squared_error", squared_error, {"mse": squared_error, "r2": r2}, "mse"),
+        Objective(
+            "binary_cross_entropy", binary_cross_entropy, {"accuracy": binary_accuracy}, "accuracy", maximise=True
+        ),
+    )
+}
+
+
+def objective_of(objective: str | Objective) -> Objective:
+    """The objective of that name, or the one that is given. Raises ConfigError for an unknown name."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ConfigError(
+            f"objective: expected one of {tuple(OBJECTIVES)} or a metalr.Objective(loss, metrics, choose_by), got "
+            f"{objective!r}"
+        )
+    return OBJECTIVES[objective]

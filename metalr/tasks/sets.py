@@ -1,0 +1,310 @@
+"""Tasks of any kind: a sampler for each split, from functions of your own, or from rows of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalr.errors import ConfigError, DataError
+from metalr.inner import Objective
+from metalr.models import Model
+from metalr.tasks.images import _choose, second_key
+from metalr.trees import count, path_name
+from metalr.types import Episode
+
+PARTS = ("train", "validation", "test")
+Sample = Callable[..., Episode]  # key -> Episode, or (pool, key) -> Episode; traceable by jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tasks:
+    """Samplers of meta-training, meta-validation and meta-test tasks.
+
+    Attributes:
+      train, validation, test: key -> Episode, traceable by jax. The same key gives the same episode; shapes are fixed.
+        With a pool: (pool, key) -> Episode.
+      pool: arrays that the samplers draw from, an argument of the compiled program, so that large data is not compiled
+        into it. A Mapping with the keys "train", "validation" and "test" gives each split its own.
+      name: what reports call the tasks.
+      facts: plain JSON values that say what the tasks are and how they were split; they travel with every result, and
+        their hash tells whether two runs are of the same tasks.
+    """
+
+    train: Sample
+    validation: Sample
+    test: Sample
+    pool: Any = None
+    name: str = "tasks"
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sampler(self, part: str) -> tuple[Any, Callable[[Any, jax.Array], Episode]]:
+        """(pool, `sample(pool, key) -> Episode`) of one split, "train", "validation" or "test"."""
+        if part not in PARTS:
+            raise ConfigError(f"tasks: expected a split of {PARTS}, got {part!r}")
+        function = getattr(self, part)
+        if self.pool is None:
+            return (), lambda pool, key: Episode(*function(key))
+        own = isinstance(self.pool, Mapping) and set(self.pool) == set(PARTS)
+        return (self.pool[part] if own else self.pool), lambda pool, key: Episode(*function(pool, key))
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the name and the facts."""
+        return hashlib.sha256(json.dumps([self.name, dict(self.facts)], sort_keys=True).encode()).hexdigest()
+
+    def check(self, model: Model, objective: Objective) -> Checked:
+        """Try the tasks, the model and the objective together, before anything large is compiled.
+
+        Every split is drawn from with two keys and again with the first: the same key must give the same episode, all
+        episodes the same shapes and dtypes, all numbers must be finite, support and query must be disjoint in at least
+        one example, and the loss of a random init must be finite.
+
+        Raises:
+          DataError: naming the split and the field. ConfigError: model or objective do not fit the episodes.
+        """
+        shapes: dict[str, Any] = {}
+        losses: dict[str, float] = {}
+        for part in PARTS:
+            pool, sample = self.sampler(part)
+            draw = jax.jit(sample)
+            try:
+                first, again, other = (draw(pool, jax.random.key(seed)) for seed in (0, 0, 1))
+            except jax.errors.JAXTypeError as error:
+                raise DataError(
+                    f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): "
+                    f"{error}"
+                ) from error
+            for (path, a), b, c in zip(
+                jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), jax.tree.leaves(other), strict=True
+            ):
+                where = f"tasks.{part}: {path_name(path)}"
+                if a.ndim < 1:
+                    raise DataError(f"{where}: expected a leading axis of examples, got shape []")
+                if jnp.issubdtype(a.dtype, jnp.floating) and not bool(jnp.isfinite(a).all() & jnp.isfinite(c).all()):
+                    raise DataError(f"{where}: expected finite values, got others")
+                if not bool((a == b).all()):
+                    raise DataError(f"{where}: expected the same values for the same key, got others")
+            for field, value in first._asdict().items():
+                lengths = {leaf.shape[0] for leaf in jax.tree.leaves(value)}
+                if len(lengths) != 1 or 0 in lengths:
+                    raise DataError(f"tasks.{part}: {field}: expected one number of examples, got {sorted(lengths)}")
+            for field, of in (("support", "support_x support_y"), ("query", "query_x query_y")):
+                x, y = (count(getattr(first, name)) for name in of.split())
+                if x != y:
+                    raise DataError(f"tasks.{part}: {field}: expected as many targets as inputs, got {x} and {y}")
+            support, query = jax.tree.leaves(first.support_x), jax.tree.leaves(first.query_x)
+            if len(support) == len(query) and all(
+                a.shape == b.shape and bool((a == b).all()) for a, b in zip(support, query, strict=True)
+            ):
+                raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
+            shapes[part] = jax.tree.map(lambda v: (v.shape, str(v.dtype)), first)
+            try:
+                outputs = model.apply(model.init(jax.random.key(0)), first.query_x)
+                losses[part] = float(objective.loss(outputs, first.query_y))
+            except (TypeError, ValueError, KeyError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {error}") from error
+            if not np.isfinite(losses[part]):
+                raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {losses[part]}")
+        if not shapes["train"] == shapes["validation"] == shapes["test"]:
+            raise DataError(f"tasks: expected the same shapes and dtypes in all splits, got {shapes}")
+        return Checked(shapes["train"], losses)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Any,
+        y: Any,
+        task: Any,
+        *,
+        shot: int = 10,
+        query: int = 10,
+        validation: float = 0.15,
+        test: float = 0.15,
+        seed: int = 0,
+        name: str = "arrays",
+    ) -> Tasks:
+        """Tasks out of the rows of a table: one task id a row. Whole tasks are held out.
+
+        Args:
+          x, y: inputs and targets, pytrees of arrays (numpy arrays, columns of pandas) with a leading axis [rows].
+            Numbers are kept as they are; float64 becomes float32.
+          task: [rows] task ids: integers or strings.
+          shot, query: rows of a support and of a query set. A task with fewer than shot + query rows gives
+            both sets their share of its rows, disjoint, and repeats them to fill the sets; `facts` names such tasks. A
+            task needs 2 rows.
+          validation, test: shares of the tasks; at least one each.
+          seed: deals the tasks to the splits.
+
+        Raises:
+          DataError: lengths that differ, values that are not finite or no numbers, a task of one row, under 3 tasks.
+          ConfigError: shot or query below 1, or shares that leave nothing to train on.
+        """
+        for what, value in (("shot", shot), ("query", query)):
+            if value < 1:
+                raise ConfigError(f"{what}: expected at least 1, got {value}")
+        ids = np.asarray(task)
+        x, y = (jax.tree.map(lambda v: _column(v), tree) for tree in (x, y))
+        for what, tree in (("x", x), ("y", y)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                column = f"{what} {path_name(path)}".strip()
+                if leaf.shape[:1] != ids.shape:
+                    raise DataError(f"{column}: expected {len(ids)} rows, one a task id, got shape {list(leaf.shape)}")
+                if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+                    bad = np.flatnonzero(~np.isfinite(leaf).reshape(len(leaf), -1).all(1))
+                    raise DataError(
+                        f"{column}: expected finite values, got others in {len(bad)} rows, first in row {bad[0]}"
+                    )
+        names, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        lonely = [str(n) for n in names[counts < 2]]
+        if lonely:
+            raise DataError(f"task: expected at least 2 rows of each task, got one of {', '.join(lonely[:5])}")
+        if len(names) < 3:
+            raise DataError(f"task: expected at least 3 tasks, one for each split, got {len(names)}")
+        held = {"validation": max(1, round(validation * len(names))), "test": max(1, round(test * len(names)))}
+        if not (0 < validation < 1 and 0 < test < 1) or sum(held.values()) >= len(names):
+            raise ConfigError(
+                f"validation, test: expected shares that leave tasks to train on, got {validation}, {test}"
+            )
+        order = np.random.default_rng(seed).permutation(len(names))
+        dealt = np.split(order, [held["test"], held["test"] + held["validation"]])
+        chosen = {"test": np.sort(dealt[0]), "validation": np.sort(dealt[1]), "train": np.sort(dealt[2])}
+        rows = np.argsort(number, kind="stable")
+        first = np.cumsum(counts) - counts
+        digest = hashlib.sha256()
+        for leaf in (*jax.tree.leaves((x, y)), ids.astype(str)):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        few = [str(n) for n in names[counts < shot + query]]
+        facts = {
+            "rows": len(ids), "shot": shot, "query": query, "sha256": digest.hexdigest(),
+            "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS}, "small_tasks": few,
+        }  # fmt: skip
+        xs, ys = jax.tree.map(lambda v: jnp.asarray(v[rows]), (x, y))
+        pool = {
+            part: _Rows(
+                xs, ys, jnp.asarray(first[chosen[part]], jnp.int32), jnp.asarray(counts[chosen[part]], jnp.int32)
+            )
+            for part in PARTS
+        }
+        sample = _row_sampler(shot, query)
+        return cls(sample, sample, sample, pool=pool, name=name, facts=facts)
+
+
+class Checked(NamedTuple):
+    """What `Tasks.check` found. shapes: an Episode of (shape, dtype); losses: of a random init, by split."""
+
+    shapes: Any
+    losses: dict[str, float]
+
+    def __str__(self) -> str:
+        rows = []
+        for path, (shape, dtype) in jax.tree_util.tree_leaves_with_path(self.shapes, is_leaf=_is_shape):
+            rows.append(f"{path_name(path):24} {dtype:10} {list(shape)}")
+        losses = ", ".join(f"{part} {loss:.4g}" for part, loss in self.losses.items())
+        return "\n".join([*rows, f"loss of a random init: {losses}"])
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], str)
+
+
+class _Rows(NamedTuple):
+    """The rows of a table, sorted by task, and where each task of a split begins and how many rows it has."""
+
+    x: Any
+    y: Any
+    first: jax.Array  # [tasks] int32
+    size: jax.Array  # [tasks] int32
+
+
+def _column(value: Any) -> np.ndarray:
+    """A column as numpy: bool, integers as int32, floats as float32. Raises DataError for anything else."""
+    value = np.asarray(value)
+    if value.dtype.kind == "f":
+        return value.astype(np.float32)
+    if value.dtype.kind in "iu" and value.dtype != np.uint8:
+        return value.astype(np.int32)
+    if value.dtype.kind in "bu":
+        return value
+    raise DataError(f"x, y: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
+
+
+def _row_sampler(shot: int, query: int) -> Sample:
+    """(rows, key) -> an episode of one random task of the split."""
+    need = shot + query
+
+    def sample(rows: _Rows, key: jax.Array) -> Episode:
+        task_key, row_key = jax.random.split(key)
+        task = jax.random.randint(task_key, (), 0, len(rows.first))
+        have = rows.size[task]
+        enough = _choose(row_key, jnp.maximum(have, need), need)
+        # Too few: a random order of them, whose first part fills the support set over and over, the rest the query set.
+        order = jnp.argsort(jnp.where(jnp.arange(need) < have, jax.random.uniform(row_key, (need,)), 2.0))
+        share = jnp.clip(have * shot // need, 1, jnp.maximum(have - 1, 1))
+        rest = jnp.maximum(have - share, 1)
+        few = jnp.concatenate([order[jnp.arange(shot) % share], order[(share + jnp.arange(query) % rest) % need]])
+        picked = rows.first[task] + jnp.where(have >= need, enough, few)
+        x, y = jax.tree.map(lambda v: v[picked], (rows.x, rows.y))
+        parts = [
+            jax.tree.map(lambda v, at=at: v[at], tree) for at in (slice(shot), slice(shot, None)) for tree in (x, y)
+        ]
+        return Episode(*parts)
+
+    return sample
+
+
+def sinusoid(shot: int = 10, query: int = 10) -> Tasks:
+    """Sine curves of random amplitude 0.1..5 and phase 0..pi, inputs -5..5 (Finn et al. 2017, section 5.1).
+
+    Inputs and targets are [n, 1] float32. The three splits draw from the same distribution with keys of their own.
+    """
+    for what, value in (("shot", shot), ("query", query)):
+        if value < 1:
+            raise ConfigError(f"{what}: expected at least 1, got {value}")
+
+    def of(part: int) -> Sample:
+        def sample(key: jax.Array) -> Episode:
+            amplitude_key, phase_key, x_key = jax.random.split(jax.random.fold_in(second_key(key), part), 3)
+            amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
+            phase = jax.random.uniform(phase_key, minval=0.0, maxval=jnp.pi)
+            x = jax.random.uniform(x_key, (shot + query, 1), minval=-5.0, maxval=5.0)
+            y = amplitude * jnp.sin(x - phase)
+            return Episode(x[:shot], y[:shot], x[shot:], y[shot:])
+
+        return sample
+
+    facts = {"shot": shot, "query": query, "amplitude": [0.1, 5.0], "phase": [0.0, float(np.pi)], "x": [-5.0, 5.0]}
+    return Tasks(of(0), of(1), of(2), name="sinusoid", facts=facts)
+
+
+def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
+    """Tasks that each come from one of several task sets of the same shapes, drawn by `weights` (default: equal)."""
+    if len(parts) < 2:
+        raise ConfigError(f"mixture: expected at least 2 task sets, got {len(parts)}")
+    shares = np.ones(len(parts)) if weights is None else np.asarray(weights, float)
+    if len(shares) != len(parts) or not (shares > 0).all():
+        raise ConfigError(f"weights: expected a positive number for each of {len(parts)} task sets, got {weights}")
+    log_shares = np.log(shares / shares.sum()).astype(np.float32)
+
+    def of(part: str) -> Sample:
+        samplers = [each.sampler(part)[1] for each in parts]
+
+        def sample(pools: Any, key: jax.Array) -> Episode:
+            which = jax.random.categorical(second_key(key), jnp.asarray(log_shares))
+            branches = [lambda pools, key, i=i, one=one: one(pools[i], key) for i, one in enumerate(samplers)]
+            return jax.lax.switch(which, branches, pools, key)
+
+        return sample
+
+    pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
+    facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
+    name = " + ".join(each.name for each in parts)
+    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts)
