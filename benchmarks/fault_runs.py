@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -161,6 +162,55 @@ def overwrite_at_every_call(root: Path) -> list[Row]:
             count(f"SIGKILL before and after every call of overwriting a folder, {title}", trials, 2, calls=calls)
         )
     return rows
+
+
+def killed_processes(root: Path, n: int) -> Row:
+    """Two processes that train as one, killed together at a random moment, resumed: the bits of one with two devices."""
+    small = [
+        "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "400", "--outer.meta-batch", "4",
+        "--inner.steps", "2", "--outer.validate-every", "100", "--outer.checkpoint-every", "10", "--model.widths", "16",
+        "--evaluation.episodes", "8", "--evaluation.validation-episodes", "8",
+    ]  # fmt: skip
+    rng = random.Random(SEED + 7)
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+
+    def start(arguments: list[str], **env: str) -> subprocess.Popen:
+        call = [sys.executable, "-m", "metalr.cli", "train", *arguments]
+        return subprocess.Popen(
+            call, env=os.environ | flags | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def both(arguments: list[str]) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = f"127.0.0.1:{free.getsockname()[1]}"
+        join = {"JAX_COORDINATOR_ADDRESS": place, "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
+        return [start(arguments, **join, JAX_PROCESS_ID=str(i)) for i in (0, 1)]
+
+    finish(start([*small, "--out", str(root / "alone")], JAX_NUM_CPU_DEVICES="2"))
+    began = time.perf_counter()
+    for process in both([*small, "--out", str(root / "pair")]):
+        finish(process)
+    seconds = time.perf_counter() - began
+    expected = everything(root / "alone")
+
+    def trial(i: int) -> None:
+        folder = root / f"pair{i}"
+        pair = both([*small, "--out", str(folder)])
+        time.sleep(rng.uniform(0.5, 0.95) * seconds)
+        for process in pair:
+            process.kill()
+        for process in pair:
+            process.wait()
+        if not (folder / "results.json").exists():
+            again = ["--resume", str(folder)] if (folder / "config.json").exists() else [*small, "--out", str(folder)]
+            for process in both(again):
+                finish(process)
+        expect(everything(folder) == expected, "other bits")
+        shutil.rmtree(folder)
+
+    expect(everything(root / "pair") == expected, "other bits without a kill")
+    return count("two processes killed together, then resumed", [lambda i=i: trial(i) for i in range(n)])
 
 
 def damaged_newest(root: Path) -> Row:

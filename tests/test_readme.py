@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,9 +27,32 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 def test_snippet_of_a_network_of_your_own_runs():
     scope = {}
-    exec(SNIPPETS[1].replace("steps=500", "steps=2, meta_batch=2"), scope)
+    exec(SNIPPETS[2].replace("steps=500", "steps=2, meta_batch=2"), scope)
     assert scope["learned"].model is scope["model"]
     assert scope["results"]["training"]["outer_steps"] == 2
+
+
+def test_a_table_of_your_own_in_ten_lines():
+    scope = {}
+    assert len([line for line in SNIPPETS[1].splitlines() if line]) <= 10
+    with jax.numpy_rank_promotion("allow"):  # as users have it
+        exec(SNIPPETS[1].replace("outer_steps=300", "outer_steps=40"), scope)
+        x, y, learned = scope["x"], scope["y"], scope["learned"]
+        before, after = (
+            float(np.mean((np.asarray(learned.apply(params, x[10:30]))[:, 0] - y[10:30]) ** 2))
+            for params in (learned.init, scope["fast"])
+        )
+    assert after < before
+
+
+def test_the_page_of_your_own_tasks_runs_from_top_to_bottom():
+    page = (ROOT / "docs" / "own_tasks.md").read_text()
+    scope = {}
+    with jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(block.replace("outer_steps=500", "outer_steps=40"), scope)
+    assert scope["curve"].mean[5] < scope["curve"].mean[0]
+    assert scope["predicted"].shape == (20, 1)
 
 
 def test_snippet_runs():

@@ -1,0 +1,83 @@
+"""Objectives: values by hand, refusals, and the fast form with squared error against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metalr import inner, models, outer
+from metalr.errors import ConfigError
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.types import Episode
+
+pytestmark = pytest.mark.numerical
+
+
+def test_values_by_hand():
+    error = inner.OBJECTIVES["squared_error"]
+    outputs, targets = jnp.array([[1.0], [3.0]]), jnp.array([0.0, 1.0])
+    found = error.measure(outputs, targets)
+    assert {name: float(v) for name, v in found.items()} == {"loss": 2.5, "mse": 2.5, "r2": 1 - 2.5 / 0.25}
+    binary = inner.OBJECTIVES["binary_cross_entropy"]
+    assert float(binary.score(jnp.array([2.0, -1.0, 0.5]), jnp.array([1, 0, 0]))) == pytest.approx(2 / 3)
+    assert float(binary.loss(jnp.zeros(4), jnp.array([0, 1, 1, 0]))) == pytest.approx(np.log(2))
+    assert float(inner.CROSS_ENTROPY.score(jnp.eye(3), jnp.array([0, 1, 0]))) == pytest.approx(2 / 3)
+
+
+def test_better_is_more_or_less():
+    assert inner.CROSS_ENTROPY.better(0.6, 0.5)
+    assert inner.OBJECTIVES["squared_error"].better(0.5, 0.6)
+
+
+def test_targets_that_broadcasting_would_pair_wrongly_are_refused():
+    with pytest.raises(ConfigError, match=r"expected outputs of the targets' shape \[4\], got \[4, 2\]"):
+        inner.squared_error(jnp.zeros((4, 2)), jnp.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: inner.Objective("x", inner.squared_error, {}, "mse"), r"choose_by: expected one of \['loss'\]"),
+        (lambda: inner.Objective("x", inner.squared_error, {"loss": inner.squared_error}), "expected other names"),
+        (lambda: inner.objective_of("mean_squared"), "objective: expected one of .*'squared_error'"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("granularity", ["shared", "layer", "tensor"])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_fast_form_with_squared_error_is_the_plain_one(granularity, outputs):
+    """ReLU stacks on vectors: gradients of init and rates, in float64."""
+
+    def init(key):
+        keys = jax.random.split(key, 2)
+        return {
+            "dense_0": {"kernel": 0.4 * jax.random.normal(keys[0], (20, 7)), "bias": jnp.ones(7)},
+            "head": {"kernel": 0.4 * jax.random.normal(keys[1], (7, outputs)), "bias": jnp.zeros(outputs)},
+        }
+
+    def apply(p, x):
+        hidden = jax.nn.relu(x @ p["dense_0"]["kernel"] + p["dense_0"]["bias"][None])
+        return hidden @ p["head"]["kernel"] + p["head"]["bias"][None]
+
+    model = models.from_function(init, apply, input_shape=(20,), relu_stack=True)
+    spec = RatesSpec(granularity, steps=3, initial=0.05)
+    with jax.enable_x64(True):
+        meta = jax.tree.map(lambda v: v.astype(jnp.float64), outer.initial(model, spec, jax.random.key(0)))
+        x = jax.random.normal(jax.random.key(1), (4, 9, 20), jnp.float64)
+        y = jnp.sin(x[..., :outputs])
+        y = y[..., 0] if outputs == 1 else y
+        episodes = Episode(x[:, :5], y[:, :5], x[:, 5:], y[:, 5:])
+        keys = jax.random.split(jax.random.key(2), 4)
+        objective = inner.OBJECTIVES["squared_error"]
+        fast, plain = (
+            outer.meta_gradient(model, spec, meta, episodes, keys, objective=objective, plain=p) for p in (False, True)
+        )
+        text = str(
+            jax.make_jaxpr(lambda m: outer.meta_gradient(model, spec, m, episodes, keys, objective=objective))(meta)
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), fast, plain)
+    assert text

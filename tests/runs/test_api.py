@@ -1,0 +1,143 @@
+"""`metalr.meta_train` on tasks of one's own: regression learns, resumes to the same bits, and is refused in time."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metalr
+from metalr.config import EvaluationConfig, InnerConfig, OuterConfig
+from metalr.errors import ArtifactError, ConfigError, DataError, StoppedError
+from metalr.inner import squared_error
+from metalr.runs import training
+from metalr.runs.progress import ConsoleReporter
+
+QUIET = ConsoleReporter(quiet=True)
+
+
+def network(width=16):
+    def init(key):
+        keys = jax.random.split(key, 2)
+        return {
+            "dense_0": {"kernel": jax.random.normal(keys[0], (1, width)), "bias": jnp.zeros(width)},
+            "head": {"kernel": 0.1 * jax.random.normal(keys[1], (width, 1)), "bias": jnp.zeros(1)},
+        }
+
+    def apply(params, x):
+        hidden = jnp.tanh(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"][None])
+        return hidden @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+    return metalr.models.from_function(init, apply)
+
+
+def line(key):
+    """y = slope * x with a slope of its own for each task."""
+    slope_key, x_key = jax.random.split(key)
+    x = jax.random.uniform(x_key, (10, 1), minval=-1.0)
+    y = x * jax.random.uniform(slope_key, minval=-2.0, maxval=2.0)
+    return metalr.Episode(x[:5], y[:5], x[5:], y[5:])
+
+
+def broken(key):
+    return line(key)._replace(query_y=jnp.full((5, 1), jnp.nan))
+
+
+LINES = metalr.Tasks(line, line, line, name="lines")
+
+
+def train(out, **changes):
+    settings = {
+        "objective": "squared_error", "steps": 3, "outer_steps": 60, "meta_batch": 8, "out": out, "reporter": QUIET,
+        "outer": OuterConfig(validate_every=20, checkpoint_every=20, init_rate=1e-2),
+        "evaluation": EvaluationConfig(episodes=100, validation_episodes=50),
+    }  # fmt: skip
+    return metalr.meta_train(changes.pop("tasks", LINES), changes.pop("model", network()), **(settings | changes))
+
+
+def test_regression_learns_to_adapt(tmp_path):
+    learned = train(tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metric"] == {"name": "mse", "maximise": False}
+    assert results["split_sha256"] == LINES.sha256
+    before, after = results["curve"][0]["mse"], results["curve"][3]["mse"]
+    assert after < 0.5 * before
+    curve = learned.evaluate(LINES, episodes=100)
+    np.testing.assert_allclose(curve.mean[3], after, rtol=1e-4)
+    episode = LINES.test(jax.random.key(5))
+    fast = learned.adapt(episode.support_x, episode.support_y)
+    errors = [float(squared_error(learned.apply(p, episode.query_x), episode.query_y)) for p in (learned.init, fast)]
+    assert errors[1] < errors[0]
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert any("validation_mse" in json.loads(row) for row in log.splitlines())
+    assert results["training"]["validation_mse"] == min(score for _, score, _ in results["training"]["validations"])
+
+
+def test_what_was_learned_is_loaded_with_its_network(tmp_path):
+    learned = train(tmp_path / "run")
+    again = metalr.load(tmp_path / "run", model=network())
+    jax.tree.map(np.testing.assert_array_equal, learned.init, again.init)
+    assert again.objective.name == "squared_error"
+    with pytest.raises(ArtifactError, match="custom model; pass it"):
+        metalr.load(tmp_path / "run")
+    own = metalr.Objective("mine", squared_error)
+    train(tmp_path / "own", objective=own)
+    with pytest.raises(ArtifactError, match="has an objective of your own, 'mine'; pass it"):
+        metalr.load(tmp_path / "own", model=network())
+    assert metalr.load(tmp_path / "own", model=network(), objective=own).objective is own
+
+
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    train(tmp_path / "whole")
+    calls = iter(range(1000))
+    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) == 3)
+    with pytest.raises(StoppedError):
+        train(tmp_path / "cut")
+    monkeypatch.undo()
+    train(tmp_path / "cut", resume=True)
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert train(tmp_path / "cut", resume=True).objective.name == "squared_error"  # finished: what is there
+    assert train(tmp_path / "new", resume=True) is not None  # none there: a new one
+
+
+def test_rows_of_a_table_in_a_few_lines(tmp_path):
+    rng = np.random.default_rng(0)
+    store = np.repeat(np.arange(30), 25)
+    x = rng.uniform(-1, 1, (750, 1))
+    y = x * rng.uniform(-2, 2, 30)[store][:, None]
+    tasks = metalr.Tasks.from_arrays(x, y, store, shot=5, query=5)
+    train(tmp_path / "run", tasks=tasks)
+    curve = json.loads((tmp_path / "run" / "results.json").read_text())["curve"]
+    assert curve[3]["mse"] < curve[0]["mse"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"objective": "mse"}, ConfigError, "objective: expected one of"),
+        ({"model": lambda x: x}, ConfigError, "model: expected a metalr.models.Model"),
+        ({"tasks": line}, ConfigError, "tasks: expected a metalr.Tasks, got function"),
+        ({"algorithm": "mamml"}, ConfigError, "inner.algorithm: expected one of"),
+        ({"steps": 0}, ConfigError, "inner.steps"),
+        ({"inner": InnerConfig(dropout=0.1)}, ConfigError, "inner.dropout: expected None"),
+        ({"tasks": metalr.Tasks(broken, line, line)}, DataError, "tasks.train: query_y: expected finite"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_written(change, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        train(tmp_path / "run", **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_tasks_are_refused_at_resume(tmp_path, monkeypatch):
+    calls = iter(range(1000))
+    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) > 1)
+    with pytest.raises(StoppedError):
+        train(tmp_path / "cut")
+    monkeypatch.undo()
+    other = dataclasses.replace(LINES, facts={"slopes": 3})
+    with pytest.raises(ConfigError, match="tasks: expected those that .* was begun with, got others"):
+        train(tmp_path / "cut", tasks=other, resume=True)

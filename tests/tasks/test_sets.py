@@ -1,0 +1,175 @@
+"""Tasks of any kind: splits by task id, small tasks, samplers that cannot work, and what the check says of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metalr import Episode, Tasks, models, tasks
+from metalr.errors import ConfigError, DataError
+from metalr.inner import OBJECTIVES
+
+ERROR = OBJECTIVES["squared_error"]
+LINE = models.from_function(
+    lambda key: {"head": {"kernel": jax.random.normal(key, (2, 1))}}, lambda p, x: x @ p["head"]["kernel"]
+)
+
+
+def table(sizes=(30, 30, 4, 30, 30, 30, 30, 30)):
+    """Rows of tasks of these sizes; the first input is the number of the row, the second that of its task."""
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.random.default_rng(0).permutation(len(ids))
+    ids = ids[order]
+    x = np.stack([np.arange(len(ids)), ids], axis=1).astype(np.float32)
+    return x, x[:, :1] * 2, np.array([f"store {i}" for i in ids])
+
+
+def test_every_task_is_in_one_split_and_rows_stay_with_their_task():
+    x, y, ids = table()
+    made = Tasks.from_arrays(x, y, ids, shot=5, query=5, seed=3)
+    held = made.facts["tasks"]
+    assert sorted(name for names in held.values() for name in names) == sorted({*ids})
+    assert {part: len(names) for part, names in held.items()} == {"train": 6, "validation": 1, "test": 1}
+    for part in ("train", "validation", "test"):
+        pool, sample = made.sampler(part)
+        draw = jax.jit(sample)
+        seen = set()
+        for seed in range(40):
+            episode = draw(pool, jax.random.key(seed))
+            of = {int(v) for v in np.asarray([*episode.support_x[:, 1], *episode.query_x[:, 1]])}
+            assert len(of) == 1
+            seen |= of
+            np.testing.assert_array_equal(episode.support_y, episode.support_x[:, :1] * 2)
+            rows = np.asarray(episode.support_x[:, 0]), np.asarray(episode.query_x[:, 0])
+            assert not set(rows[0]) & set(rows[1])
+        assert {f"store {i}" for i in seen} == set(held[part])
+
+
+def test_a_small_task_repeats_its_rows_and_is_named():
+    x, y, ids = table((30, 4, 30))
+    made = Tasks.from_arrays(x, y, ids, shot=6, query=3)
+    assert made.facts["small_tasks"] == ["store 1"]
+    part = next(part for part, names in made.facts["tasks"].items() if "store 1" in names)
+    pool, sample = made.sampler(part)
+    episode = sample(pool, jax.random.key(0))
+    support, query = set(np.asarray(episode.support_x[:, 0])), set(np.asarray(episode.query_x[:, 0]))
+    assert (len(support), len(query)) == (2, 2)  # 4 rows in the shares 6 : 3, rounded down for the support set
+    assert not support & query
+
+
+def test_the_split_is_known_by_its_hash():
+    x, y, ids = table()
+    one, same, other = (Tasks.from_arrays(x, y, ids, seed=s).sha256 for s in (0, 0, 1))
+    assert one == same != other
+    assert Tasks.from_arrays(x + 1, y, ids).sha256 != one
+
+
+def test_trees_of_columns_of_any_kind():
+    x, y, ids = table()
+    columns = {"a": x[:, 0], "b": {"c": x.astype(np.float64), "d": ids == "store 0"}}
+    made = Tasks.from_arrays(columns, y[:, 0], ids, shot=2, query=2)
+    pool, sample = made.sampler("train")
+    episode = sample(pool, jax.random.key(0))
+    assert {k: v.dtype for k, v in [("a", episode.support_x["a"]), ("c", episode.support_x["b"]["c"])]} == {
+        "a": np.float32, "c": np.float32,
+    }  # fmt: skip
+    assert episode.support_x["b"]["d"].dtype == bool
+    assert episode.query_y.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"task": np.zeros(3)}, DataError, "x: expected 3 rows, one a task id, got shape"),
+        (
+            {"y": np.full((214, 1), np.nan)},
+            DataError,
+            "y: expected finite values, got others in 214 rows, first in row 0",
+        ),
+        ({"task": np.arange(214)}, DataError, "expected at least 2 rows of each task, got one of 0, 1"),
+        ({"task": np.zeros(214, int)}, DataError, "expected at least 3 tasks"),
+        ({"x": np.array(["a"] * 214)}, DataError, "expected numbers, got <U1; turn categories into numbers"),
+        ({"shot": 0}, ConfigError, "shot: expected at least 1"),
+        ({"validation": 0.9, "test": 0.9}, ConfigError, "expected shares that leave tasks to train on"),
+    ],
+)
+def test_tables_that_cannot_work(change, error, message):
+    x, y, ids = table()
+    with pytest.raises(error, match=message):
+        Tasks.from_arrays(**({"x": x, "y": y, "task": ids} | change))
+
+
+def draw(key, noise=0.0, n=4):
+    x = jax.random.normal(key, (n, 2))
+    return Episode(x, x[:, :1] + noise, x + 1, x[:, :1])
+
+
+def test_the_check_says_what_it_found():
+    found = Tasks(draw, draw, draw).check(LINE, ERROR)
+    assert set(found.losses) == {"train", "validation", "test"}
+    assert "support_x" in str(found)
+    assert "loss of a random init: train" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        (lambda key: draw(key, jnp.nan), DataError, "tasks.train: support_y: expected finite values"),
+        (lambda key: draw(key, n=5), DataError, "the same shapes and dtypes in all splits"),
+        (lambda key: Episode(*draw(key)[:2], *draw(key)[:2]), DataError, "expected a query set apart from the support"),
+        (lambda key: draw(key)._replace(query_y=jnp.zeros(3)), DataError, "query: expected as many targets as inputs"),
+        (lambda key: draw(key)._replace(query_y=jnp.zeros(())), DataError, "expected a leading axis of examples"),
+        (
+            lambda key: draw(key) if jax.random.uniform(key) < 2 else None,
+            DataError,
+            "expected a sampler that jax can trace",
+        ),
+        (
+            lambda key: draw(key)._replace(query_y=jnp.zeros((4, 3))),
+            ConfigError,
+            "expected outputs of the targets' shape",
+        ),
+        (
+            lambda key: draw(key)._replace(query_x=jnp.zeros((4, 7))),
+            ConfigError,
+            "do not fit the episodes of tasks.train",
+        ),
+    ],
+)
+def test_samplers_that_cannot_work_are_named(train, error, message):
+    with pytest.raises(error, match=message):
+        Tasks(train, draw, draw).check(LINE, ERROR)
+
+
+def test_randomness_of_its_own_is_found_out():
+    count = iter(range(100))
+
+    def sample(key):
+        return draw(
+            key, noise=jax.pure_callback(lambda: np.float32(next(count)), jax.ShapeDtypeStruct((), jnp.float32))
+        )
+
+    with pytest.raises(DataError, match="expected the same values for the same key"):
+        Tasks(sample, sample, sample).check(LINE, ERROR)
+
+
+def test_sinusoid_is_that_of_the_paper():
+    made = tasks.sinusoid(shot=10, query=50)
+    episode = jax.vmap(made.train)(jax.random.split(jax.random.key(0), 500))
+    x, y = np.asarray(episode.query_x), np.asarray(episode.query_y)
+    assert (x.min() >= -5, x.max() <= 5, np.abs(y).max() <= 5) == (True, True, True)
+    tops = np.abs(y).max(1)
+    assert tops.min() < 0.5
+    assert tops.max() > 4.5
+    assert not np.allclose(made.train(jax.random.key(1)).support_x, made.test(jax.random.key(1)).support_x)
+
+
+def test_a_mixture_draws_from_all_by_weight():
+    zeros, ones = (Tasks(*[lambda key, v=v: jax.tree.map(lambda a: 0 * a + v, draw(key))] * 3) for v in (0.0, 1.0))
+    made = tasks.mixture(zeros, ones, weights=(1.0, 3.0))
+    pool, sample = made.sampler("train")
+    values = jax.vmap(lambda key: sample(pool, key).support_x.mean())(jax.random.split(jax.random.key(0), 400))
+    assert float(values.mean()) == pytest.approx(0.75, abs=0.07)
+    assert set(np.asarray(values).tolist()) == {0.0, 1.0}
+    with pytest.raises(ConfigError, match="at least 2 task sets"):
+        tasks.mixture(zeros)
