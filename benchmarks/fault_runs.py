@@ -165,7 +165,7 @@ def overwrite_at_every_call(root: Path) -> list[Row]:
 
 
 def killed_processes(root: Path, n: int) -> Row:
-    """Two processes that train as one, killed together at a random moment, resumed: the bits of one with two devices."""
+    """Two processes that train as one, killed together at a random moment, resumed: bits of one with two devices."""
     small = [
         "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "400", "--outer.meta-batch", "4",
         "--inner.steps", "2", "--outer.validate-every", "100", "--outer.checkpoint-every", "10", "--model.widths", "16",
