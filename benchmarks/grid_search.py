@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from metalr.outer import devices
 
@@ -143,7 +144,7 @@ CASES = {
     ),
     "rotated, full data, inputs 0 to 255": full(
         "rotated", steps=400, rate=1e-3, init_rate=1e-4, searched=3, tasks=6
-    )._replace(network=models.from_linen(Bytes(), input_shape=(28, 28, 1), way=10)),
+    )._replace(network=models.from_linen(Bytes(), np.zeros((1, 28, 28, 1), np.float32))),
     "rotated, full data, GRU": full(
         "rotated", steps=600, model=ModelConfig(name="rnn", width=64), searched=2, tasks=6, tuning_tasks=2
     ),

@@ -93,7 +93,7 @@ class Learner:
         start = self.init if init is None else init
         steps = self.spec.steps if steps is None else steps
         hyperparameters.check_steps(self.spec, steps)
-        if not self.model.takes_images:
+        if not self.classifies_images:
             x, y = _examples(support_x, "support_x"), _examples(support_y, "support_y")
             if trees.count(x) != trees.count(y):
                 raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
@@ -135,7 +135,7 @@ class Learner:
           ConfigError: params of another network. DataError: a wrong shape, dtype or pixel.
         """
         batched, tasks = self._check_params(params)
-        if not self.model.takes_images:
+        if not self.classifies_images:
             if batched or support_x is not None:
                 raise ConfigError(
                     "params: expected those of one task, and no support_x, with a network of other inputs"
@@ -208,6 +208,11 @@ class Learner:
         return descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
 
     @property
+    def classifies_images(self) -> bool:
+        """Whether it takes images in all forms, uint8 too, and labels; others take what their sampler gave."""
+        return self.model.takes_images and self.objective.name == CROSS_ENTROPY.name
+
+    @property
     def kind_of_rates(self) -> str:
         """What reports call them: "learned rates", or "fixed rates" as of MAML."""
         return LEARNED if self.facts.get("learned_rates", True) else FIXED
@@ -235,7 +240,7 @@ class Learner:
                 return devices.map_tasks(functools.partial(one, apply, init, rates), (x, y), group)
 
             def here(init: Params, rates: Rates, x: Any, y: Any) -> Params:
-                x, group = _prepared(model, x), 1
+                x, group = self._prepared(x), 1
                 if batched:
                     alone = functools.partial(one, model.cpu_apply or model.apply, init, rates)
                     group = devices.fitting_group(alone, (x, y))
@@ -250,7 +255,7 @@ class Learner:
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
-        many = 5 if self.model.takes_images else None  # axes of the images of many tasks
+        many = 5 if self.classifies_images else None  # axes of the images of many tasks
 
         def outputs(params: Params, x: Any, support_x: Any = None) -> Any:
             def forward(apply: models.Apply, _: int, params: Params, x: Any, *support: Any) -> Any:
@@ -259,10 +264,14 @@ class Learner:
 
                 return jax.vmap(one)(params, x, *support) if many and x.ndim == many else one(params, x, *support)
 
-            support = () if support_x is None else (_prepared(self.model, support_x),)
-            return devices.by_platform(self.model, forward, params, _prepared(self.model, x), *support)
+            support = () if support_x is None else (self._prepared(support_x),)
+            return devices.by_platform(self.model, forward, params, self._prepared(x), *support)
 
         return jax.jit(outputs)
+
+    def _prepared(self, x: Any) -> Any:
+        """Inputs as the network takes them: images as float32 0..1, others as they are."""
+        return models.unit(x) if self.classifies_images else x
 
     def _images(self, x: Any, what: str, batched: bool) -> Any:
         height, width, channels = self.model.image_shape
@@ -301,11 +310,6 @@ class Learner:
                 missing = int(np.argwhere(~counts)[0, 1])
                 raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
         return y.astype(np.int32)
-
-
-def _prepared(model: Model, x: Any) -> Any:
-    """Inputs as the network takes them: images as float32 0..1, others as they are."""
-    return models.unit(x) if model.takes_images else x
 
 
 def _described(model: Model) -> tuple[str, str]:
@@ -365,7 +369,7 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         },
         "objective": learner.objective.name,
         "preprocessing": "uint8 / 255, or float 0..1 as it is; shape [n, height, width, channels]; no centring"
-        if learner.model.takes_images
+        if learner.classifies_images
         else "none: inputs as the sampler gave them",
         "rates": dataclasses.asdict(learner.spec),
         "inner_steps": learner.spec.steps,

@@ -81,7 +81,7 @@ class Model:
 
     @property
     def takes_images(self) -> bool:
-        """Whether inputs are images [n, height, width, channels] and outputs the logits of classes."""
+        """Whether inputs are [n, height, width, channels] and outputs [n, outputs], as of image classification."""
         return self.input_shape is not None and len(self.input_shape) == 3 and self.way is not None
 
     @property
@@ -227,9 +227,11 @@ def _dtype_setting(dtype: str) -> dict[str, str]:
     return {} if dtype == "float32" else {"dtype": dtype}
 
 
-def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax.Array], Params]:
+def _linen_init(module: nn.Module, example: Any) -> Callable[[jax.Array], Params]:
+    """example: inputs of one example as ShapeDtypeStructs, with a leading axis of 1."""
+
     def init(key: jax.Array) -> Params:
-        variables = module.init(key, jnp.zeros((1, *shape), jnp.float32))
+        variables = module.init(key, jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), example))
         other = sorted(set(variables) - {"params"})
         if other:
             raise ConfigError(
@@ -240,6 +242,10 @@ def _linen_init(module: nn.Module, shape: tuple[int, int, int]) -> Callable[[jax
         return variables["params"]
 
     return init
+
+
+def _image(shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
 
 def _linen_apply(module: nn.Module) -> Apply:
@@ -283,7 +289,7 @@ def mlp(
     module = _Mlp(way, widths, dropout, dtype)
     return Model(
         name="mlp",
-        init=_linen_init(module, input_shape),
+        init=_linen_init(module, _image(input_shape)),
         apply=_linen_apply(module),
         input_shape=input_shape,
         way=way,
@@ -322,7 +328,7 @@ def conv4(
     wrapped: Callable[[Apply], Apply] = WithSupport if norm == "support" else lambda apply: apply
     return Model(
         name="conv4",
-        init=_linen_init(plain, input_shape),
+        init=_linen_init(plain, _image(input_shape)),
         apply=wrapped(_linen_apply(plain)),
         input_shape=input_shape,
         way=way,
@@ -349,7 +355,7 @@ def rnn(
     module = _Rnn(way, cell, width, dtype)
     return Model(
         name="rnn",
-        init=_linen_init(module, input_shape),
+        init=_linen_init(module, _image(input_shape)),
         apply=_linen_apply(module),
         input_shape=input_shape,
         way=way,
@@ -414,47 +420,38 @@ def _check_shape(input_shape: Any, way: Any) -> None:
 
 
 def from_linen(
-    module: nn.Module,
-    input_shape: tuple[int, int, int],
-    way: int,
-    *,
-    head: str = "head",
-    dropout: bool = False,
-    transductive: bool = False,
+    module: nn.Module, example_x: Any, *, head: str = "head", dropout: bool = False, transductive: bool = False
 ) -> Model:
-    """A user's own Linen module, called as module(x) -> logits; with dropout, as module(x, train=True) in inner steps.
+    """A user's own Linen module, called as module(x) -> outputs; with dropout, as module(x, train=True) in inner steps.
+
+    Args:
+      example_x: inputs as the module takes them, of any number of examples: arrays, or jax.ShapeDtypeStructs, in any
+        pytree; only their shapes and dtypes are used. For images: np.zeros((1, height, width, channels), np.float32).
+      head: name of the output layer.
+      transductive: whether a prediction depends on the other examples that are given with it.
 
     Raises:
-      ConfigError: no module, no shape of an image, the module keeps state beside params (running batch statistics), or
-        gives other than [n, way] logits. Checked here, by abstract evaluation.
+      ConfigError: no module, no example, the module keeps state beside params (running batch statistics), or its
+        outputs have no leading axis of examples. Checked here, by abstract evaluation.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"model: expected a flax.linen module, such as Net(), got {type(module).__name__} {module!r}; for "
-            "functions "
-            "of your own, make a models.Model(init=..., apply=...)"
+            f"model: expected a flax.linen module, such as Net(), got {type(module).__name__} {module!r}; for plain "
+            "functions use from_function(init, apply)"
         )
-    _check_shape(input_shape, way)
-    init, apply = _linen_init(module, input_shape), _linen_apply(module)
-    return _checked(Model(CUSTOM, init, apply, input_shape, way, head, dropout=dropout, transductive=transductive))
+    init, apply = _linen_init(module, _examples(example_x, 1)), _linen_apply(module)
+    return _checked(Model(CUSTOM, init, apply, None, None, head, dropout=dropout, transductive=transductive), example_x)
 
 
-def from_nnx(
-    module: Any,
-    input_shape: tuple[int, int, int],
-    way: int,
-    *,
-    head: str = "head",
-    transductive: bool = False,
-) -> Model:
-    """A user's own NNX module, called as module(x) -> logits.
+def from_nnx(module: Any, example_x: Any, *, head: str = "head", transductive: bool = False) -> Model:
+    """A user's own NNX module, called as module(x) -> outputs. example_x, head, transductive: as in `from_linen`.
 
     `init(key)` draws every parameter named "kernel" anew with LeCun-normal values and keeps all others as the module
     had them, because an NNX module carries its parameters already. Dropout layers are not taken: they hold a stream
     of random numbers, which is state.
 
     Raises:
-      ConfigError: the module keeps state beside nnx.Param, or gives other than [n, way] logits.
+      ConfigError: no module, no example, state beside nnx.Param, or outputs without a leading axis of examples.
     """
     from flax import nnx
 
@@ -462,7 +459,6 @@ def from_nnx(
         raise ConfigError(
             f"model: expected a flax.nnx module, such as Net(rngs=nnx.Rngs(0)), got {type(module).__name__} {module!r}"
         )
-    _check_shape(input_shape, way)
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
         kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
@@ -486,7 +482,7 @@ def from_nnx(
         nnx.replace_by_pure_dict(state, given)
         return nnx.merge(graph, state)(x)
 
-    return _checked(Model(CUSTOM, init, apply, input_shape, way, head, transductive=transductive))
+    return _checked(Model(CUSTOM, init, apply, None, None, head, transductive=transductive), example_x)
 
 
 def check_dtypes(params: Params, what: str) -> None:
@@ -502,20 +498,39 @@ def check_dtypes(params: Params, what: str) -> None:
             )
 
 
-def _checked(model: Model) -> Model:
+def _examples(example_x: Any, count: int) -> Any:
+    """The shapes and dtypes of `count` examples like these. Raises ConfigError for what has no leading axis."""
+
+    def of(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        if shape is None or dtype is None or len(shape) < 1 or 0 in shape[1:]:
+            raise ConfigError(
+                f"example_x: expected arrays with a leading axis of examples, such as np.zeros((1, 28, 28, 1), "
+                f"np.float32), got {leaf!r:.80}"
+            )
+        return jax.ShapeDtypeStruct((count, *shape[1:]), jax.dtypes.canonicalize_dtype(dtype))
+
+    if not jax.tree.leaves(example_x):
+        raise ConfigError(f"example_x: expected arrays with a leading axis of examples, got {example_x!r:.80}")
+    return jax.tree.map(of, example_x)
+
+
+def _checked(model: Model, example_x: Any) -> Model:
+    """The model with the shapes of its inputs and outputs, tried by abstract evaluation on 3 examples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         params = jax.eval_shape(model.init, jax.random.key(0))
     check_dtypes(params, "model")
-    x = jax.ShapeDtypeStruct((3, *model.image_shape), jnp.float32)
-    logits = jax.eval_shape(model.apply, params, x)
-    if not isinstance(logits, jax.ShapeDtypeStruct):
-        raise ConfigError(f"model: expected an array of logits, got {type(logits).__name__}")
+    x = _examples(example_x, 3)
+    outputs = jax.eval_shape(model.apply, params, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(outputs)]
+    if not shapes or any(len(shape) < 1 or shape[0] != 3 for shape in shapes):
+        raise ConfigError(f"model: expected outputs with a leading axis of 3 for 3 examples, got shapes {shapes}")
     if model.dropout:
         try:
             jax.eval_shape(model.apply, params, x, jax.random.key(0))
         except TypeError as error:
             raise ConfigError(f"model: dropout=True: expected a module called with train=True: {error}") from error
-    if logits.shape != (3, model.way):
-        raise ConfigError(f"model: expected logits of shape [3, {model.way}] for 3 images, got {logits.shape}")
-    return model
+    shape = x.shape[1:] if isinstance(x, jax.ShapeDtypeStruct) else None
+    one = isinstance(outputs, jax.ShapeDtypeStruct) and len(outputs.shape) == 2
+    return dataclasses.replace(model, input_shape=shape, way=outputs.shape[1] if one else None)

@@ -171,7 +171,7 @@ def test_as_optax_in_the_training_loop_of_nnx():
             return self.head(x.reshape(len(x), -1))
 
     net, x = Net(), jnp.asarray(X, jnp.float32)[..., None] / 255
-    learned = learner(model=models.from_nnx(net, (8, 8, 1), 3))
+    learned = learner(model=models.from_nnx(net, np.zeros((1, 8, 8, 1), np.float32)))
     nnx.update(net, learned.init)
     optimizer = nnx.Optimizer(net, learned.as_optax(), wrt=nnx.Param)
     for _ in range(5):
@@ -369,7 +369,7 @@ def test_inner_loop_lowers_for_every_platform(platform, model):
     learned = learner(model=model)
     x = jnp.asarray(X)[..., None]
     exported = jax.export.export(learned._adapt, platforms=[platform])(
-        learned.init, learned.rates, x, jnp.asarray(Y, jnp.int32), steps=3
+        learned.init, learned.rates, x, jnp.asarray(Y, jnp.int32), steps=3, batched=False
     )
     assert exported.platforms == (platform,)
     text = exported.mlir_module()

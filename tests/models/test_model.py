@@ -85,6 +85,9 @@ def test_bad_settings(name, settings, message):
         models.build(name, 5, (28, 28, 1), **settings)
 
 
+EXAMPLE = np.zeros((1, 8, 8, 1), np.float32)
+
+
 class Small(nn.Module):
     batch_norm: bool = False
 
@@ -108,24 +111,49 @@ def adapts(model):
 
 
 def test_own_linen_module():
-    assert adapts(models.from_linen(Small(), (8, 8, 1), 3))
+    assert adapts(models.from_linen(Small(), EXAMPLE))
 
 
 def test_running_statistics_are_refused_with_a_way_out():
     with pytest.raises(
         ConfigError, match=r"Small: expected params only, got the collections \['batch_stats'\].*LayerNorm"
     ):
-        models.from_linen(Small(batch_norm=True), (8, 8, 1), 3)
+        models.from_linen(Small(batch_norm=True), EXAMPLE)
 
 
 def test_dropout_needs_a_module_that_takes_train():
     with pytest.raises(ConfigError, match=r"dropout=True: expected a module called with train=True: .*'train'"):
-        models.from_linen(Small(), (8, 8, 1), 3, dropout=True)
+        models.from_linen(Small(), EXAMPLE, dropout=True)
 
 
-def test_wrong_number_of_outputs():
-    with pytest.raises(ConfigError, match=r"expected logits of shape \[3, 4\]"):
-        models.from_linen(Small(), (8, 8, 1), 4)
+def test_shapes_are_read_off_the_example_and_the_outputs():
+    model = models.from_linen(Small(), EXAMPLE)
+    assert (model.input_shape, model.way, model.takes_images) == ((8, 8, 1), 3, True)
+    shape = jax.ShapeDtypeStruct((5, 8, 8, 1), jnp.float32)
+    assert models.from_linen(Small(), shape).input_shape == (8, 8, 1)
+
+    class Series(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return {"level": nn.Dense(1)(x["values"]), "trend": nn.Dense(2)(x["time"])}
+
+    example = {"values": np.zeros((1, 4), np.float32), "time": np.zeros((1, 2), np.float32)}
+    model = models.from_linen(Series(), example)
+    assert (model.input_shape, model.way, model.takes_images) == (None, None, False)
+    outputs = model.apply(model.init(jax.random.key(0)), jax.tree.map(lambda v: jnp.ones((7, v.shape[1])), example))
+    assert outputs["trend"].shape == (7, 2)
+
+
+def test_outputs_without_an_axis_of_examples_are_refused():
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(x.reshape(x.shape[0], -1)).mean(0)
+
+    with pytest.raises(
+        ConfigError, match=r"expected outputs with a leading axis of 3 for 3 examples, got shapes \[\(4,"
+    ):
+        models.from_linen(Pooled(), EXAMPLE)
 
 
 class SmallNnx(nnx.Module):
@@ -139,7 +167,7 @@ class SmallNnx(nnx.Module):
 
 
 def test_own_nnx_module():
-    model = models.from_nnx(SmallNnx(nnx.Rngs(0)), (8, 8, 1), 3)
+    model = models.from_nnx(SmallNnx(nnx.Rngs(0)), EXAMPLE)
     a, b = model.init(jax.random.key(0)), model.init(jax.random.key(1))
     assert not np.allclose(a["body"]["kernel"], b["body"]["kernel"])
     assert adapts(model)
@@ -147,7 +175,7 @@ def test_own_nnx_module():
 
 def test_nnx_state_is_refused():
     with pytest.raises(ConfigError, match=r"SmallNnx: expected nnx.Param only, got other state \(BatchStat\)"):
-        models.from_nnx(SmallNnx(nnx.Rngs(0), batch_norm=True), (8, 8, 1), 3)
+        models.from_nnx(SmallNnx(nnx.Rngs(0), batch_norm=True), EXAMPLE)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -168,9 +196,9 @@ def test_params_of_16_bits_are_refused_by_every_adapter(dtype):
 
     message = rf"expected params in float32, got {jnp.dtype(dtype)} for .*head.*; keep params in float32"
     with pytest.raises(ConfigError, match=message):
-        models.from_linen(Half(), (8, 8, 1), 3)
+        models.from_linen(Half(), EXAMPLE)
     with pytest.raises(ConfigError, match=message):
-        models.from_nnx(HalfNnx(nnx.Rngs(0)), (8, 8, 1), 3)
+        models.from_nnx(HalfNnx(nnx.Rngs(0)), EXAMPLE)
     by_hand = models.Model("custom", lambda key: {"head": jnp.zeros((3,), dtype)}, lambda p, x: x, (8, 8, 1), 3)
     with pytest.raises(ConfigError, match=message):
         outer.initial_shapes(by_hand, hyperparameters.RatesSpec())
@@ -179,12 +207,15 @@ def test_params_of_16_bits_are_refused_by_every_adapter(dtype):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: models.from_linen(lambda x: x, (8, 8, 1), 3), "expected a flax.linen module, such as Net"),
-        (lambda: models.from_linen(Small, (8, 8, 1), 3), "expected a flax.linen module, such as Net"),
-        (lambda: models.from_linen(Small(), 12, 3), r"input_shape: expected \(height, width, channels\).*got 12"),
-        (lambda: models.from_linen(Small(), (8, 8), 3), r"input_shape: expected .*got \(8, 8\)"),
-        (lambda: models.from_linen(Small(), (8, 8, 1), "3"), "way: expected at least 2 classes, got '3'"),
-        (lambda: models.from_nnx(lambda x: x, (8, 8, 1), 3), "expected a flax.nnx module"),
+        (lambda: models.from_linen(lambda x: x, EXAMPLE), "expected a flax.linen module, such as Net"),
+        (lambda: models.from_linen(Small, EXAMPLE), "expected a flax.linen module, such as Net"),
+        (lambda: models.from_linen(Small(), 12), r"example_x: expected arrays with a leading axis of examples.*got 12"),
+        (lambda: models.from_linen(Small(), (8, 8, 1)), r"example_x: expected arrays with a leading axis.*got 8"),
+        (
+            lambda: models.from_linen(Small(), ()),
+            r"example_x: expected arrays with a leading axis of examples, got \(\)",
+        ),
+        (lambda: models.from_nnx(lambda x: x, EXAMPLE), "expected a flax.nnx module"),
         (lambda: models.build("mlp", 3, 12), "input_shape: expected"),
     ],
 )
@@ -194,7 +225,7 @@ def test_what_is_no_module_or_shape_is_said_to_be_none(make, message):
 
 
 def test_names_of_heads_must_agree():
-    model = models.from_linen(Small(), (8, 8, 1), 3, head="last")
+    model = models.from_linen(Small(), EXAMPLE, head="last")
     with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):
         outer.initial(model, hyperparameters.RatesSpec(), jax.random.key(0))
 

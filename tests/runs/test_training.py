@@ -440,7 +440,7 @@ class Own(nn.Module):
 
 
 def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
-    model = models.from_linen(Own(), (8, 8, 1), 10, head="last")
+    model = models.from_linen(Own(), np.zeros((1, 8, 8, 1), np.float32), head="last")
     quiet = progress.ConsoleReporter(quiet=True)
     folder = tmp_path / "own"
     results = runs.run(dataclasses.replace(small, out=folder), name="x", model=model, reporter=quiet)
