@@ -307,10 +307,12 @@ def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> l
         for baseline in (rivals.unsearched, rivals.tuned):
             methods.append((name, functools.partial(baseline, name, init, field, runs)))
     rows: list[Scores] = []
-    for origin, method in methods:
-        between()
-        rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
-        reporter.line(f"{rows[-1].method}: {100 * rows[-1].accuracy.mean():.2f} % after {rows[-1].steps} steps")
+    with reporter.bar("methods without a search", len(methods)) as advance:
+        for origin, method in methods:
+            between()
+            rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
+            last = rows[-1]
+            advance(1, f"{last.method}: {100 * last.accuracy.mean():.2f} % after {last.steps} steps")
     return rows
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from metalr.config import TrainConfig
 from metalr.evaluation import protocol, small_grid
 from metalr.learner import artifact
+from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
 from metalr.types import Curve
 
@@ -106,7 +107,7 @@ def compare(
     setup: Setup,
     learner: artifact.Learner,
     curve: Curve,
-    report: Callable[[str], None],
+    reporter: Reporter,
     known: Sequence[small_grid.Cell] = (),
     keep: Callable[[list[small_grid.Cell]], None] = lambda cells: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -124,11 +125,20 @@ def compare(
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     cells, costs = {}, {}
     origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})
+    batches = {min(size, support) for size in grid.batch_sizes}
+    trajectories = len(grid.optimizers) * len(batches) * len(grid.learning_rates)
     for origin, init in origins.items():
-        report(f"grid search from the {origin} init, {len(keys)} tasks")
-        cells[origin], costs[origin] = small_grid.run_grid(
-            grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=keep
-        )
+        there = sum(cell.init == origin for cell in known) // len(grid.steps)
+        title = f"grid search from the {origin} init, {len(keys)} tasks"
+        with reporter.bar(title, trajectories, min(there, trajectories - 1)) as advance:
+
+            def kept(new: list[small_grid.Cell], advance: Callable[[int, str], None] = advance) -> None:
+                keep(new)
+                advance(1, f"{new[0].optimizer}, rate {new[0].learning_rate:g}, batches of {new[0].batch_size}")
+
+            cells[origin], costs[origin] = small_grid.run_grid(
+                grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=kept
+            )
     taken = [int(n) for n in curve.steps]
     reference = curve.tasks[:, taken.index(steps)]
     per_step = min(config.inner.batch_size or support, support)

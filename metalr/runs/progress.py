@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Reporter(Protocol):
@@ -45,12 +53,20 @@ class ConsoleReporter:
                 yield lambda count, note: progress.update(bar, advance=count, note=note)
             return
         shown = 10 * done // total - 1
+        first: tuple[float, int] | None = (
+            None  # when something was done first, and how much then: compilation is before
+        )
 
         def advance(count: int, note: str) -> None:
-            nonlocal done, shown
+            nonlocal done, shown, first
             done += count
+            now = time.perf_counter()
             if (tenth := 10 * done // total) > shown:  # ten lines at most in a log
                 shown = tenth
-                self.line(f"{text} {done}/{total}  {note}")
+                left = ""
+                if first is not None and first[1] < done < total:
+                    left = f"  about {duration((now - first[0]) / (done - first[1]) * (total - done))} left"
+                self.line(f"{text} {done}/{total}  {note}".rstrip() + left)
+            first = first or (now, done)
 
         yield advance

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metalr import data, models, outer, tasks
@@ -322,32 +320,10 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
-    """The first lines of a run: data, device, task split, expected time."""
+    """The first lines of a run: data, device, task split, and how the gradient is taken where that is not plain."""
     devices = jax.local_devices()
-    seconds = expected_seconds(config, setup)
     return (
         f"data    {setup.source.text}\n"
         f"device  {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})\n"
-        f"tasks   {setup.source.tasks}; split {setup.source.split_sha256[:12]}\n"
-        f"time    about {max(1, round(seconds / 60))} min expected, from this machine's speed"
+        f"tasks   {setup.source.tasks}; split {setup.source.split_sha256[:12]}"
     )
-
-
-def expected_seconds(config: TrainConfig, setup: Setup) -> float:
-    """A rough estimate for the whole run: arithmetic over this machine's measured rate of matrix products."""
-    x = np.ones((1024, 1024), np.float32)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
-    began = time.perf_counter()
-    product(x).block_until_ready()
-    rate = 2 * 1024**3 / (time.perf_counter() - began) * jax.local_device_count()
-    params = jax.eval_shape(setup.model.init, jax.random.key(0))
-    uses = {"mlp": 1, "conv4": 40, "rnn": 28}.get(config.model.name, 10)  # of a weight, an image; your own: a guess
-    per_example = 6 * uses * sum(leaf.size for leaf in jax.tree.leaves(params))
-    examples = config.outer.steps * config.outer.meta_batch * task_cost(config, setup)
-    if config.grid.run:
-        grid, support = grid_of(config), setup.support
-        batches = sum(min(size, support) for size in grid.batch_sizes)
-        runs = 2 * len(grid.learning_rates) * len(grid.optimizers) * config.evaluation.episodes
-        examples += runs * max(grid.steps) * batches
-    return 20 + examples * per_example / (0.4 * rate)  # 20 s to compile; the share of the rate that is reached

@@ -233,7 +233,7 @@ def _carry_out(
         if config.grid.run:
             known, keep = _kept_cells(config, folder, asked)
             results["comparison"], results["grid"] = evaluating.compare(
-                config, setup, learner, curve, reporter.line, known, keep
+                config, setup, learner, curve, reporter, known, keep
             )
     results["seconds"] = round(before + time.perf_counter() - began, 2)
     results["peak_memory_bytes"] = peak_memory()
