@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "list": data_list,
             "prepare": data_prepare,
             "import": data_import,
+            "remove": data_remove,
         }
-        guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import.", given[1:]))
+        guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import, remove.", given[1:]))
         return
     resumable = {"train": _train_command, "search": _search_command}
     made = {
@@ -56,7 +57,7 @@ def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, a
 
 
 def data() -> None:
-    """List the datasets, prepare or import one: see `metalr data --help`."""
+    """List the datasets; prepare, import or remove one: see `metalr data --help`."""
 
 
 def guard(run: Callable[[], Any]) -> Any:
@@ -332,7 +333,9 @@ def compare(
 
 
 def data_list(json_: Json = False) -> None:
-    """List the datasets that are ready to use.
+    """List the datasets that are ready to use, and what they take on the disk.
+
+    They stand in METALR_CACHE_DIR, by default ~/.cache/metalr.
 
     Args:
       json_: print JSON.
@@ -347,11 +350,29 @@ def data_list(json_: Json = False) -> None:
             print(f"metalr: {name} is left out: {error}", file=sys.stderr)
     if json_:
         print(
-            json.dumps([{"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256} for d in rows])
+            json.dumps(
+                [
+                    {"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256}
+                    | {"bytes": data.stored_bytes(d.name)}
+                    for d in rows
+                ]
+            )
         )
         return
     for dataset in rows:
-        print(dataset)
+        size = data.stored_bytes(dataset.name)
+        print(f"{dataset}{f', {size / 2**20:.1f} MiB' if size else ''}")
+
+
+def data_remove(name: tyro.conf.Positional[str]) -> None:
+    """Remove a prepared or imported dataset from the cache.
+
+    Args:
+      name: as `metalr data list` shows it.
+    """
+    from metalr import data
+
+    print(f"removed {data.remove(name)}")
 
 
 def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
@@ -368,18 +389,32 @@ def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_
     print(sources.prepare(name, idx=idx, data_dir=data_dir))
 
 
-def data_import(file: tyro.conf.Positional[Path], name: str | None = None, min_per_class: int = 0) -> None:
-    """Check an .npz of your own images and labels, and keep it under a name.
+def data_import(
+    source: tyro.conf.Positional[Path],
+    name: str | None = None,
+    min_per_class: int = 0,
+    size: int | None = None,
+    gray: bool = False,
+) -> None:
+    """Check your own images and labels, and keep them under a name.
 
     Args:
-      file: .npz with images and labels, numbers or names (and optionally test_images, test_labels, class_split); or
-        images of shape [classes, n, height, width] without labels.
-      name: what --data calls it; default: the file's name.
+      source: a folder of pictures with a folder for each class; or an .npz with images and labels, numbers or names
+        (and optionally test_images, test_labels, class_split), or with images of shape [classes, n, height, width] alone.
+      name: what --data calls it; default: the name of the file or folder.
       min_per_class: leave out classes with fewer images.
+      size: pictures: resize to that many pixels, square.
+      gray: pictures: one channel in place of three.
     """
     from metalr import data
+    from metalr.data import sources
 
-    dataset = data.from_npz(file, name, min_per_class=min_per_class)
+    if source.is_dir():
+        dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=name)
+    elif size is not None or gray:
+        raise ConfigError(f"size, gray: expected a folder of pictures with them, got {source}")
+    else:
+        dataset = data.from_npz(source, name, min_per_class=min_per_class)
     if dataset.name in (data.BUNDLED, "mnist"):
         raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
     data.write_cache(dataset)

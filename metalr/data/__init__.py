@@ -24,6 +24,8 @@ from metalr.data.arrays import (
     number_classes,
     read_cache,
     read_npz,
+    remove,
+    stored_bytes,
     write_cache,
 )
 
@@ -51,5 +53,7 @@ __all__ = [
     "number_classes",
     "read_cache",
     "read_npz",
+    "remove",
+    "stored_bytes",
     "write_cache",
 ]

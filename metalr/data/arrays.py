@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -388,6 +389,26 @@ def read_cache(name: str) -> Dataset:
     if not intact:
         raise DataError(f"{path}: the cached copy is damaged (sha256 differs); {mend}")
     return dataset
+
+
+def remove(name: str) -> Path:
+    """Remove a prepared or imported dataset from the cache; the folder that it was. Raises DataError if there is none."""
+    if name == BUNDLED:
+        raise DataError(f"data {name!r}: expected a prepared dataset, got the one inside the package")
+    path = cached_path(name)
+    if not path.is_dir():
+        raise DataError(f"data {name!r}: expected a prepared dataset, have {', '.join(names()[1:]) or 'none'}")
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be removed: {one_line(error)}") from error
+    return path
+
+
+def stored_bytes(name: str) -> int:
+    """How much a dataset takes on the disk; 0 of the bundled one, which is part of the package."""
+    path = cached_path(name)
+    return sum(file.stat().st_size for file in path.iterdir()) if name != BUNDLED and path.is_dir() else 0
 
 
 def names() -> list[str]:

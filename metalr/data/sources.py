@@ -206,6 +206,60 @@ def write_tfds(dataset: arrays.Dataset, folder: Path) -> Path:
     return target
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def read_folder(
+    folder: Path, *, size: int | None = None, gray: bool = False, min_per_class: int = 0, name: str | None = None
+) -> arrays.Dataset:
+    """Pictures in folders, a folder a class: FOLDER/CLASS/*.png (or jpg and so on), deeper folders too.
+
+    Args:
+      size: resize to size x size pixels (the shorter side to `size`, then the middle of the longer one); None: all
+        pictures must have one size already.
+      gray: one channel; otherwise three.
+      min_per_class: leave out classes with fewer pictures.
+      name: what it is called; default: the folder's name.
+
+    Raises DataError: no folder, no pictures, one that cannot be read, or sizes that differ.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with a folder of pictures for each class, found none")
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES and file.is_file()]
+    in_class = [file for file in files if len(file.relative_to(folder).parts) > 1]
+    if not in_class:
+        raise DataError(f"{folder}: expected pictures in a folder for each class, FOLDER/CLASS/*.png, found none")
+    images, labels = [], []
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in in_class:
+        try:
+            with Image.open(file) as picture:
+                pixels = ImageOps.exif_transpose(picture).convert("L" if gray else "RGB")
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read as a picture: {one_line(error)}") from error
+        if size is not None:
+            pixels = ImageOps.fit(pixels, (size, size))
+        sizes.setdefault(pixels.size, file)
+        images.append(np.asarray(pixels))
+        labels.append("/".join(file.relative_to(folder).parts[:-1]))
+        if len(sizes) > 1:
+            (one, first), (other, second) = list(sizes.items())[:2]
+            raise DataError(
+                f"{folder}: expected pictures of one size, got {one[0]}x{one[1]} ({first.name}) and "
+                f"{other[0]}x{other[1]} ({second.name}); pass --size to resize them"
+            )
+    stacked = np.stack(images)
+    return arrays.from_arrays(
+        stacked if stacked.ndim == 4 else stacked[..., None],
+        np.array(labels),
+        min_per_class=min_per_class,
+        name=name or folder.resolve().name,
+        source=f"pictures in {folder.resolve().name}/",
+    )
+
+
 def prepared_tfds(folder: Path, name: str) -> dict[str, Path]:
     """The prepared folders that a TFDS name may mean, by their full names, NAME/CONFIG:VERSION."""
     match = arrays.TFDS_NAME.fullmatch(name)

@@ -231,7 +231,7 @@ def _make_field(
     family, way = config.family or trained.tasks.family, trained.tasks.way
     if dataset.shape != learner.model.image_shape:
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
-    splits = tasks.make_splits(dataset, family)
+    splits = tasks.make_splits(dataset, family, turns=trained.tasks.turns)
     noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise
     samplers = {part.part: tasks.make_sampler(part, way, shot, query, label_noise=noise) for part in splits}
     support = way * shot

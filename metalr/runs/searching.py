@@ -135,7 +135,7 @@ def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
         return Episode(*whole)
     if config.task < 0:
         raise ConfigError(f"task: expected 0 or more, got {config.task}")
-    split = tasks.make_splits(dataset, config.tasks.family).test
+    split = tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns).test
     pool, sample = tasks.make_sampler(
         split, config.tasks.way, config.tasks.shot, config.tasks.query, label_noise=config.tasks.label_noise
     )

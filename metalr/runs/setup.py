@@ -185,7 +185,7 @@ def set_up(
 
 def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
     """A family of image tasks and its samplers. Raises MetalrError."""
-    t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family)
+    t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns)
     shape = (t.way, t.shot, t.query)
     samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=t.label_noise) for part in splits}
     if t.distort:

@@ -68,6 +68,7 @@ class TaskSplit:
       angles: (start, degrees) of each arc that a rotation may come from.
       permutations: (first, count) of the permutation ids.
       orders: (residues allowed, modulus) for the label orders: see _label_order.
+      turns: whether a family that turns its classes does so.
     """
 
     family: str
@@ -81,17 +82,26 @@ class TaskSplit:
     permutations: tuple[int, int]
     orders: tuple[tuple[int, ...], int]
     image_sha256: str
+    turns: bool = True
 
     @property
     def classes(self) -> int:
         """How many classes a task can choose from (each turn of a class counts as one)."""
-        return len(self.class_ids) * (4 if FAMILIES[self.family].transform == "turns" else 1)
+        return len(self.class_ids) * (4 if self.transform == "turns" else 1)
+
+    @property
+    def transform(self) -> str:
+        """What is done to a task's images: as in Family, "none" where turning is left out."""
+        transform = FAMILIES[self.family].transform
+        return "none" if transform == "turns" and not self.turns else transform
 
     def describe(self) -> dict:
         """Everything that defines the part, as plain JSON values; images by their hash."""
         family = FAMILIES[self.family]
         facts: dict = {"part": self.part, "classes": list(self.class_ids), "images": int(self.count.sum())}
         facts["image_sha256"] = self.image_sha256
+        if family.transform == "turns" and not self.turns:
+            facts["turns"] = False
         if family.transform == "rotation":
             facts["angles"] = [list(arc) for arc in self.angles]
         if family.transform == "permutation":
@@ -115,12 +125,15 @@ class Splits(NamedTuple):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
+def make_splits(dataset: Dataset, family: str, seed: int = 0, *, turns: bool = True) -> Splits:
     """Deal the dataset's classes, images and transforms to meta-train, meta-validation and meta-test.
 
     Meta-test images come from the dataset's test part, except in the family "classes", where whole classes are held
     out: by the dataset's own class split, or 64/16/20 % by `seed`. Meta-validation images are the last sixth of each
     class's training images. "digits" holds out the last 40 % of the classes (digits 6-9).
+
+    Args:
+      turns: False leaves the family "classes" its images upright, each class one class; they need not be square then.
 
     Raises:
       ConfigError: no such family. DataError: the dataset is too small or of the wrong kind for it.
@@ -128,8 +141,13 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
     if family not in FAMILIES:
         raise ConfigError(f"tasks.family: expected one of {tuple(FAMILIES)}, got {family!r}")
     kind = FAMILIES[family]
-    if kind.transform in ("rotation", "turns") and dataset.shape[0] != dataset.shape[1]:
-        raise DataError(f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}")
+    if not turns and kind.transform != "turns":
+        raise ConfigError(f"tasks.turns: expected True, because family {family!r} turns no classes, got False")
+    if (kind.transform == "rotation" or (kind.transform == "turns" and turns)) and dataset.shape[0] != dataset.shape[1]:
+        raise DataError(
+            f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}; "
+            "import them with --size, or leave turning out (--tasks.turns False)"
+        )
     parts = _split_by_class(dataset, seed) if family == "classes" else _split_by_image(dataset, kind)
     modulus = 7 if dataset.classes >= 7 else 3
     if kind.labels == "order" and dataset.classes < 3:
@@ -160,6 +178,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0) -> Splits:
                 permutations=PERMUTATIONS[part],
                 orders=(residues[part], modulus),
                 image_sha256=hashlib.sha256(images.tobytes()).hexdigest(),
+                turns=turns,
             )
         )
     return Splits(*splits)
@@ -274,7 +293,7 @@ def make_sampler(
         if kind.classes == "subset":
             chosen = _choose(class_key, split.classes, way)
         turns = jnp.zeros(way, jnp.int32)
-        if kind.transform == "turns":
+        if split.transform == "turns":
             chosen, turns = chosen // 4, chosen % 4
         labels = jnp.arange(way)
         if kind.labels == "order":
@@ -290,7 +309,7 @@ def make_sampler(
         support_key, query_key = jax.random.split(row_key)
         parts = shuffled(support_key, slice(0, shot)), shuffled(query_key, slice(shot, need))
         rows, labels, turns = (jnp.concatenate(v) for v in zip(*parts, strict=True))
-        pixels = _transform(kind, split, transform_key, pool.images[rows], turns, (height, width, channels))
+        pixels = _transform(split, transform_key, pool.images[rows], turns, (height, width, channels))
         if distort:
             pixels = transforms.distort(transform_key, pixels, distort, (height, width, channels))
         x, y = pixels.reshape(-1, height, width, channels), labels.astype(jnp.int32)
@@ -357,7 +376,6 @@ def _label_order(key: jax.Array, way: int, residues: tuple[int, ...], modulus: i
 
 
 def _transform(
-    kind: Family,
     split: TaskSplit,
     key: jax.Array,
     pixels: jax.Array,
@@ -366,7 +384,7 @@ def _transform(
 ) -> jax.Array:
     """The episode's images, transformed: uint8 0..255 or float 0..1 [n, pixels] -> float32 [n, pixels], 0..1."""
     height, width, channels = shape
-    if kind.transform == "rotation":
+    if split.transform == "rotation":
         arc_key, angle_key = jax.random.split(key)
         start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
         pixels = transforms.rotate(
@@ -374,12 +392,12 @@ def _transform(
             start + degrees * jax.random.uniform(angle_key),
             shape,
         )
-    elif kind.transform == "permutation":
+    elif split.transform == "permutation":
         first, count = split.permutations
         identity = jnp.uint32(first) + jax.random.randint(key, (), 0, count).astype(jnp.uint32)
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), identity), height * width)
         pixels = pixels.reshape(-1, height * width, channels)[:, order]
-    elif kind.transform == "turns":
+    elif split.transform == "turns":
         index = np.arange(height * width).reshape(height, width)
         orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
         pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)

@@ -220,3 +220,55 @@ def test_bundled_is_a_subset_of_the_real_mnist():
         np.testing.assert_array_equal(
             full.test_images[full.test_labels == digit][:200], subset.test_images[subset.test_labels == digit]
         )
+
+
+def pictures(folder, sizes=((30, 40),), classes=("ant", "bee/small", "cat"), count=12):
+    from PIL import Image
+
+    for c, label in enumerate(classes):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((*sizes[i % len(sizes)], 3), 15 * c + i, np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02}.{('png', 'jpg')[i % 2]}")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def test_folders_of_pictures(tmp_path):
+    folder = pictures(tmp_path / "insects", sizes=((30, 40), (50, 20)))
+    with pytest.raises(DataError, match=r"expected pictures of one size, got 40x30 \(00.png\) and 20x50 .*pass --size"):
+        sources.read_folder(folder)
+    dataset = sources.read_folder(folder, size=8)
+    assert (dataset.name, dataset.shape, dataset.class_names) == ("insects", (8, 8, 3), ("ant", "bee/small", "cat"))
+    assert (len(dataset.train_images), len(dataset.test_images)) == (30, 6)
+    gray = sources.read_folder(folder, size=8, gray=True)
+    assert gray.shape == (8, 8, 1)
+    values = gray.train_images[gray.train_labels == 2].mean((1, 2, 3))
+    assert set(np.round(values).astype(int)) <= set(range(29, 43))  # 30 and up, as they were painted; JPEG is near
+    (folder / "cat" / "00.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"00.png: cannot be read as a picture"):
+        sources.read_folder(folder, size=8)
+    with pytest.raises(DataError, match="expected pictures in a folder for each class"):
+        sources.read_folder(folder / "ant")
+    with pytest.raises(DataError, match="expected a folder with a folder of pictures"):
+        sources.read_folder(tmp_path / "none")
+
+
+def test_pictures_from_the_command_line_to_a_run(tmp_path, capsys):
+    from metalr import cli
+
+    folder = pictures(tmp_path / "insects", classes=tuple(f"c{i}" for i in range(12)))
+    cli.main(["data", "import", str(folder), "--size", "8", "--gray"])
+    assert "8x8x1, 12 classes" in capsys.readouterr().out
+    cli.main([
+        "train", "--data", "insects", "--tasks.family", "classes", "--tasks.turns", "False", "--tasks.way", "2",
+        "--tasks.query", "3", "--outer.steps", "2", "--outer.meta-batch", "2", "--evaluation.episodes", "4",
+        "--evaluation.validation-episodes", "2", "--model.widths", "8", "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert "classes 2-way 1-shot" in capsys.readouterr().out
+    cli.main(["data", "list"])
+    assert "MiB" in capsys.readouterr().out
+    cli.main(["data", "remove", "insects"])
+    assert data.names() == ["mnist12k"]
+    with pytest.raises(DataError, match="expected a prepared dataset, have none"):
+        data.remove("insects")

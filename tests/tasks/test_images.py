@@ -235,3 +235,17 @@ def test_what_cannot_be_sampled_is_refused(blobs):
     few = data.from_arrays(np.zeros((20, 4, 4), np.uint8), np.arange(20) % 2)
     with pytest.raises(DataError, match="needs 4 or more"):
         tasks.make_splits(few, "digits")
+
+
+def test_classes_need_not_be_turned():
+    flat = data.from_arrays(np.zeros((60, 4, 6), np.uint8), np.arange(60) % 6)
+    with pytest.raises(DataError, match="expected square ones.*--tasks.turns False"):
+        tasks.make_splits(flat, "classes")
+    splits = tasks.make_splits(flat, "classes", turns=False)
+    assert splits.train.classes == len(splits.train.class_ids)
+    pool, sample = tasks.make_sampler(splits.train, 2, 1, 2)
+    assert sample(pool, jax.random.key(0)).support_x.shape == (2, 4, 6, 1)
+    square = data.from_arrays(np.zeros((60, 4, 4), np.uint8), np.arange(60) % 6)
+    assert tasks.make_splits(square, "classes").sha256 != tasks.make_splits(square, "classes", turns=False).sha256
+    with pytest.raises(ConfigError, match="tasks.turns: expected True, because family 'rotated' turns no classes"):
+        tasks.make_splits(square, "rotated", turns=False)
