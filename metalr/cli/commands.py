@@ -400,7 +400,7 @@ def data_import(
 
     Args:
       source: a folder of pictures with a folder for each class; or an .npz with images and labels, numbers or names
-        (and optionally test_images, test_labels, class_split), or with images of shape [classes, n, height, width] alone.
+        (and optionally test_images, test_labels, class_split), or with images [classes, n, height, width] alone.
       name: what --data calls it; default: the name of the file or folder.
       min_per_class: leave out classes with fewer images.
       size: pictures: resize to that many pixels, square.

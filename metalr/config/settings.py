@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import FlagConversionOff, Positional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TaskConfig:
     distort: float = 0.0
     """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not, and
     of a weaker one an image."""
-    turns: bool = True
+    turns: FlagConversionOff[bool] = True  # --tasks.turns False
     """Family classes: take each class in four quarter turns as four classes; the images have to be square."""
     label_noise: float = 0.0
     """Share of the support labels that are drawn anew at random, in every split; query labels stay."""

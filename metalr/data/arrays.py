@@ -392,7 +392,7 @@ def read_cache(name: str) -> Dataset:
 
 
 def remove(name: str) -> Path:
-    """Remove a prepared or imported dataset from the cache; the folder that it was. Raises DataError if there is none."""
+    """Remove a prepared or imported dataset from the cache; its folder. Raises DataError if there is none."""
     if name == BUNDLED:
         raise DataError(f"data {name!r}: expected a prepared dataset, got the one inside the package")
     path = cached_path(name)
