@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,9 @@ class Objective:
         return (self.loss if self.choose_by == "loss" else self.metrics[self.choose_by])(outputs, targets)
 
     def better(self, new: float, old: float) -> bool:
-        """Whether one score is better than another."""
+        """Whether one score is better than another; any number is better than none (NaN or infinite)."""
+        if not math.isfinite(new) or not math.isfinite(old):
+            return math.isfinite(new)
         return new > old if self.maximise else new < old
 
 

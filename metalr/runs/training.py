@@ -363,13 +363,13 @@ def meta_train(
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
                         score = float(validate(val_pool, init, rates, val_keys).mean[-1])
-                        line: dict[str, Any] = {"step": done, f"validation_{metric}": round(score, 6)}
+                        line: dict[str, Any] = {"step": done, f"validation_{metric}": _rounded(score)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
                         _write_line(log, folder, line)
                         if facts["score"] is None or setup.objective.better(score, facts["score"]):
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         spent = round(facts["seconds"] + part.seconds, 2)
-                        facts["validations"].append([done, round(score, 6), spent])
+                        facts["validations"].append([done, _rounded(score), spent])
                         note = f"validation {score:.3f}"
                         facts["validation_seconds"] += time.perf_counter() - began
                     if done % every[1] == 0 or done == steps:
@@ -398,7 +398,7 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
         "name": facts["name"],
         "outer_steps": config.outer.steps,
         "best_step": facts["best_step"],
-        f"validation_{setup.objective.choose_by}": round(facts["score"], 6),
+        f"validation_{setup.objective.choose_by}": _rounded(facts["score"]),
         "validations": facts["validations"],
         **numbers,
         # Of a step once it is compiled; and in all, with compilation, validation and everything between.
@@ -411,9 +411,14 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
     } | ({"warm_start": earlier} if earlier else {})
 
 
+def _rounded(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return round(value, 6) if np.isfinite(value) else None
+
+
 def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, Any]:
     values = {name: float(v[i]) for name, v in metrics.items() if name != "finite"}
-    line = {name: round(v, 6) if np.isfinite(v) else None for name, v in values.items()}
+    line = {name: _rounded(v) for name, v in values.items()}
     return {"step": step, **line} | ({} if metrics["finite"][i] else {"skipped": True})
 
 

@@ -26,7 +26,12 @@ def test_values_by_hand():
 
 def test_better_is_more_or_less():
     assert inner.CROSS_ENTROPY.better(0.6, 0.5)
-    assert inner.OBJECTIVES["squared_error"].better(0.5, 0.6)
+    error = inner.OBJECTIVES["squared_error"]
+    assert error.better(0.5, 0.6)
+    assert not error.better(0.6, 0.5)
+    assert error.better(9.0, float("nan"))
+    assert not error.better(float("nan"), 9.0)
+    assert not error.better(float("inf"), float("nan"))
 
 
 def test_targets_that_broadcasting_would_pair_wrongly_are_refused():
