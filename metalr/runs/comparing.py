@@ -31,6 +31,7 @@ from metalr.models import Model
 from metalr.runs import preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
+from metalr.runs.setup import OWN_TASKS
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.storage import folders, sealed
@@ -212,6 +213,10 @@ def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[ar
         except (OSError, ValueError) as error:
             raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
     for path, found in zip(runs, results, strict=True):
+        if found.get("data", {}).get("source") == OWN_TASKS:
+            raise ConfigError(
+                f"runs: {path} is of tasks of your own; expected runs of image tasks, which a comparison draws"
+            )
         if _data_sha256(found) != _data_sha256(results[0]):
             raise ConfigError(
                 f"runs: expected runs that differ in their seed only, {path} has other data than {runs[0]}"

@@ -256,13 +256,17 @@ def _kept_cells(
     def keep(cells: list[small_grid.Cell]) -> None:
         folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": of} for c in cells])
         if asked():
-            raise _stopped(folder, "in the grid", config.model.own)
+            raise _stopped(folder, "in the grid", config)
 
     return known, keep
 
 
-def _stopped(folder: Path, where: str, own: bool) -> StoppedError:
-    how = f"runs.resume({str(folder)!r}, model=...)" if own else f"metalr train --resume {folder}"
+def _stopped(folder: Path, where: str, config: TrainConfig, own_tasks: bool = False) -> StoppedError:
+    how = f"metalr train --resume {folder}"
+    if config.model.own:
+        how = f"metalr.runs.resume({str(folder)!r}, model=...)"
+    if own_tasks:
+        how = f"metalr.meta_train(..., out={str(folder)!r}, resume=True)"
     return StoppedError(f"stopped {where}, and saved; go on with: {how}")
 
 
@@ -385,7 +389,9 @@ def meta_train(
             raise error.noted(_diagnosis(config, setup, state.meta, error.step)) from None
         if int(state.step) < steps:
             save(state)
-            raise _stopped(folder, f"after {int(state.step)} of {steps} outer steps", config.model.own)
+            raise _stopped(
+                folder, f"after {int(state.step)} of {steps} outer steps", config, setup.source.source == OWN_TASKS
+            )
     init, rates = best
     return init, rates, _training_facts(config, setup, facts)
 

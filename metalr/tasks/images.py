@@ -291,14 +291,14 @@ def make_sampler(
         class_key, label_key, image_key, transform_key, row_key = jax.random.split(key, 5)
         chosen = jnp.arange(way)
         if kind.classes == "subset":
-            chosen = _choose(class_key, split.classes, way)
+            chosen = choose(class_key, split.classes, way)
         turns = jnp.zeros(way, jnp.int32)
         if split.transform == "turns":
             chosen, turns = chosen // 4, chosen % 4
         labels = jnp.arange(way)
         if kind.labels == "order":
             labels = _label_order(label_key, way, *split.orders)
-        picks = jax.vmap(_choose, (0, 0, None))(jax.random.split(image_key, way), pool.size[chosen], need)
+        picks = jax.vmap(choose, (0, 0, None))(jax.random.split(image_key, way), pool.size[chosen], need)
         rows = pool.first[chosen][:, None] + picks  # [way, shot + query]
         labels, turns = (jnp.broadcast_to(v[:, None], rows.shape) for v in (labels, turns))
 
@@ -335,7 +335,7 @@ def second_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 0x1AFE)
 
 
-def _choose(key: jax.Array, count: int | jax.Array, k: int) -> jax.Array:
+def choose(key: jax.Array, count: int | jax.Array, k: int) -> jax.Array:
     """k different integers below `count`, in random order: [k] int32. `count` may be traced.
 
     Floyd's algorithm (Bentley and Floyd 1987), whose cost does not depend on `count`, then a shuffle.

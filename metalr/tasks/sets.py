@@ -15,7 +15,7 @@ import numpy as np
 from metalr.errors import ConfigError, DataError
 from metalr.inner import Objective
 from metalr.models import Model
-from metalr.tasks.images import _choose, second_key
+from metalr.tasks.images import choose, second_key
 from metalr.trees import count, path_name
 from metalr.types import Episode
 
@@ -245,7 +245,7 @@ def _row_sampler(shot: int, query: int) -> Sample:
         task_key, row_key = jax.random.split(key)
         task = jax.random.randint(task_key, (), 0, len(rows.first))
         have = rows.size[task]
-        enough = _choose(row_key, jnp.maximum(have, need), need)
+        enough = choose(row_key, jnp.maximum(have, need), need)
         # Too few: a random order of them, whose first part fills the support set over and over, the rest the query set.
         order = jnp.argsort(jnp.where(jnp.arange(need) < have, jax.random.uniform(row_key, (need,)), 2.0))
         share = jnp.clip(have * shot // need, 1, jnp.maximum(have - 1, 1))

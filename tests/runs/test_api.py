@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr.config import EvaluationConfig, InnerConfig, OuterConfig
+from metalr.config import CompareConfig, EvaluationConfig, InnerConfig, OuterConfig
 from metalr.errors import ArtifactError, ConfigError, DataError, StoppedError
 from metalr.inner import squared_error
-from metalr.runs import training
+from metalr.runs import comparing, training
 from metalr.runs.progress import ConsoleReporter
 
 QUIET = ConsoleReporter(quiet=True)
@@ -93,7 +93,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     train(tmp_path / "whole")
     calls = iter(range(1000))
     monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) == 3)
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError, match=r"go on with: metalr.meta_train\(..., out='.*cut', resume=True\)"):
         train(tmp_path / "cut")
     monkeypatch.undo()
     train(tmp_path / "cut", resume=True)
@@ -101,6 +101,12 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert train(tmp_path / "cut", resume=True).objective.name == "squared_error"  # finished: what is there
     assert train(tmp_path / "new", resume=True) is not None  # none there: a new one
+
+
+def test_a_comparison_of_image_tasks_refuses_such_a_run(tmp_path):
+    train(tmp_path / "run", outer_steps=2)
+    with pytest.raises(ConfigError, match="is of tasks of your own; expected runs of image tasks"):
+        comparing.run([tmp_path / "run"], CompareConfig(), model=network())
 
 
 def test_rows_of_a_table_in_a_few_lines(tmp_path):

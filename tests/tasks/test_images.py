@@ -92,7 +92,7 @@ def test_support_and_query_never_share_an_image(numbered):
 
 def test_every_image_is_drawn_equally_often():
     counts = np.zeros(7)
-    draw = jax.jit(jax.vmap(lambda key: images._choose(key, 7, 3)))
+    draw = jax.jit(jax.vmap(lambda key: images.choose(key, 7, 3)))
     chosen = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert all(len(set(row)) == 3 for row in chosen[:200].tolist())
     for place in range(3):  # in every place, not only overall
