@@ -50,7 +50,7 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert "learned init + learned rates" in out.out
     first = out.err.splitlines()
     assert first[0].startswith("data    blobs: 600 train + 300 test images")
-    assert [line.split()[0] for line in first[1:4]] == ["device", "tasks", "time"]
+    assert [line.split()[0] for line in first[1:3]] == ["device", "tasks"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "results.json",
     ]  # fmt: skip
