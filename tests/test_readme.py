@@ -198,3 +198,27 @@ def test_numbers_of_the_benchmarks_are_those_of_their_results():
         assert f"| {row['system']} ({row['measured']}) | {row['seconds']:.0f} | {row['times_metalr']:.1f} |" in text
     for row in rows("faults"):
         assert f"| {row['fault']} | {row['n']:,} | {row['failures']} |" in text
+
+
+def test_numbers_of_your_own_tasks_are_those_of_their_results():
+    """Tables of docs/own_tasks.md: the sine curves (a column for each number of steps), and the turbines."""
+    page = (ROOT / "docs" / "own_tasks.md").read_text()
+    measured = {}
+    for row in ALL["sinusoid"]["lines"]:
+        measured.setdefault(row["method"], {})[row["steps"]] = f"{row['mse']:.2f} ± {row['ci95']:.2f}"
+    for method, at in measured.items():
+        assert f"| {method} | {at[1]} | {at[5]} | {at[10]} |" in page
+    for row in ALL["turbines"]["lines"]:
+        error, difference = (
+            f"{1000 * row[name]:{sign}.2f} ± {1000 * row[f'{name}_ci95']:.2f}"
+            for name, sign in (("mse", ""), ("minus_learned", "+"))
+        )
+        assert f"| {row['method']} | {error} | {difference} |" in page
+    assert len(ALL["sinusoid"]["seeds"]) == len(ALL["turbines"]["seeds"]) == 5
+
+
+def test_numbers_of_the_norms_are_those_of_their_results():
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    for row in ALL["statistics_of_norms"]["lines"]:
+        shown = f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}"
+        assert re.search(rf"^\| `{row['norm']}` \| {row['queries']} \| {re.escape(shown)} \|", text, re.M)

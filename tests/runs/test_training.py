@@ -126,7 +126,9 @@ def test_a_study_compares_variants_and_horizons_and_goes_on(small, tmp_path, mon
     assert "learned init + grid, best fixed rate" in str(results["rows"][0]["horizons"])
     assert "rates / alone" in report.study_text(results)
     init = metalr.load("runs/x/rates___alone/seed0/artifact").init
-    fresh = loop.start((s := set_up(variants["both"])).model, s.spec, s.optimizer, jax.random.fold_in(jax.random.key(0), 0))
+    fresh = loop.start(
+        (s := set_up(variants["both"])).model, s.spec, s.optimizer, jax.random.fold_in(jax.random.key(0), 0)
+    )
     jax.tree.map(np.testing.assert_array_equal, init, fresh.meta.init)  # the init did not learn
 
     def no_run(*_, **__):
