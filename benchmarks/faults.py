@@ -320,7 +320,7 @@ def main() -> None:
             "calls": lambda: kill_at_every_call(root),
             "overwrite": lambda: overwrite_at_every_call(root),
             "newest": lambda: damaged_newest(root),
-            "processes": lambda: killed_processes(root, 1 if few else 10),
+            "processes": lambda: killed_processes(root, 1 if few else 5),
             "sigkill": lambda: sigkill(reference(), 4 if few else 200),
             "resume": lambda: resume_at_every_step(reference(), 3 if few else CONFIG.outer.steps),
             "sigterm": lambda: sigterm(reference(), 4 if few else 100),
