@@ -187,17 +187,21 @@ def folder_name(case: str) -> str:
     return case.replace(", ", "_").replace(" ", "_").replace("%", "percent")
 
 
+def pretraining(train: TrainConfig) -> TrainConfig:
+    """The jointly pre-trained rival of `train`: the same network and tasks, twice the outer steps, no learned rates."""
+    outer = dataclasses.replace(train.outer, steps=2 * train.outer.steps, rates_rate=OuterConfig().rates_rate)
+    # The step of pre-training that is best after five steps on validation tasks is kept: of Adam 1e-3, with which the
+    # compared fine-tunes go on; of SGD 0.1 in the rows made before inputs of 0 to 255 and the GRU.
+    inner = InnerConfig(algorithm="joint", steps=5, base="adam", rate=1e-3)
+    return dataclasses.replace(train, inner=inner, outer=outer)
+
+
 def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
     source = case.of or name
     train, network = cases[source].train, cases[source].network
     assert train is not None
     seeded = [trained(source, dataclasses.replace(train, seed=seed), root, network) for seed in seeds]
-    joint_outer = dataclasses.replace(train.outer, steps=2 * train.outer.steps)
-    # The step of pre-training that is best after five steps on validation tasks is kept: of Adam 1e-3, with which the
-    # compared fine-tunes go on; of SGD 0.1 in the rows made before inputs of 0 to 255 and the GRU.
-    inner = InnerConfig(algorithm="joint", steps=5, base="adam", rate=1e-3)
-    joint = dataclasses.replace(train, inner=inner, outer=joint_outer)
-    pretrained = trained(f"{source}_joint", joint, root, network)
+    pretrained = trained(f"{source}_joint", pretraining(train), root, network)
     out = seeded[0].parent / f"compare_{folder_name(name)}"
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())

@@ -55,20 +55,34 @@ def test_wrong_types_and_contradictions_are_refused(small, changes, message):
         set_up(dataclasses.replace(small, **changes))
 
 
-def test_every_experiment_uses_all_that_it_sets():
+def module_of(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(file.parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_experiment_uses_all_that_it_sets(monkeypatch):
     """No document asks for a setting that its other settings leave nothing to do."""
-    experiments = Path(__file__).parents[2] / "experiments"
     seen = 0
-    for file in experiments.glob("*.py"):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for value in vars(module).values():
+    for file in (Path(__file__).parents[2] / "experiments").glob("*.py"):
+        for value in vars(module_of(file, monkeypatch)).values():
             for config in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(config, TrainConfig):
                     setup.check_choices_of(config, None)
                     seen += 1
     assert seen > 20
+
+
+def test_the_benchmark_of_searches_uses_all_that_it_sets(monkeypatch):
+    """Its cases, in full and in small, and the pre-trained rival that is derived from each."""
+    module = module_of(Path(__file__).parents[2] / "benchmarks" / "grid_search.py", monkeypatch)
+    trained = [case for case in module.CASES.values() if case.train is not None]
+    for case in (*trained, *map(module.small, trained)):
+        for config in (case.train, module.pretraining(case.train)):
+            setup.check_choices_of(dataclasses.replace(config, model=ModelConfig()), None)
+    assert len(trained) > 3
 
 
 def test_optimizers_that_are_none_are_told_why():
