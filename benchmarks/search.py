@@ -36,6 +36,7 @@ from metalr.evaluation import (
     protocol,
     small_grid,
 )
+from metalr.inner import optimizers
 from metalr.trees import named_arrays
 from metalr.types import Episode
 
@@ -60,7 +61,7 @@ def in_jax(model: models.Model, init: Any) -> Alone:
         @jax.jit
         def step(params: Any, state: Any, x: jax.Array, y: jax.Array, rate: jax.Array) -> Any:
             grads = jax.grad(lambda p: inner.cross_entropy(model.apply(p, x), y))(params)
-            updates, state = small_grid.OPTIMIZERS[name](rate).update(grads, state, params)
+            updates, state = optimizers.by_name(name)(rate).update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
         return step
@@ -70,7 +71,7 @@ def in_jax(model: models.Model, init: Any) -> Alone:
 
     def run(cell: Cell, e: Episode, seed: int) -> float:
         name, batch_size, rate, count = cell
-        params, state = init, small_grid.OPTIMIZERS[name](rate).init(init)
+        params, state = init, optimizers.by_name(name)(rate).init(init)
         for rows in batches(batch_size, count, seed):
             params, state = steps[name](params, state, e.support_x[rows], e.support_y[rows], np.float32(rate))
         return float(score(params, e.query_x, e.query_y))

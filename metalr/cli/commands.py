@@ -43,8 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: guard(functools.partial(make, given)) if given[:1] == [name] else make([])
         for name, make in resumable.items()
     }
-    commands = {"quickstart": quickstart, "train": made["train"], "evaluate": evaluate, "adapt": adapt, "show": show}
-    commands |= {"search": made["search"], "compare": compare, "data": data}
+    commands = {
+        "quickstart": quickstart,
+        "train": made["train"],
+        "evaluate": evaluate,
+        "adapt": adapt,
+        "predict": predict,
+    }
+    commands |= {"show": show, "search": made["search"], "compare": compare, "data": data}
     if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
         guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
         return
@@ -171,11 +177,10 @@ def evaluate(
       json_: print JSON instead of a table.
     """
     start_jax()
-    from metalr import data as data_lib
     from metalr import report
     from metalr.learner import artifact
     from metalr.runs import evaluating, provenance
-    from metalr.runs.setup import set_up
+    from metalr.runs.setup import load, set_up
 
     config = read_config(run)
     if config.model.own:
@@ -187,7 +192,7 @@ def evaluate(
     changed = {name: value for name, value in given.items() if value is not None}
     asked = dataclasses.replace(config.evaluation, **changed)
     config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
-    setup = set_up(config, dataset=data_lib.load_recorded(run, config.data, data))
+    setup = set_up(config, None, load(config, run, data))
     length = config.curve_steps if steps is None else steps
     learner = artifact.load(run / "artifact")
     if learner.facts.get("split_sha256") != setup.source.split_sha256:
@@ -198,7 +203,7 @@ def evaluate(
         "episodes": asked.episodes,
         "split_sha256": setup.source.split_sha256,
         "transductive": learner.model.transductive,
-        "curve": evaluating.curve_rows(curve),
+        "curve": evaluating.curve_rows(curve, learner.objective.choose_by),
         "seconds": round(seconds, 3),
         "provenance": provenance.provenance(),
     }
@@ -216,52 +221,51 @@ def adapt(
 
     Args:
       artifact: an artifact folder, or a run folder with one.
-      task: an .npz with support_x, support_y, query_x and, to get an accuracy, query_y.
+      task: an .npz with support_x, support_y, query_x and, to get a score, query_y; or, if the learner is of a table,
+        a table with the same columns, whose rows without a target are predicted.
       steps: inner steps; default: as many as were trained.
-      out: also write the fine-tuned params to this .safetensors file.
+      out: also write the fine-tuned params to this .safetensors file, for `metalr predict`.
       json_: print JSON.
     """
     start_jax()
-    import numpy as np
+    from metalr.learner import load
+    from metalr.runs import predicting
 
-    from metalr import data as arrays
-    from metalr.learner import artifact as artifacts
-
-    learner = artifacts.load(artifact)
-    given = arrays.read_npz(task)
-    missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
-    if missing:
-        raise ConfigError(f"{task}: expected arrays support_x, support_y, query_x, missing {missing}")
-    if given["support_y"].ndim != 1:
-        raise ConfigError(f"{task}: support_y: expected one task, shape [support], got {given['support_y'].shape}")
-    support_y = arrays.check_labels(given["support_y"], len(given["support_y"]), "support_y")
-    numbers, names = arrays.number_classes(support_y)
-    fast = learner.adapt(given["support_x"], numbers, steps=steps)
-    support = given["support_x"] if learner.model.uses_support else None
-    logits = np.asarray(learner.apply(fast, given["query_x"], support))[:, : len(names)]  # the classes it was shown
-    classes = np.unique(support_y)
-    predicted = classes[logits.argmax(-1)]
-    result: dict[str, Any] = {
-        "steps": learner.spec.steps if steps is None else steps,
-        "predictions": predicted.tolist(),
-    }
-    if "query_y" in given:
-        labels = arrays.check_labels(given["query_y"], len(predicted), "query_y")
-        new = np.setdiff1d(labels, classes)
-        if new.size:
-            raise ConfigError(f"{task}: query_y: expected labels of the support set, {list(names)}, got {new[0]}")
-        result["accuracy"] = float((predicted == labels).mean())
-    if out is not None:
-        artifacts.write_params(out, fast)
-        result["params"] = str(out)
+    result = predicting.adapt(load(artifact), task, steps, out)
     if json_:
         print(json.dumps(result))
         return
     print("predictions", *result["predictions"])
-    if "accuracy" in result:
-        print(f"accuracy    {result['accuracy']:.4f} after {result['steps']} steps")
+    for name in [name for name in result if name not in ("steps", "predictions", "params")]:
+        print(f"{name:11} {result[name]:.4f} after {result['steps']} steps")
     if out is not None:
         print(f"params      {out}")
+
+
+def predict(
+    artifact: tyro.conf.Positional[Path],
+    params: tyro.conf.Positional[Path],
+    inputs: tyro.conf.Positional[Path],
+    json_: Json = False,
+) -> None:
+    """Predict with params that `metalr adapt --out` wrote.
+
+    Args:
+      artifact: the artifact or run folder that they were fine-tuned from.
+      params: the .safetensors file.
+      inputs: an .npz with x (and support_x, for a network that normalises by the support set); or, if the
+        learner is of a table, a table with the same columns.
+      json_: print JSON.
+    """
+    start_jax()
+    from metalr.learner import load
+    from metalr.runs import predicting
+
+    result = predicting.predict(load(artifact), params, inputs)
+    if json_:
+        print(json.dumps(result))
+    else:
+        print("\n".join(str(prediction) for prediction in result["predictions"]))
 
 
 def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:

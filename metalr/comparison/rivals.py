@@ -1,4 +1,4 @@
-"""Learned init and rates beside everything else that people do, on the same held-out tasks, accuracy beside cost.
+"""Learned init and rates beside everything else that people do, on the same held-out tasks, score beside cost.
 
 Three kinds of rivals: fine-tunes with one setting for all tasks (`of_lengths`), one rate tuned on meta-validation tasks
 (`tuned`), and searches that every task pays for itself (`searched`). All use the learner's network, the same support
@@ -19,14 +19,15 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.evaluation import protocol, small_grid
-from metalr.inner import hyperparameters
+from metalr.evaluation import protocol
+from metalr.inner import CROSS_ENTROPY, Objective, hyperparameters, optimizers
 from metalr.learner.artifact import Learner
 from metalr.models import Model
 from metalr.outer import devices
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.tasks import Pool, Sampler, second_key
+from metalr.trees import count
 from metalr.types import Params
 
 UNSEARCHED_RATE = 1e-3  # Adam as most people start it
@@ -39,9 +40,10 @@ class Field(NamedTuple):
     Attributes:
       sampler: pool and sampler of meta-test tasks; val_sampler: of meta-validation tasks.
       keys: [tasks]; val_keys: [tasks], for what is tuned across tasks.
-      support: support images of a task; searches train on `train` of them, and choose by the others.
+      support: support examples of a task; searches train on `train` of them, and choose by the others.
       lengths: numbers of inner steps of the fine-tunes that are reported, ascending.
       batch_size: of minibatches of all runs that are not searched; support: no minibatches.
+      objective: what all of them minimise, and are scored by.
     """
 
     sampler: tuple[Pool, Sampler]
@@ -52,6 +54,7 @@ class Field(NamedTuple):
     train: int
     lengths: tuple[int, ...]
     batch_size: int
+    objective: Objective = CROSS_ENTROPY
 
     @property
     def minibatch(self) -> int | None:
@@ -64,7 +67,7 @@ class Scores(NamedTuple):
 
     Attributes:
       steps: of a run without a search; None for a search.
-      accuracy: [tasks] float64, 0..1, mean over learners; seeds: mean over tasks with each learner.
+      scores: [learners, tasks] float64, the objective's score (accuracy, say); one row for what no learner is part of.
       example_gradients: of one task, as done; naive_example_gradients: with each cell of a grid run alone.
       seconds: of one task on one device; without compilation, but a search's first trials have it.
       paid_once: example-gradients that all tasks share: meta-training, pre-training, tuning.
@@ -73,14 +76,23 @@ class Scores(NamedTuple):
 
     method: str
     steps: int | None
-    accuracy: np.ndarray
-    seeds: tuple[float, ...]
+    scores: np.ndarray
     example_gradients: float
     naive_example_gradients: float
     seconds: float
     compile_seconds: float | None
     paid_once: float = 0.0
     chosen: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    @property
+    def tasks(self) -> np.ndarray:
+        """Mean over learners: [tasks] float64."""
+        return self.scores.mean(0)
+
+    @property
+    def mean(self) -> float:
+        """Over learners and tasks."""
+        return float(self.scores.mean())
 
 
 @contextlib.contextmanager
@@ -118,9 +130,9 @@ def of_lengths(
             seconds, compiled = read()
         tasks = len(starts) * len(field.keys)
         for i, steps in enumerate(group):
-            accuracy, cost = found[:, :, i], float(steps * field.batch_size)
+            cost = float(steps * field.batch_size)
             alone = seconds * workers / tasks * steps / max(group)
-            rows.append(Scores(method, steps, accuracy.mean(0), tuple(accuracy.mean(1)), cost, cost, alone, compiled))
+            rows.append(Scores(method, steps, found[:, :, i], cost, cost, alone, compiled))
     return rows
 
 
@@ -135,8 +147,9 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
         model, spec = learners[0].model, learners[0].spec
         at = [length] if length else list(field.lengths)
         return protocol.make_evaluator(
-            model, spec, sample, at[-1], of_steps=length or None, at=at, random_init=random_init
-        )
+            model, spec, sample, at[-1], of_steps=length or None, at=at, random_init=random_init,
+            objective=field.objective,
+        )  # fmt: skip
 
     def run(learner: Learner, length: int) -> np.ndarray:
         return evaluator(length)(pool, learner.init, learner.rates, field.keys).tasks
@@ -158,8 +171,8 @@ def baselines(model: Model, field: Field) -> Baselines:
         pool, sample = field.val_sampler if val else field.sampler
         keys = field.val_keys if val else field.keys
         run = protocol.make_baseline(
-            model, sample, small_grid.OPTIMIZERS[optimizer], field.lengths,
-            batch_size=field.minibatch, random_init=random_init,
+            model, sample, optimizers.by_name(optimizer), field.lengths,
+            batch_size=field.minibatch, random_init=random_init, objective=field.objective,
         )  # fmt: skip
         unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
         return lambda init, rate: run(pool, unused if random_init else init, np.float32(rate), keys)
@@ -183,7 +196,8 @@ def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list
     """
     cells = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
     found = [runs(optimizer, init is None, True)(init, rate).tasks.mean(0) for optimizer, rate in cells]
-    best = [cells[i] for i in np.argmax(found, axis=0)]  # at each length
+    scores = [dict(zip(cells, column, strict=True)) for column in np.stack(found, axis=1)]  # at each length
+    best = [field.objective.best(cells, each.__getitem__) for each in scores]
     cost = len(cells) * len(field.val_keys) * field.lengths[-1] * field.batch_size
 
     def score(init: Params | None, _: int) -> np.ndarray:
@@ -205,7 +219,7 @@ Key = tuple[str, str, int]  # (name of the init, searcher, number of the task)
 
 
 class Searched(NamedTuple):
-    """One task's search; again: accuracy of the winner trained anew on the whole support set (scikit-learn's refit)."""
+    """One task's search; again: score of the winner trained anew on the whole support set (scikit-learn's refit)."""
 
     trials: list[trials_lib.Trial]
     again: float
@@ -225,7 +239,7 @@ def searched(
     keep: Callable[[Key, Searched], None] = lambda key, found: None,
     between: Callable[[], None] = lambda: None,
 ) -> dict[Key, Searched]:
-    """Every task's own searches, with 20 % of each class of its support set to choose by; tasks go side by side.
+    """Every task's own searches, with 20 % of its support set (of each class) to choose by; tasks go side by side.
 
     Args:
       space: batches larger than a task's training part become all of it.
@@ -236,7 +250,7 @@ def searched(
       between: called before every epoch; what it raises ends everything.
     """
     pool, sample = field.sampler
-    program, draw = fit.make_programs(model, "adam"), jax.jit(sample)
+    program, draw = fit.make_programs(model, "adam", objective=field.objective), jax.jit(sample)
     jobs = [
         (origin, searcher, task)
         for task in range(len(field.keys))
@@ -259,16 +273,16 @@ def searched(
         start = inits[origin]
         init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(init_key) if start is None else start)
         arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
-        train = len(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
+        train = count(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
         fitting = space.fitting(train)
         given = [one | {"batch_size": min(fitting.batch_sizes)} for one in first] if searcher.endswith("+") else []
         arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
-        problem = searchers.Problem(arrays, init, keys, program)
+        problem = searchers.Problem(arrays, init, keys, program, field.objective)
         trials = searchers.search(
             searcher.rstrip("+"), fitting, problem, devices=[device], seed=task, between=go_on,
             budget=cells * mean_cost(fitting, train), first=given,
         )  # fmt: skip
-        best = trials_lib.best(trials)
+        best = trials_lib.best(trials, objective=field.objective)
         whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
         size = field.support if best.batch_size == train else best.batch_size  # all of it stays all of it
         (point,) = fit.trajectory(
@@ -287,7 +301,13 @@ def mean_cost(space: searchers.Space, train: int) -> float:
 
 
 def best_of(
-    method: str, found: Sequence[Searched], budget: float = np.inf, *, grid: bool = False, choose: str = "validation"
+    method: str,
+    found: Sequence[Searched],
+    budget: float = np.inf,
+    *,
+    grid: bool = False,
+    choose: str = "validation",
+    objective: Objective = CROSS_ENTROPY,
 ) -> Scores:
     """What each task's search found within a budget of example-gradients.
 
@@ -295,6 +315,10 @@ def best_of(
     trained anew on the whole support set (of the whole search, whatever the budget).
     """
     spent, naive, seconds, chosen = [], [], [], []
+
+    def by_test(trial: trials_lib.Trial) -> float:
+        return float(np.mean(trial.test))
+
     for one in found:
         within = trials_lib.within(one.trials, budget)
         done, alone = trials_lib.cost(within, grid)
@@ -303,15 +327,14 @@ def best_of(
         naive.append(alone + again)
         ends = {(t.learning_rate, t.batch_size) if grid else t.number: t.seconds for t in within}  # last snapshot
         seconds.append(sum(ends.values()))
-        best = max(within, key=lambda t: np.mean(t.test)) if choose == "test" else trials_lib.best(within)
+        best = objective.best(within, by_test if choose == "test" else lambda t: t.score)
         chosen.append(best)
     again = choose == "again"
-    accuracy = np.array([one.again if again else np.mean(t.test) for one, t in zip(found, chosen, strict=True)])
+    scores = np.array([[one.again if again else np.mean(t.test) for one, t in zip(found, chosen, strict=True)]])
     return Scores(
         method,
         None,
-        accuracy,
-        (float(accuracy.mean()),),
+        scores,
         float(np.mean(spent)),
         float(np.mean(naive)),
         float(np.mean(seconds)),

@@ -11,6 +11,7 @@ from metalr.config.settings import (
     OuterConfig,
     SearchConfig,
     SpaceConfig,
+    TableConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "OuterConfig",
     "SearchConfig",
     "SpaceConfig",
+    "TableConfig",
     "TaskConfig",
     "TrainConfig",
 ]

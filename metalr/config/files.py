@@ -31,21 +31,22 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
             elif Path in kinds and isinstance(value, str):
                 values[name] = Path(value)
             else:
-                values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}")
+                values[name] = convert(getattr(kind(), name), value, f"{prefix}{name}", kinds)
         return kind(**values)
 
-    def convert(default: Any, value: Any, name: str) -> Any:
+    def convert(default: Any, value: Any, name: str, kinds: tuple[Any, ...] = ()) -> Any:
         if dataclasses.is_dataclass(default):
             return build(type(default), value, f"{name}.")
         if isinstance(default, tuple):
             if not isinstance(value, list):
                 raise ConfigError(f"{name}: expected a list, got {value!r}")
-            return tuple(convert(default[0], each, name) for each in value)
-        fitting = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            not isinstance(value, fitting) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ConfigError(f"{name}: expected {type(default).__name__}, got {value!r}")
+            return tuple(convert(default[0] if default else "", each, name) for each in value)
+        wanted = type(default)
+        if default is None:  # then the annotation says what else it may be
+            wanted = next((k for k in kinds if k in (bool, int, float, str)), object)
+        fitting = (int, float) if wanted is float else wanted
+        if not isinstance(value, fitting) or (wanted is not object and isinstance(value, bool) != (wanted is bool)):
+            raise ConfigError(f"{name}: expected {wanted.__name__}, got {value!r}")
         return value
 
     return build(kind, facts, "")

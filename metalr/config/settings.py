@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagConversionOff, Positional
+from tyro.conf import FlagConversionOff, Positional, arg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ class InnerConfig:
     """Row of the algorithm table."""
     steps: int = 5
     """Inner steps that are trained."""
-    rate: float = 0.1
-    """Learning rate that meta-training starts from."""
+    rate: float | None = None
+    """Learning rate that meta-training starts from; None: 0.1 for classes, 0.01 for other objectives."""
     granularity: Literal["shared", "layer", "tensor", "channel", "parameter"] | None = None
     """What shares one learning rate."""
     per_step: bool | None = None
@@ -209,11 +209,29 @@ class GridConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TableConfig:
+    """What the columns of a table are: --data table.csv (or .parquet), a row an example."""
+
+    task_column: str | None = None
+    """The column that says which task a row is of. Whole tasks are held out."""
+    target: tuple[str, ...] = ()
+    """The column to predict (several with the objective squared_error)."""
+    features: tuple[str, ...] = ()
+    """The columns to predict from; default: all others."""
+    shot: int = 10
+    """Rows of a support set."""
+    query: int = 10
+    """Rows of a query set."""
+    standardise: Literal["auto", "none", "inputs", "both"] = "auto"
+    """By means and deviations of meta-training tasks; auto: inputs and targets with squared_error, else inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One meta-training run: data, tasks, model, inner loop, outer loop, evaluation."""
 
     data: str = "mnist12k"
-    """mnist12k (bundled), mnist, another prepared name (`metalr data list`), or a path to an .npz."""
+    """mnist12k (bundled), mnist, another prepared name (`metalr data list`), or a path to an .npz, .csv or .parquet."""
     tasks: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     inner: InnerConfig = InnerConfig()
@@ -229,6 +247,9 @@ class TrainConfig:
     """Run folder; default runs/NAME, numbered if taken."""
     overwrite: bool = False
     """Replace a run folder that exists."""
+    objective: str = "cross_entropy"
+    """cross_entropy (classes), squared_error (numbers) or binary_cross_entropy (0 or 1); images are of classes."""
+    table: Annotated[TableConfig, arg(name="data")] = TableConfig()
 
     @property
     def curve_steps(self) -> int:

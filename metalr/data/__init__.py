@@ -1,4 +1,4 @@
-"""Image-classification data in memory, and where it comes from: arrays, IDX files, TFDS, the bundled MNIST subset."""
+"""Data in memory, and where it comes from: arrays, IDX files, TFDS, the bundled MNIST subset; tables."""
 
 from metalr.data.arrays import (
     BUNDLED,
@@ -28,6 +28,7 @@ from metalr.data.arrays import (
     stored_bytes,
     write_cache,
 )
+from metalr.data.tables import Table, import_pandas, is_table, read_table
 
 __all__ = [
     "BUNDLED",
@@ -38,6 +39,7 @@ __all__ = [
     "SPLIT_NAMES",
     "TFDS_NAME",
     "Dataset",
+    "Table",
     "bundled",
     "cache_dir",
     "cached_path",
@@ -46,6 +48,8 @@ __all__ = [
     "check_pixels",
     "from_arrays",
     "from_npz",
+    "import_pandas",
+    "is_table",
     "last_sixth",
     "load",
     "load_recorded",
@@ -53,6 +57,7 @@ __all__ = [
     "number_classes",
     "read_cache",
     "read_npz",
+    "read_table",
     "remove",
     "stored_bytes",
     "write_cache",

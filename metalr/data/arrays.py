@@ -14,9 +14,10 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -418,12 +419,13 @@ def names() -> list[str]:
     return [BUNDLED, *sorted(name for name in prepared if not name.startswith("."))]
 
 
-def load_recorded(folder: Path, name: str, given: str | None = None) -> Dataset:
+def load_recorded(folder: Path, name: str, given: str | None = None, read: Callable[[str], Any] | None = None) -> Any:
     """The data that a run folder was begun with, wherever it stands now: known by its content, not by its path.
 
     Args:
       name: what the run's config calls it.
       given: where it stands now; default: where it stood, from here or from the run folder.
+      read: place -> what has a `sha256`; default: `load`.
 
     Raises:
       DataError: it is not there. ConfigError: what is there has other content.
@@ -431,19 +433,19 @@ def load_recorded(folder: Path, name: str, given: str | None = None) -> Dataset:
     recorded = folders.data_of(folder)
     begun = recorded.get("sha256")
     if begun is None:
-        return load(given or name)
+        return (read or load)(given or name)
     missing: list[str] = []
     others: list[str] = []
     for place in [given] if given else list(dict.fromkeys([name, *folders.places(recorded, folder)])):
         try:
-            dataset = load(place)
+            found = (read or load)(place)
         except DataError as error:
             missing.append(one_line(error))
             continue
-        if dataset.sha256 == begun:
-            return dataset
-        others.append(f"{place} (sha256 {dataset.sha256[:12]})")
-    wanted = f"data: expected the arrays that {folder} was begun with (sha256 {begun[:12]})"
+        if found.sha256 == begun:
+            return found
+        others.append(f"{place} (sha256 {found.sha256[:12]})")
+    wanted = f"data: expected the data that {folder} was begun with (sha256 {begun[:12]})"
     if others:
         raise ConfigError(f"{wanted}, found others: {', '.join(others)}; say where they are with --data")
     raise DataError(f"{wanted}, found none; say where they are with --data: {'; '.join(missing)}")

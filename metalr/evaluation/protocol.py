@@ -60,9 +60,15 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(half_width(difference))
 
 
+def rounded(value: float) -> float | None:
+    """A number for JSON, which has no NaN and no infinity."""
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
 def half_width(values: np.ndarray) -> np.ndarray:
     """Half-width of the mean's 95 % confidence interval (Student's t) over the first axis. values: [n >= 2, ...]."""
-    return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
+    with np.errstate(invalid="ignore", over="ignore"):  # of runs that diverged: NaN, which says so
+        return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
 
 
 def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) -> float:
@@ -76,6 +82,53 @@ def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) ->
       over_tasks: the 95 % half-width over tasks of each.
     """
     return float(np.hypot(half_width(np.asarray(means, np.float64)), np.mean(over_tasks)))
+
+
+def interval(scores: np.ndarray) -> tuple[float, float, float | None]:
+    """Mean of scores [seeds, tasks], its 95 % half-width, and that over tasks alone where there are several seeds.
+
+    With one seed the half-width is over tasks: it answers for that one artifact. With several it is over seeds and
+    tasks together, and answers for the method.
+    """
+    over_tasks = [float(half_width(tasks)) for tasks in scores]
+    if len(scores) == 1:
+        return float(scores.mean()), over_tasks[0], None
+    both = over_seeds_and_tasks(scores.mean(1).tolist(), over_tasks)
+    return float(scores.mean()), both, float(np.mean(over_tasks))
+
+
+def row(
+    method: str, steps: int | None, scores: np.ndarray, metric: str, reference: np.ndarray | None = None
+) -> dict[str, Any]:
+    """One method in a table, as JSON values: the one schema of all comparisons.
+
+    Args:
+      scores: [seeds, tasks] (or [tasks], of one artifact) on fixed tasks.
+      metric: the name that the mean goes by.
+      reference: scores of the learned method on the same tasks, which this row is beside.
+
+    Returns:
+      method, steps, METRIC, ci95 (see `interval`); with several seeds also ci95_over_tasks and METRIC_of_seeds; with a
+      reference also learned_minus_this and difference_ci95, paired by task.
+    """
+    scores = np.atleast_2d(np.asarray(scores, np.float64))
+    mean, ci95, over_tasks = interval(scores)
+    facts: dict[str, Any] = {"method": method, "steps": steps, metric: rounded(mean), "ci95": rounded(ci95)}
+    if over_tasks is not None:
+        facts |= {"ci95_over_tasks": rounded(over_tasks)}
+        facts |= {f"{metric}_of_seeds": [rounded(value) for value in scores.mean(1)]}
+    if reference is not None:
+        difference = difference_of(reference, scores)
+        facts |= {"learned_minus_this": difference[0], "difference_ci95": difference[1]}
+    return facts
+
+
+def difference_of(reference: np.ndarray, scores: np.ndarray) -> list[float | None]:
+    """[mean, 95 % half-width] of reference - scores, paired by task, and by seed where both have as many."""
+    reference, scores = (np.atleast_2d(np.asarray(v, np.float64)) for v in (reference, scores))
+    with np.errstate(invalid="ignore"):  # of runs that diverged
+        mean, ci95, _ = interval(reference[:, : scores.shape[1]] - scores)
+    return [rounded(mean), rounded(ci95)]
 
 
 def make_evaluator(

@@ -10,19 +10,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from metalr.errors import ConfigError, check_choices
 from metalr.evaluation import protocol
-from metalr.inner.descent import promoting
+from metalr.inner import optimizers
+from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Model
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
-
-OPTIMIZERS: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
-    "adam": lambda rate: promoting(optax.adam(rate)),
-    "sgd": lambda rate: promoting(optax.sgd(rate)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +36,15 @@ class Grid:
             raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
         if min(self.steps) < 1 or min(self.batch_sizes) < 1:
             raise ConfigError(f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}")
-        if not set(self.optimizers) <= set(OPTIMIZERS):
-            raise ConfigError(f"grid.optimizers: expected some of {tuple(OPTIMIZERS)}, got {self.optimizers}")
+        for name in self.optimizers:
+            optimizers.by_name(name, "grid.optimizers")
 
 
 class Cell(NamedTuple):
     """One cell of a grid, scored on held-out tasks.
 
-    tasks: [tasks] float64, each task's query accuracy; example_gradients: of one task's run of this cell alone.
+    tasks: [tasks] float64, the objective's score on each task's query set.
+    example_gradients: of one task's run of this cell alone.
     """
 
     init: str
@@ -60,15 +56,15 @@ class Cell(NamedTuple):
     example_gradients: int
 
     @property
-    def accuracy(self) -> float:
-        """Mean over tasks, 0..1."""
+    def score(self) -> float:
+        """Mean over tasks."""
         return float(self.tasks.mean())
 
-    def row(self) -> dict:
-        """The cell as JSON values, with its 95 % CI."""
-        curve = protocol.curve_of(self.tasks[:, None])
+    def row(self, metric: str = "accuracy") -> dict:
+        """The cell as JSON values: the score, under the metric's name, with its 95 % CI over tasks."""
         facts = {k: v for k, v in self._asdict().items() if k != "tasks"}
-        return facts | {"accuracy": round(float(curve.mean[0]), 6), "ci95": round(float(curve.ci95[0]), 6)}
+        mean, ci95, _ = protocol.interval(self.tasks[None])
+        return facts | {metric: protocol.rounded(mean), "ci95": protocol.rounded(ci95)}
 
 
 def run_grid(
@@ -80,6 +76,7 @@ def run_grid(
     keys: jax.Array,
     *,
     init: Params | None,
+    objective: Objective = CROSS_ENTROPY,
     report: Callable[[str], None] = lambda line: None,
     known: Sequence[Cell] = (),
     keep: Callable[[list[Cell]], None] = lambda cells: None,
@@ -90,8 +87,9 @@ def run_grid(
     than its cells alone; both costs are given.
 
     Args:
-      support: number of support images of a task.
+      support: number of support examples of a task.
       init: start every task from these params; None draws a new random init for every task.
+      objective: what is minimised, and what a cell's score is.
       report: called with a line of text after each optimizer and batch size.
       known: cells of an earlier call with the same arguments, which are not run again.
       keep: called with the cells of each trajectory (all its steps) as soon as they are there.
@@ -110,10 +108,11 @@ def run_grid(
         evaluator = protocol.make_baseline(
             model,
             sample,
-            OPTIMIZERS[name],
+            optimizers.by_name(name),
             sorted(grid.steps),
             batch_size=None if batch_size == support else batch_size,
             random_init=init is None,
+            objective=objective,
         )
         for rate in grid.learning_rates:
             wanted = [(origin, name, rate, batch_size, steps) for steps in sorted(grid.steps)]
@@ -134,12 +133,12 @@ def run_grid(
     return cells, cost
 
 
-def best(cells: Sequence[Cell], steps: int | None = None) -> Cell:
-    """The cell with the highest accuracy on these very tasks, which flatters the grid; at `steps` steps if given.
+def best(cells: Sequence[Cell], steps: int | None = None, objective: Objective = CROSS_ENTROPY) -> Cell:
+    """The cell with the best score on these very tasks, which flatters the grid; at `steps` steps if given.
 
     Raises ConfigError if no cell has that number of steps.
     """
     fitting = [cell for cell in cells if steps is None or cell.steps == steps]
     if not fitting:
         raise ConfigError(f"grid.steps: expected {steps} among them, got {sorted({c.steps for c in cells})}")
-    return max(fitting, key=lambda cell: cell.accuracy)
+    return objective.best(fitting, lambda cell: cell.score)

@@ -16,25 +16,12 @@ import optax
 from metalr.errors import ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.optimizers import promoting
 from metalr.trees import path_name
 from metalr.types import Params, Rates
 
 EPS_ROOT = 1e-8  # inside Adam's square root: without it the derivative at a zero gradient is NaN
 TINY = 1e-12  # added to mean squares before their logarithm is taken
-
-
-def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer of optax that works under jax_numpy_dtype_promotion "strict" too; optax's own Adam does not."""
-
-    def init(params: Params) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.init(params)
-
-    def update(grads: Params, state: Any, params: Params | None = None, **more: Any) -> tuple[Params, Any]:
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(grads, state, params, **more)
-
-    return optax.GradientTransformation(init, update)
 
 
 class DescentState(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 
 from metalr.errors import ConfigError
 
+Choice = TypeVar("Choice")
 Loss = Callable[[Any, Any], jax.Array]  # (outputs of the model, targets), each with a leading axis [n] -> [] float
 
 
@@ -42,6 +43,14 @@ class Objective:
         if {"loss", "gradient_norm", "finite", "step"} & set(self.metrics):
             raise ConfigError(f"objective {self.name!r}: metrics: expected other names than those of the outer loop")
 
+    def in_units(self, back: Callable[[Any], Any]) -> Objective:
+        """The same loss, with metrics of back(outputs) and back(targets): in the targets' own units."""
+
+        def of(metric: Loss) -> Loss:
+            return lambda outputs, targets: metric(back(outputs), back(targets))
+
+        return dataclasses.replace(self, metrics={name: of(metric) for name, metric in self.metrics.items()})
+
     def measure(self, outputs: Any, targets: Any) -> dict[str, jax.Array]:
         """The loss and all metrics, by name."""
         found = {"loss": self.loss(outputs, targets)}
@@ -56,6 +65,14 @@ class Objective:
         if not math.isfinite(new) or not math.isfinite(old):
             return math.isfinite(new)
         return new > old if self.maximise else new < old
+
+    def best(self, choices: Sequence[Choice], score: Callable[[Choice], float]) -> Choice:
+        """The choice with the best score; of equal ones the first."""
+        chosen = choices[0]
+        for choice in choices[1:]:
+            if self.better(score(choice), score(chosen)):
+                chosen = choice
+        return chosen
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from metalr.evaluation import protocol
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, OBJECTIVES, Objective
+from metalr.learner import params as params_file
+from metalr.learner.params import ClassNames
 from metalr.models import Model
 from metalr.outer import devices
 from metalr.storage import folders, sealed
-from metalr.tasks import Tasks
-from metalr.types import Curve, Params, Rates
+from metalr.tasks import Standardisation, Tasks
+from metalr.types import Curve, Episode, Params, Rates
 
 FORMAT = 2  # 2: hyperparameters beside rates, schedules; 1 is read too
 TENSORS, FACTS, CARD = "learner.safetensors", "metalr.json", "README.md"
@@ -54,6 +56,7 @@ class Learner:
       rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.inner.hyperparameters.
       facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
       objective: what the inner loop minimises and evaluation measures.
+      standardisation: of the tasks that it was trained on: `adapt` and `apply` take and give numbers in your own units.
     """
 
     model: Model
@@ -62,6 +65,7 @@ class Learner:
     rates: Rates
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: Objective = CROSS_ENTROPY
+    standardisation: Standardisation | None = None
 
     def adapt(self, support_x: Any, support_y: Any, steps: int | None = None, *, init: Params | None = None) -> Params:
         """Fine-tune on a task's support set; compiled once a shape.
@@ -94,7 +98,7 @@ class Learner:
         steps = self.spec.steps if steps is None else steps
         hyperparameters.check_steps(self.spec, steps)
         if not self.classifies_images:
-            x, y = _examples(support_x, "support_x"), _examples(support_y, "support_y")
+            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
             if trees.count(x) != trees.count(y):
                 raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
             return self._adapt(start, self.rates, x, y, steps=int(steps), batched=False)
@@ -114,6 +118,19 @@ class Learner:
         """
         length = max(10, self.spec.steps) if steps is None else steps
         pool, sample = tasks.sampler("test")
+        own = self.standardisation
+        if tasks.standardisation is None and own is not None:
+            given = sample
+
+            def sample(pool: Any, key: jax.Array) -> Episode:
+                x, y, query_x, query_y = given(pool, key)
+                return Episode(own.inputs(x), own.targets(y), own.inputs(query_x), own.targets(query_y))
+
+        elif tasks.standardisation is not None and not tasks.standardisation.same_as(own):
+            raise ConfigError(
+                "tasks: expected those that this was trained on, or tasks that are not standardised; their "
+                "standardisation is another one"
+            )
         run = protocol.make_evaluator(self.model, self.spec, sample, length, objective=self.objective)
         return run(pool, self.init, self.rates, protocol.episode_keys(seed, episodes))
 
@@ -140,7 +157,8 @@ class Learner:
                 raise ConfigError(
                     "params: expected those of one task, and no support_x, with a network of other inputs"
                 )
-            return self._apply(params, _examples(x, "x"))
+            outputs = self._apply(params, self._inputs(x, "x"))
+            return outputs if self.standardisation is None else self.standardisation.outputs(outputs)
         images = self._images(x, "x", batched)
         if batched and images.shape[0] != tasks:
             raise DataError(f"x: expected images for {tasks} tasks, as params are, got {images.shape[0]}")
@@ -160,6 +178,26 @@ class Learner:
                 stacklevel=2,
             )
         return self._apply(params, images)
+
+    def save_params(self, path: Path | str, params: Params, classes: Sequence[Any] | None = None) -> None:
+        """Write fine-tuned params of one task to a .safetensors file, with a hash; `load_params` reads it.
+
+        Args:
+          classes: what the outputs 0, 1, … are called, for `metalr predict`; default: nothing.
+
+        Raises:
+          ConfigError: params of another network, or of many tasks. StorageError: it cannot be written.
+        """
+        names = None if classes is None else ClassNames(tuple(classes), tuple(range(len(classes))))
+        save_params(self, path, params, names)
+
+    def load_params(self, path: Path | str) -> Params:
+        """Params that `save_params` (or `metalr adapt --out`) wrote, as `apply` takes them.
+
+        Raises:
+          ArtifactError: no such file, a damaged one, or params of another network.
+        """
+        return load_params(self, path)
 
     def _check_params(self, params: Params) -> tuple[bool, int]:
         """(whether params have a leading axis [tasks], how many). Raises ConfigError for those of another network."""
@@ -273,6 +311,31 @@ class Learner:
         """Inputs as the network takes them: images as float32 0..1, others as they are."""
         return models.unit(x) if self.classifies_images else x
 
+    def _inputs(self, x: Any, what: str) -> Any:
+        """Inputs of any kind, standardised as in training. Raises DataError for another structure or shape."""
+        x = _examples(x, what)
+        shape = self.model.input_shape
+        if shape is not None and [leaf.shape[1:] for leaf in jax.tree.leaves(x)] != [shape]:
+            got = [list(leaf.shape) for leaf in jax.tree.leaves(x)]
+            raise DataError(f"{what}: expected shape [n, {', '.join(map(str, shape))}], got {got}")
+        if self.standardisation is None:
+            return x
+        wanted: Any = jax.tree.structure(self.standardisation.x_mean)
+        came: Any = jax.tree.structure(x)
+        if wanted != came:
+            raise DataError(f"{what}: expected the structure {wanted} as in training, got {came}")
+        return self.standardisation.inputs(x)
+
+    def _targets(self, y: Any) -> Any:
+        """Targets of any kind, standardised as in training. Raises DataError for labels that the network lacks."""
+        y = _examples(y, "support_y")
+        labels = self.objective.name == CROSS_ENTROPY.name and self.model.way is not None and isinstance(y, np.ndarray)
+        if labels and not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
+            raise DataError(
+                f"support_y: expected integer labels 0..{self.model.classes - 1}, got {y.dtype} {y.min()}..{y.max()}"
+            )
+        return y if self.standardisation is None else self.standardisation.targets(y)
+
     def _images(self, x: Any, what: str, batched: bool) -> Any:
         height, width, channels = self.model.image_shape
         x = x if isinstance(x, jax.Array) else np.asarray(x)
@@ -310,6 +373,26 @@ class Learner:
                 missing = int(np.argwhere(~counts)[0, 1])
                 raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
         return y.astype(np.int32)
+
+
+def save_params(learner: Learner, path: Path | str, params: Params, classes: ClassNames | None = None) -> None:
+    """As `Learner.save_params`, with the outputs that the names of classes belong to."""
+    if learner._check_params(params)[0]:
+        raise ConfigError("params: expected those of one task, got a leading axis of tasks")
+    params_file.write(path, params, classes)
+
+
+def load_params(learner: Learner, path: Path | str) -> Params:
+    """As `Learner.load_params`."""
+    tensors = params_file.read(path)
+    expected = {trees.path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(learner.init)}
+    for name in sorted({*expected, *tensors}):
+        want, got = (
+            f"{v.dtype} {list(v.shape)}" if (v := of.get(name)) is not None else "none" for of in (expected, tensors)
+        )
+        if want != got:
+            raise ArtifactError(f"{path}: {name}: expected {want} as in the learned init, got {got}")
+    return jax.tree.unflatten(jax.tree.structure(learner.init), [jnp.asarray(tensors[name]) for name in expected])
 
 
 def _described(model: Model) -> tuple[str, str]:
@@ -356,6 +439,8 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise ArtifactError(f"{name}: expected finite values, got {int((~np.isfinite(value)).sum())} others")
+    if learner.standardisation is not None:
+        tensors |= learner.standardisation.named()
     contents = {TENSORS: tensor_bytes(tensors)}
     facts = {
         "format": FORMAT,
@@ -531,6 +616,15 @@ def _load(path: Path, model: Model | None, objective: Objective | None, *, witho
     except SafetensorError as error:
         raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(expected)
+    own = {name: tensors.pop(name) for name in [n for n in tensors if n.startswith("standardisation/")]}
+    try:
+        standardisation = Standardisation.from_named(own)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path / TENSORS}: not a standardisation: {one_line(error)}") from error
+    if any(not np.isfinite(value).all() or not np.issubdtype(value.dtype, np.floating) for value in own.values()):
+        raise ArtifactError(f"{path / TENSORS}: standardisation: expected finite numbers only")
+    if standardisation is not None:
+        objective = objective.in_units(standardisation.outputs)
     wanted = {f"init/{trees.path_name(p)}": leaf for p, leaf in leaves} | {f"rates/{g}": v for g, v in raw.items()}
     if set(wanted) != set(tensors):
         missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
@@ -547,14 +641,4 @@ def _load(path: Path, model: Model | None, objective: Objective | None, *, witho
     init = jax.tree.unflatten(jax.tree.structure(expected), arrays)
     rates = {group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw}
     sealed.read_file(path, CARD, facts, MAX_BYTES[CARD])
-    return Learner(model, spec, init, rates, facts.get("facts", {}), objective)
-
-
-def write_params(path: Path, params: Params) -> None:
-    """Write a params pytree as one .safetensors file of tensors under their path names.
-
-    Raises StorageError if it cannot be written.
-    """
-    tensors = {name.partition("/")[2]: value for name, value in trees.named_arrays(params, "params").items()}
-    folders.make(path.parent, parents=True)
-    folders.write_file(path, tensor_bytes(tensors))
+    return Learner(model, spec, init, rates, facts.get("facts", {}), objective, standardisation)

@@ -244,7 +244,7 @@ def _linen_init(module: nn.Module, example: Any) -> Callable[[jax.Array], Params
     return init
 
 
-def _image(shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+def _image(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
 
@@ -268,13 +268,13 @@ def _linen_apply(module: nn.Module) -> Apply:
 
 def mlp(
     way: int,
-    input_shape: tuple[int, int, int] = (28, 28, 1),
+    input_shape: tuple[int, ...] = (28, 28, 1),
     *,
     widths: Sequence[int] = (128,),
     dropout: float = 0.0,
     dtype: str = "float32",
 ) -> Model:
-    """Dense-ReLU(-dropout) layers and a dense head; the defaults are the reference MLP 784-128-way.
+    """Dense-ReLU(-dropout) layers and a dense head, over inputs of any shape; by default the reference MLP 784-128-way.
 
     dtype, here and below: "bfloat16" computes layers in it, with params, rates, norms, logits and loss in float32.
     """
@@ -366,11 +366,16 @@ def rnn(
 MODELS: dict[str, Callable[..., Model]] = {"mlp": mlp, "conv4": conv4, "rnn": rnn}
 
 
-def build(name: str, way: int, input_shape: tuple[int, int, int], **settings: Any) -> Model:
-    """The model of that name. Raises ConfigError for an unknown name or setting."""
+def build(name: str, way: int, input_shape: tuple[int, ...], **settings: Any) -> Model:
+    """The model of that name. Raises ConfigError for an unknown name or setting.
+
+    Args:
+      way: number of outputs: classes, or targets.
+      input_shape: (height, width, channels) of images; an mlp takes inputs of any shape, (features,) say.
+    """
     if name not in MODELS:
         raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
-    _check_shape(input_shape, way)
+    _check_shape(name, input_shape, way)
     try:
         return MODELS[name](way, input_shape, **settings)
     except TypeError as error:
@@ -407,15 +412,15 @@ def from_function(
     return Model(name, init, applied, input_shape, None, head, relu_stack=relu_stack)
 
 
-def _check_shape(input_shape: Any, way: Any) -> None:
-    """Raises ConfigError unless these are (height, width, channels) and a number of classes."""
+def _check_shape(name: str, input_shape: Any, way: Any) -> None:
+    """Raises ConfigError unless these are (height, width, channels) and a number of classes; or, of an mlp, any."""
     if (
         not isinstance(input_shape, (tuple, list))
-        or len(input_shape) != 3
+        or len(input_shape) not in ((1, 3) if name == "mlp" else (3,))
         or not all(isinstance(n, (int, np.integer)) and n > 0 for n in input_shape)
     ):
         raise ConfigError(f"input_shape: expected (height, width, channels), all positive, got {input_shape!r}")
-    if not isinstance(way, (int, np.integer)) or way < 2:
+    if not isinstance(way, (int, np.integer)) or way < 1 + (len(input_shape) == 3):
         raise ConfigError(f"way: expected at least 2 classes, got {way!r}")
 
 

@@ -13,9 +13,9 @@ import optax
 
 from metalr.errors import ConfigError, MetalrError
 from metalr.inner import hyperparameters
-from metalr.inner.descent import promoting
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
+from metalr.inner.optimizers import promoting
 from metalr.models import Model
 from metalr.outer import devices, meta_gradients
 from metalr.outer.meta_gradients import Method

@@ -7,6 +7,31 @@ from typing import Any
 import numpy as np
 
 
+def shown(value: float | None, metric: str) -> str:
+    """A score for people: accuracy in per cent, any other metric in its own unit."""
+    if value is None:
+        return "diverged"
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
+
+
+def shown_interval(value: float | None, metric: str) -> str:
+    """The half-width of an interval, in the same unit."""
+    if value is None:
+        return ""
+    return f"± {100 * value:.2f}" if metric == "accuracy" else f"± {value:.2g}"
+
+
+def shown_difference(value: float | None, metric: str) -> str:
+    """A difference of two scores, in the same unit."""
+    if value is None:
+        return ""
+    return f"{100 * value:+.2f}" if metric == "accuracy" else f"{value:+.3g}"
+
+
+def _metric(results: dict[str, Any]) -> str:
+    return results.get("metric", {}).get("name", "accuracy")
+
+
 def text(results: dict[str, Any]) -> str:
     """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
     training = results["training"]
@@ -18,7 +43,7 @@ def text(results: dict[str, Any]) -> str:
         "",
     ]
     if "comparison" in results:
-        lines += table(results["comparison"])
+        lines += table(results["comparison"], _metric(results))
         lines += [
             "",
             "A grid's best cell is chosen on these very test tasks, which flatters it.",
@@ -39,39 +64,40 @@ def text(results: dict[str, Any]) -> str:
 def seeds_text(results: dict[str, Any]) -> str:
     """The table of an experiment over several seeds."""
     head = f"\n{results['name']}: means over seeds {results['seeds']}, split {results['split_sha256'][:12]}\n"
-    return "\n".join([head, *(table(results["comparison"]) or curve_lines(results["curve"]))])
+    return "\n".join([head, *(table(results["comparison"], _metric(results)) or curve_lines(results["curve"]))])
 
 
 def study_text(results: dict[str, Any]) -> str:
     """The table of a study: a row a variant; then, if it has them, the horizons."""
-    head = ("variant", "family", "accuracy", "95 % CI", "lowest and highest seed", "seconds")
+    metric = next(
+        (name.removesuffix("_of_seeds") for name in results["rows"][0] if name.endswith("_of_seeds")), "accuracy"
+    )
+    head = ("variant", "family", metric, "95 % CI", "lowest and highest seed", "seconds")
     rows: list[tuple[str, ...]] = [head]
-    longer: list[tuple[str, ...]] = [
-        ("variant", "family", "steps", "method", "accuracy", "95 % CI", "learned is above by")
-    ]
+    longer: list[tuple[str, ...]] = [("variant", "family", "steps", "method", metric, "95 % CI", "learned is above by")]
     for r in results["rows"]:
-        shown = f"{100 * r['accuracy']:.2f} %", f"± {100 * r['ci95']:.2f}"
-        seeds = f"{100 * r['lowest_seed']:.2f} … {100 * r['highest_seed']:.2f}"
-        rows.append((r["variant"], r["family"], *shown, seeds, f"{r['seconds']:.0f}"))
+        seeds = " … ".join(shown(r[f"{which}_seed"], metric).removesuffix(" %") for which in ("lowest", "highest"))
+        score = shown(r[metric], metric), shown_interval(r["ci95"], metric)
+        rows.append((r["variant"], r["family"], *score, seeds, f"{r['seconds']:.0f}"))
         for h in r["horizons"]:
-            difference = f"{100 * h['learned_minus_this']:+.2f} ± {100 * h['difference_ci95']:.2f}"
-            shown = f"{100 * h['accuracy']:.2f} %", f"± {100 * h['ci95']:.2f}"
-            longer.append((r["variant"], r["family"], str(h["horizon"]), h["method"], *shown, difference))
+            less = shown_difference(h["learned_minus_this"], metric), shown_interval(h["difference_ci95"], metric)
+            score = shown(h[metric], metric), shown_interval(h["ci95"], metric)
+            longer.append((r["variant"], r["family"], str(h["horizon"]), h["method"], *score, " ".join(less)))
     lines = [f"\n{results['name']}: means over seeds {results['seeds']}\n", *_aligned(rows, left=(0, 1))]
     return "\n".join([*lines, *(["", *_aligned(longer, left=(0, 1, 3))] if len(longer) > 1 else [])])
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]], metric: str = "accuracy") -> list[str]:
     """The comparison as aligned lines."""
-    head = ("method", "steps", "accuracy", "95 % CI", "cost a task", "cell")
+    head = ("method", "steps", metric, "95 % CI", "cost a task", "cell")
     if not rows:
         return []
     body = [
         (
             row["method"],
             str(row["steps"]) if isinstance(row["steps"], int) else "/".join(map(str, row["steps"])),
-            f"{100 * row['accuracy']:.2f} %",
-            f"± {100 * row['ci95']:.2f}",
+            shown(row[metric], metric),
+            shown_interval(row["ci95"], metric),
             f"{np.mean(row['example_gradients']):,.0f}",
             _cell(row["cell"]),
         )
@@ -115,8 +141,8 @@ def search_text(results: dict[str, Any]) -> str:
     """The outcome of a hyperparameter search."""
     rows = [(name, f"{value:.6g}") for name, value in results["best_params_"].items()]
     rows += [
-        ("validation", f"{100 * results['best_score_']:.2f} %"),
-        ("test", f"{100 * results['final_test_score']:.2f} %"),
+        ("validation", shown(results["best_score_"], _metric(results))),
+        ("test", shown(results["final_test_score"], _metric(results))),
         ("trials", f"{results['trials']:,}"),
         ("example-gradients", f"{results['example_gradients']:,}"),
         ("seconds", f"{results['seconds']:,.1f}"),
@@ -127,7 +153,8 @@ def search_text(results: dict[str, Any]) -> str:
 
 def contest_text(results: dict[str, Any]) -> str:
     """The table of a comparison: every method at every cost, beside the learned method at no more cost."""
-    head = ("method", "steps", "accuracy", "95 % CI", "learned - this", "95 % CI", "cost a task", "seconds")
+    metric = _metric(results)
+    head = ("method", "steps", metric, "95 % CI", "learned - this", "95 % CI", "cost a task", "seconds")
     body = []
     for row in results["rows"]:
         difference = row.get("learned_minus_this_at_equal_cost")
@@ -135,9 +162,13 @@ def contest_text(results: dict[str, Any]) -> str:
             (
                 row["method"],
                 "" if row["steps"] is None else f"{row['steps']:,}",
-                f"{100 * row['accuracy']:.2f} %",
-                f"± {100 * row['ci95']:.2f}",
-                *((f"{100 * difference[0]:+.2f}", f"± {100 * difference[1]:.2f}") if difference else ("", "")),
+                shown(row[metric], metric),
+                shown_interval(row["ci95"], metric),
+                *(
+                    (shown_difference(difference[0], metric), shown_interval(difference[1], metric))
+                    if difference
+                    else ("", "")
+                ),
                 f"{row['example_gradients']:,}",
                 f"{row['seconds']:.3f}",
             )
@@ -165,10 +196,7 @@ def curve_text(results: dict[str, Any]) -> str:
 def curve_lines(curve: list[dict[str, Any]]) -> list[str]:
     """A curve as aligned lines: of accuracy in per cent, of any other metric in its own unit."""
     (metric,) = set(curve[0]) - {"steps", "ci95", "ci95_over_tasks", "lowest_seed", "highest_seed"}
-    if metric == "accuracy":
-        rows = [(str(r["steps"]), f"{100 * r[metric]:.2f} %", f"± {100 * r['ci95']:.2f}") for r in curve]
-    else:
-        rows = [(str(r["steps"]), f"{r[metric]:.4g}", f"± {r['ci95']:.2g}") for r in curve]
+    rows = [(str(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric)) for r in curve]
     return _aligned([("steps", metric, "95 % CI"), *rows], left=())
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from metalr.config import EvaluationConfig, InnerConfig, OuterConfig, TrainConfig
+from metalr.config import EvaluationConfig, GridConfig, InnerConfig, OuterConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.inner import Objective, objective_of
 from metalr.learner import Learner, load
@@ -32,6 +32,7 @@ def meta_train(
     inner: InnerConfig | None = None,
     outer: OuterConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    grid: GridConfig | None = None,
     reporter: Reporter | None = None,
 ) -> Learner:
     """Meta-train on tasks of your own; what was learned, which also stands in the run folder.
@@ -49,8 +50,8 @@ def meta_train(
       out: the run folder; default runs/tasks, numbered if taken.
       resume: go on with the run in `out`, which was stopped or killed; with no run there, begin one.
       overwrite: replace a run in `out`.
-      inner, outer, evaluation: all other settings, as the command line has them. What the arguments above say is not
-        taken from them.
+      inner, outer, evaluation, grid: all other settings, as the command line has them. What the arguments above say
+        is not taken from them.
       reporter: where progress goes; default: the terminal.
 
     Raises:
@@ -65,9 +66,11 @@ def meta_train(
     given: dict[str, Any] = {"steps": outer_steps, "meta_batch": meta_batch}
     config = TrainConfig(
         data=tasks.name,
+        objective=found.name,
         inner=dataclasses.replace(inner or InnerConfig(), **changed),  # type: ignore[arg-type]
         outer=dataclasses.replace(outer or OuterConfig(), **given),
         evaluation=evaluation or EvaluationConfig(),
+        grid=grid or GridConfig(),
         seed=seed,
         out=None if out is None else Path(out),
         overwrite=overwrite,

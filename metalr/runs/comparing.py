@@ -18,23 +18,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metalr import data, tasks
+from metalr import data, report, tasks
 from metalr.comparison import rivals
 from metalr.comparison.rivals import Field, Key, Scores, Searched
 from metalr.config import CompareConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, StoppedError, one_line
 from metalr.evaluation import protocol
-from metalr.inner import hyperparameters
+from metalr.inner import Objective, hyperparameters
 from metalr.learner import artifact
 from metalr.models import Model
 from metalr.runs import preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.setup import OWN_TASKS
+from metalr.runs.setup import OWN_TASKS, load
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.storage import folders, sealed
+from metalr.tasks import Tasks
+from metalr.trees import count
 
 FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
 WARM = "tpe+"  # TPE that tries the learned rates first
@@ -59,20 +61,22 @@ def run(
     *,
     pretrained: Path | None = None,
     model: Model | None = None,
+    given: Tasks | None = None,
+    objective: Objective | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Compare finished runs of one setting, which differ in their seed only, with everything else.
 
     Args:
-      runs: run folders; accuracies are averaged over them.
+      runs: run folders; scores are averaged over them.
       pretrained: the run folder of a jointly pre-trained init of the same network (--inner.algorithm joint).
-      model: the network of your own that the runs are of, if they are.
+      model, given, objective: the network, the tasks and the objective of your own that the runs are of, if they are.
 
     Raises:
       MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
     """
     folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    parts = _set_up(runs, config, pretrained, model)
+    parts = _set_up(runs, config, pretrained, Own(model, given, objective))
     with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
         stored = {
             "runs": [_record(path, folder) for path in runs],
@@ -82,7 +86,14 @@ def run(
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
 
 
-def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path,
+    *,
+    model: Model | None = None,
+    given: Tasks | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
     """Go on with a comparison that was stopped or killed, with its own settings; finished searches are kept.
 
     Raises:
@@ -99,7 +110,7 @@ def resume(folder: Path, *, model: Model | None = None, reporter: Reporter | Non
     pretrained = None if recorded_pretrained is None else _locate(recorded_pretrained, folder)
     if (folder / "results.json").exists():
         raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
-    parts = _set_up(runs, config, pretrained, model, folder)
+    parts = _set_up(runs, config, pretrained, Own(model, given, objective), folder)
     with folders.locked(folder):
         folders.sweep(folder)
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
@@ -124,7 +135,7 @@ def _set_up(
     runs: Sequence[Path],
     config: CompareConfig,
     pretrained: Path | None,
-    model: Model | None,
+    own: Own,
     resumed: Path | None = None,
 ) -> _Parts:
     """Check everything, before anything is written. resumed: the comparison's folder, which knows its data."""
@@ -148,8 +159,8 @@ def _set_up(
         raise ConfigError(f"seed: expected 0 <= seed < 2^32, got {config.seed}")
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
-    learners, trained = load_runs(runs, model)
-    joint, joint_trained = load_runs([pretrained], model) if pretrained else ([], [])
+    learners, trained = load_runs(runs, own)
+    joint, joint_trained = load_runs([pretrained], own) if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
         raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
     made = from_json(trained[0]["config"])
@@ -157,11 +168,16 @@ def _set_up(
         _check_pretrained(f"pretrained: {pretrained}", from_json(found["config"]), made)
         if _data_sha256(found) != _data_sha256(trained[0]):
             raise ConfigError(f"pretrained: {pretrained}: expected the data of the runs, {made.data!r}, got other data")
-    if config.data is None:
-        dataset = data.load_recorded(runs[0], made.data)
+    if own.given is not None:
+        loaded: Tasks | data.Dataset = own.given
+    elif config.data is None:
+        loaded = load(made, runs[0])
     else:
-        dataset = data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
-    field, facts = _make_field(made, config, learners[0], dataset)
+        loaded = data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
+    if isinstance(loaded, data.Dataset):
+        field, facts = _field_of_images(made, config, learners[0], loaded)
+    else:
+        field, facts = _field_of_tasks(made, config, learners[0], loaded)
     try:
         hyperparameters.check_steps(learners[0].spec, max(field.lengths))
     except ConfigError as error:
@@ -194,7 +210,15 @@ def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> N
             raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
 
 
-def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
+class Own(NamedTuple):
+    """What runs have of the user's own, which no file can bring back."""
+
+    model: Model | None = None
+    given: Tasks | None = None
+    objective: Objective | None = None
+
+
+def load_runs(runs: Sequence[Path], own: Own) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
     """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
     if not runs:
         raise ConfigError("runs: expected at least one run folder, got none")
@@ -213,25 +237,26 @@ def load_runs(runs: Sequence[Path], model: Model | None = None) -> tuple[list[ar
         except (OSError, ValueError) as error:
             raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
     for path, found in zip(runs, results, strict=True):
-        if found.get("data", {}).get("source") == OWN_TASKS:
-            raise ConfigError(
-                f"runs: {path} is of tasks of your own; expected runs of image tasks, which a comparison draws"
-            )
+        if (found.get("data", {}).get("source") == OWN_TASKS) != (own.given is not None):
+            whose = "data that it names" if own.given is not None else "tasks of your own; pass them as given=..."
+            raise ConfigError(f"runs: {path} is of {whose}")
+        if own.given is not None and own.given.sha256 != _data_sha256(found):
+            raise ConfigError(f"given: expected the tasks of {path}, got others ({own.given.name!r}, by facts)")
         if _data_sha256(found) != _data_sha256(results[0]):
             raise ConfigError(
                 f"runs: expected runs that differ in their seed only, {path} has other data than {runs[0]}"
             )
-    return [artifact.load(path / "artifact", model) for path in runs], results
+    return [artifact.load(path / "artifact", own.model, own.objective) for path in runs], results
 
 
 def _data_sha256(results: dict[str, Any]) -> Any:
     return results.get("data", {}).get("sha256")
 
 
-def _make_field(
+def _field_of_images(
     trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, dataset: data.Dataset
 ) -> tuple[Field, dict[str, Any]]:
-    """The held-out tasks, and what a result says of them."""
+    """The held-out image tasks, and what a result says of them."""
     shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
     family, way = config.family or trained.tasks.family, trained.tasks.way
     if dataset.shape != learner.model.image_shape:
@@ -239,20 +264,7 @@ def _make_field(
     splits = tasks.make_splits(dataset, family, turns=trained.tasks.turns)
     noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise
     samplers = {part.part: tasks.make_sampler(part, way, shot, query, label_noise=noise) for part in splits}
-    support = way * shot
-    size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
-    keys = protocol.episode_keys(config.seed, config.tasks)
-    pool, sample = samplers["test"]
-    field = Field(
-        samplers["test"],
-        samplers["val"],
-        keys,
-        protocol.episode_keys(config.seed, config.tuning_tasks),
-        support,
-        len(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
-        tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
-        size,
-    )
+    field = _field(config, learner, samplers["test"], samplers["val"], way * shot)
     return field, {
         "family": family,
         "regime": "few-shot" if shot <= FEW_SHOTS else "full",
@@ -262,10 +274,54 @@ def _make_field(
         "trained_on": {"data": trained.data, "family": trained.tasks.family},
         "tasks": config.tasks,
         "searched_tasks": config.searched,
-        "support": support,
+        "support": way * shot,
         "query": way * query,
         "label_noise": noise,
     }
+
+
+def _field_of_tasks(
+    trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, given: Tasks
+) -> tuple[Field, dict[str, Any]]:
+    """The held-out tasks of a table or of Python, and what a result says of them."""
+    for name in ("data", "family", "shot", "query", "label_noise"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}: expected None, with tasks that are no images, got {getattr(config, name)!r}")
+    if given.standardisation is not None and not given.standardisation.same_as(learner.standardisation):
+        raise ConfigError("given: expected tasks that are standardised as those of the runs, got others")
+    test, validation = given.sampler("test"), given.sampler("validation")
+    shapes = jax.eval_shape(test[1], test[0], jax.random.key(0))
+    support, query = count(shapes.support_y), count(shapes.query_y)
+    return _field(config, learner, test, validation, support), {
+        "family": given.name,
+        "regime": "few-shot" if support <= FEW_SHOTS else "full",
+        "data": given.name,
+        "data_sha256": given.sha256,
+        "split_sha256": given.sha256,
+        "trained_on": {"data": trained.data, "family": given.name},
+        "tasks": config.tasks,
+        "searched_tasks": config.searched,
+        "support": support,
+        "query": query,
+    }
+
+
+def _field(config: CompareConfig, learner: artifact.Learner, test: Any, validation: Any, support: int) -> Field:
+    """test, validation: (pool, sampler) each; support: examples of a support set."""
+    size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
+    keys = protocol.episode_keys(config.seed, config.tasks)
+    pool, sample = test
+    return Field(
+        test,
+        validation,
+        keys,
+        protocol.episode_keys(config.seed, config.tuning_tasks),
+        support,
+        count(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
+        tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
+        size,
+        learner.objective,
+    )
 
 
 def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -280,15 +336,16 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
         rows = _single(parts, reporter, between)
         if config.searched:
             rows += _searches(parts, config, folder, between, reporter)
-    reference = rows[: len(parts.field.lengths)]
+    reference, objective = rows[: len(parts.field.lengths)], parts.field.objective
     results = {
         "command": command(),
         "config": config.to_json(),
         "provenance": provenance(),
         "seeds": [learner.facts.get("seed") for learner in parts.learners],
         **parts.facts,
-        "rows": [_row(row, reference) for row in rows],
-        "conclusions": [_conclusion(row, reference) for row in rows[len(reference) :]],
+        "metric": {"name": objective.choose_by, "maximise": objective.maximise},
+        "rows": [_row(row, reference, objective) for row in rows],
+        "conclusions": [_conclusion(row, reference, objective) for row in rows[len(reference) :]],
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": peak_memory(),
     }
@@ -317,7 +374,7 @@ def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> l
             between()
             rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
             last = rows[-1]
-            advance(1, f"{last.method}: {100 * last.accuracy.mean():.2f} % after {last.steps} steps")
+            advance(1, f"{last.method}: {report.shown(last.mean, field.objective.choose_by)} after {last.steps} steps")
     return rows
 
 
@@ -359,26 +416,20 @@ def _searches(
             budgets = {f"{title}, {len(each[0].trials)} cells": np.inf} if grid else {
                 f"{title}, cost of {budget:g} cells": budget * cell for budget in config.budgets
             }  # fmt: skip
-            new = [rivals.best_of(text, each, budget, grid=grid) for text, budget in budgets.items()]
-            new.append(rivals.best_of(f"{[*budgets][-1]}, trained again on all", each, grid=grid, choose="again"))
+            best_of = functools.partial(rivals.best_of, grid=grid, objective=parts.field.objective)
+            new = [best_of(text, each, budget) for text, budget in budgets.items()]
+            new.append(best_of(f"{[*budgets][-1]}, trained again on all", each, choose="again"))
             if grid:
-                new.append(rivals.best_of(f"{title}, best cell on the test part", each, grid=grid, choose="test"))
+                new.append(best_of(f"{title}, best cell on the test part", each, choose="test"))
             extra = parts.paid_once["learned"] if name == WARM else parts.paid_once[origin]
             rows += [row._replace(paid_once=extra) for row in new]
     return rows
 
 
-def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
-    """A row as JSON: accuracy, and the learned method's difference, at no more cost and at its longest run."""
-    count = len(row.accuracy)
-    mean, ci95 = protocol.paired(row.accuracy, np.zeros(count))
-    facts: dict[str, Any] = {
-        "method": row.method,
-        "steps": row.steps,
-        "tasks": count,
-        "accuracy": round(mean, 6),
-        "ci95": round(ci95, 6),
-        "accuracy_of_seeds": [round(value, 6) for value in row.seeds],
+def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str, Any]:
+    """A row as JSON: its score, and the learned method's difference, at no more cost and at its longest run."""
+    facts = protocol.row(row.method, row.steps, row.scores, objective.choose_by) | {
+        "tasks": row.scores.shape[1],
         "example_gradients": round(row.example_gradients),
         "naive_example_gradients": round(row.naive_example_gradients),
         "paid_once_example_gradients": round(row.paid_once),
@@ -389,16 +440,17 @@ def _row(row: Scores, reference: list[Scores]) -> dict[str, Any]:
     affordable = [one for one in reference if one.example_gradients <= row.example_gradients * 1.001]
     for name, against in (("at_equal_cost", affordable), ("at_the_end", reference)):
         if against:
-            difference = protocol.paired(against[-1].accuracy[:count], row.accuracy)
-            facts[f"learned_minus_this_{name}"] = [round(value, 6) for value in difference]
+            facts[f"learned_minus_this_{name}"] = protocol.difference_of(against[-1].scores, row.scores)
     return facts
 
 
-def _conclusion(row: Scores, reference: list[Scores]) -> dict[str, Any]:
-    """The cost at which the learned method reaches this row's accuracy, and the tasks after which it has paid."""
-    accuracy = row.accuracy.mean()
-    first = next((one for one in reference if one.accuracy[: len(row.accuracy)].mean() >= accuracy), None)
-    facts = {"method": row.method, "steps": row.steps, "accuracy": round(float(accuracy), 6)}
+def _conclusion(row: Scores, reference: list[Scores], objective: Objective) -> dict[str, Any]:
+    """The cost at which the learned method is as good as this row, and the tasks after which it has paid."""
+    number = row.scores.shape[1]
+    first = next(
+        (one for one in reference if not objective.better(row.mean, float(one.scores[:, :number].mean()))), None
+    )
+    facts = {"method": row.method, "steps": row.steps, objective.choose_by: protocol.rounded(row.mean)}
     if first is None:
         return facts | {"learned_reaches_it_with": None}
     saved = row.example_gradients - first.example_gradients

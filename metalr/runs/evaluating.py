@@ -58,12 +58,12 @@ def horizons(
       random_grid: the second result of an earlier call with the same tasks, to save its time.
 
     Returns:
-      (rows: horizon, method, accuracy, ci95, learned_minus_this and its ci95, cell; best cells from a random init).
+      (rows: horizon, and protocol.row with a cell; best cells from a random init).
     """
     pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     support, random_init = setup.support, setup.phases.fresh_init
-    spec, model = learner.spec, learner.model
+    spec, model, objective = learner.spec, learner.model, learner.objective
     size = min(spec.minibatch(support) or support, support)
     grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
     best: dict[str, dict[int, small_grid.Cell]] = {}
@@ -71,12 +71,12 @@ def horizons(
         if origin == "random" and random_grid is not None:
             best[origin] = random_grid
         elif origin == "random" or not random_init:
-            cells, _ = small_grid.run_grid(grid, model, pool, sample, support, keys, init=init)
-            best[origin] = {steps: small_grid.best(cells, steps) for steps in lengths}
+            cells, _ = small_grid.run_grid(grid, model, pool, sample, support, keys, init=init, objective=objective)
+            best[origin] = {steps: small_grid.best(cells, steps, objective) for steps in lengths}
     rows = []
     for steps in lengths:
         evaluator = protocol.make_evaluator(
-            model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init
+            model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init, objective=objective
         )
         ours = evaluator(pool, learner.init, learner.rates, keys).tasks[:, 0]
         named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
@@ -87,17 +87,15 @@ def horizons(
             chosen = {"optimizer": cell.optimizer, "learning_rate": cell.learning_rate}
             named.append((f"{origin} init + grid, best fixed rate", cell.tasks, chosen))
         for method, tasks, chosen in named:
-            (mean, ci95), (less, less_ci95) = protocol.paired(tasks, 0 * tasks), protocol.paired(ours, tasks)
-            numbers = {"accuracy": mean, "ci95": ci95, "learned_minus_this": less, "difference_ci95": less_ci95}
-            rounded = {name: round(value, 6) for name, value in numbers.items()}
-            rows.append({"horizon": steps, "method": method, **rounded, "cell": chosen})
+            row = protocol.row(method, steps, tasks, objective.choose_by, ours)
+            rows.append({"horizon": row.pop("steps"), **row, "cell": chosen})
     return rows, best["random"]
 
 
-def curve_rows(curve: Curve, metric: str = "accuracy") -> list[dict[str, float]]:
+def curve_rows(curve: Curve, metric: str) -> list[dict[str, float | None]]:
     """A curve as JSON rows: steps, the metric by its name, ci95."""
     return [
-        {"steps": int(n), metric: round(float(m), 6), "ci95": round(float(c), 6)}
+        {"steps": int(n), metric: protocol.rounded(m), "ci95": protocol.rounded(c)}
         for n, m, c in zip(curve.steps, curve.mean, curve.ci95, strict=True)
     ]
 
@@ -114,12 +112,12 @@ def compare(
     """The learned init and rates beside ablations, no search, and the best cells of the small grid.
 
     Every row is of the same tasks; a grid's best cell is the one that did best on these very tasks, which flatters it.
-    known, keep: as in search.run_grid.
+    known, keep: as in small_grid.run_grid.
 
     Returns:
       (rows, facts of the grid with all cells).
     """
-    grid, steps = grid_of(config), config.inner.steps
+    grid, steps, objective = grid_of(config), config.inner.steps, setup.objective
     support = setup.support
     pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
@@ -137,7 +135,7 @@ def compare(
                 advance(1, f"{new[0].optimizer}, rate {new[0].learning_rate:g}, batches of {new[0].batch_size}")
 
             cells[origin], costs[origin] = small_grid.run_grid(
-                grid, setup.model, pool, sample, support, keys, init=init, known=known, keep=kept
+                grid, setup.model, pool, sample, support, keys, init=init, objective=objective, known=known, keep=kept
             )
     taken = [int(n) for n in curve.steps]
     reference = curve.tasks[:, taken.index(steps)]
@@ -145,45 +143,34 @@ def compare(
     start = "random" if setup.phases.fresh_init else "learned"
     rows: list[dict[str, Any]] = []
 
-    def add(
-        method: str, taken: int, task_accuracy: np.ndarray, cost: float, cell: small_grid.Cell | None = None
-    ) -> None:
-        mean, ci95 = protocol.paired(task_accuracy, np.zeros_like(task_accuracy))
-        difference, difference_ci95 = protocol.paired(reference, task_accuracy)
-        chosen = cell.row() if cell else {}
-        rows.append(
-            {
-                "method": method,
-                "steps": taken,
-                "accuracy": round(mean, 6),
-                "ci95": round(ci95, 6),
-                "learned_minus_this": round(difference, 6),
-                "difference_ci95": round(difference_ci95, 6),
-                "example_gradients": cost,
-                "cell": {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen},
-            }
-        )
+    def add(method: str, taken: int, tasks: np.ndarray, cost: float, cell: small_grid.Cell | None = None) -> None:
+        chosen = cell._asdict() if cell else {}
+        choice = {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen}
+        row = protocol.row(method, taken, tasks, objective.choose_by, reference)
+        rows.append(row | {"example_gradients": cost, "cell": choice})
 
     kind = learner.kind_of_rates
     add(f"{start} init + {kind}", steps, reference, steps * per_step)
     if taken[-1] > steps:
         add(f"{start} init + {kind}", taken[-1], curve.tasks[:, -1], taken[-1] * per_step)
     if start == "learned":
-        random = protocol.make_evaluator(setup.model, learner.spec, sample, steps, random_init=True, at=[steps])
+        random = protocol.make_evaluator(
+            setup.model, learner.spec, sample, steps, random_init=True, at=[steps], objective=objective
+        )
         found = random(pool, learner.init, learner.rates, keys).tasks[:, 0]
         add(f"random init + {kind}", steps, found, steps * per_step)
     for origin in origins:
-        same = small_grid.best(cells[origin], steps)
+        same = small_grid.best(cells[origin], steps, objective)
         cost = sum(cell.example_gradients for cell in cells[origin] if cell.steps == steps)
         add(f"{origin} init + grid, best cell at {steps} steps", steps, same.tasks, cost, same)
-        best = small_grid.best(cells[origin])
+        best = small_grid.best(cells[origin], objective=objective)
         naive = costs[origin]["naive_example_gradients"]
         add(f"{origin} init + grid, best cell of all", best.steps, best.tasks, naive, best)
     unsearched = [cell for cell in cells["random"] if (cell.optimizer, cell.learning_rate) == ("adam", 1e-3)]
     if unsearched:
         cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
         add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
-    all_cells = [cell.row() for origin in cells for cell in cells[origin]]
+    all_cells = [cell.row(objective.choose_by) for origin in cells for cell in cells[origin]]
     return rows, {
         "cells": all_cells,
         "cost_per_task": costs,

@@ -21,10 +21,11 @@ from metalr.config import ModelConfig, SearchConfig
 from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol
+from metalr.inner import optimizers
 from metalr.runs import preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
-from metalr.runs.setup import check_choices_of, model_of, optax_by_name
+from metalr.runs.setup import check_choices_of, model_of
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.storage import folders
@@ -107,7 +108,7 @@ def set_up(
         raise ConfigError(f"seeds, seed: expected at least 1 and 0 <= seed < 2^32, got {config.seeds}, {config.seed}")
     if config.searcher != "grid":
         searchers.import_optuna()
-    optax_by_name(config.optimizer, "optimizer")
+    optimizers.by_name(config.optimizer)
     dataset = data.load(config.data) if dataset is None else dataset
     way = dataset.classes if config.task is None else config.tasks.way
     model = model_of(config.model, way, dataset, model)
@@ -157,14 +158,14 @@ def _carry_out(
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{file}: not the trials of a search: {error}") from error
     total = space.cells if config.trials is None or config.searcher == "grid" else config.trials
-    best = max((trial.score for trial in known), default=0.0)
+    best = None if not known else trials_lib.best(known, objective=problem.objective)
     with preemption.watch() as asked, reporter.bar(f"{config.searcher} search", total, len(known)) as advance:
 
         def finished(trial: trials_lib.Trial) -> None:
             nonlocal best
             folders.append_rows(file, [trial.to_json()])
-            best = max(best, trial.score)
-            advance(1, f"best validation {best:.4f}")
+            best = trial if best is None else problem.objective.best([best, trial], lambda one: one.score)
+            advance(1, f"best validation {best.score:.4f}")
 
         def between() -> None:
             if asked():

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from metalr import data, models, outer, tasks
 from metalr.config import ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
-from metalr.errors import ConfigError, one_line
+from metalr.errors import ConfigError
 from metalr.evaluation import small_grid
-from metalr.inner import hyperparameters
-from metalr.inner.descent import promoting
+from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.inner.objective import CROSS_ENTROPY, Objective
+from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
 from metalr.outer import Method, algorithms, loop
 from metalr.types import Episode
 
 OWN_TASKS = "tasks given in Python"  # the source of a Tasks
+TABLE = "tasks of a table"
+CLASSES_START, OTHER_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
 
 
 class Source(NamedTuple):
@@ -66,27 +67,27 @@ class Setup(NamedTuple):
     objective: Objective
     support: int
     query: int
+    standardisation: tasks.Standardisation | None = None
 
 
 def set_up(
     config: TrainConfig,
     model: Model | None = None,
-    dataset: data.Dataset | None = None,
+    given: data.Dataset | tasks.Tasks | None = None,
     *,
-    given: tasks.Tasks | None = None,
-    objective: Objective = CROSS_ENTROPY,
+    objective: Objective | None = None,
 ) -> Setup:
     """Check a config and make its parts.
 
     Args:
       model: a network of your own, instead of config.model.
-      dataset: the data, if it is loaded already; default: what config.data names.
-      given: tasks of your own, in place of the data and config.tasks; they come with a model.
-      objective: what is minimised and measured.
+      given: the data, or tasks of your own (with a model); default: what config.data names.
+      objective: one of your own, instead of config.objective.
 
     Raises:
       MetalrError: naming the setting, what was expected and what came.
     """
+    objective = objective_of(config.objective) if objective is None else objective
     check_choices_of(config, model)
     row = algorithms.algorithm_row(config.inner.algorithm)
     inner_settings = dataclasses.asdict(config.inner)
@@ -97,11 +98,12 @@ def set_up(
             raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
         row = row._replace(learned=False)
     same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(inner_settings)) - {"steps"}
+    start = CLASSES_START if objective.name == CROSS_ENTROPY.name else OTHER_START
     spec = RatesSpec(
         **{name: getattr(row, name, inner_settings[name]) for name in same},
         positive=not config.inner.signed,
         steps=config.inner.steps,
-        initial=config.inner.rate,
+        initial=start if config.inner.rate is None else config.inner.rate,
     )
     for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
         if not 0 <= seed < 2**32:
@@ -142,8 +144,6 @@ def set_up(
         if getattr(config.evaluation, name) < 2:
             raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
     if config.grid.run:
-        if given is not None:
-            raise ConfigError("grid.run: expected False with tasks of your own, got True")
         grid_of(config)
     optimizer = loop.make_optimizer(
         steps=config.outer.steps,
@@ -151,17 +151,22 @@ def set_up(
         rates_rate=config.outer.rates_rate if row.learned else None,
         clip=config.outer.clip,
         schedule=config.outer.schedule,
-        base=optax_by_name(config.outer.optimizer),
+        base=optimizers.by_name(config.outer.optimizer, "outer.optimizer"),
     )
-    if given is None:
-        dataset = data.load(config.data) if dataset is None else dataset
-        source, samplers = _of_images(config, dataset)
-        model = model_of(config.model, config.tasks.way, dataset, model)
+    given = load(config) if given is None else given
+    standardisation = None
+    if isinstance(given, data.Dataset):
+        if objective.name != CROSS_ENTROPY.name:
+            raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
+        source, samplers = _of_images(config, given)
+        model = model_of(config.model, config.tasks.way, given, model)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
-        assert model is not None
-        given.check(model, objective)
-        source, samplers, support, query = _of_tasks(given)
+        model = _model_of_table(config, given) if model is None else model
+        standardisation = given.standardisation
+        if standardisation is not None:
+            objective = objective.in_units(standardisation.outputs)
+        source, samplers, support, query = _of_tasks(given, given.check(model, objective))
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
     chosen: tuple[str, int] = config.inner.derivative, config.inner.last
@@ -180,7 +185,54 @@ def set_up(
         config.outer.learns == "rates",
         () if row.learned else ("rates",),
     )
-    return Setup(source, model, spec, method, phases, optimizer, samplers, row.learned, objective, support, query)
+    rest = row.learned, objective, support, query, standardisation
+    return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
+
+
+def load(config: TrainConfig, folder: Path | None = None, where: str | None = None) -> data.Dataset | tasks.Tasks:
+    """What config.data names: images, or the tasks of a table.
+
+    Args:
+      folder: a run that was begun with it: then it is known by its content, wherever it stands now.
+      where: where it stands now, if that is known.
+
+    Raises MetalrError: it is not there, damaged, or has other content.
+    """
+    read = functools.partial(table_tasks, config) if data.is_table(config.data) else data.load
+    if folder is None:
+        return read(where or config.data)
+    return data.load_recorded(folder, config.data, where, read)
+
+
+def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
+    """The tasks of a table as config.table and config.objective say. Raises MetalrError."""
+    columns, numeric = config.table, config.objective == "squared_error"
+    for name in ("task_column", "target"):
+        if not getattr(columns, name):
+            raise ConfigError(f"data.{name}: expected the name of a column of {path}, got none")
+    table = data.read_table(
+        path, target=columns.target, task_column=columns.task_column, features=columns.features, classes=not numeric
+    )
+    if config.objective == "binary_cross_entropy" and len(table.classes) != 2:
+        raise ConfigError(f"objective: expected two classes with {config.objective}, got {list(table.classes)}")
+    choice = columns.standardise
+    if choice == "auto":
+        choice = "both" if numeric else "inputs"
+    own = tasks.Tasks.from_arrays(
+        table.x, table.y, table.task, shot=columns.shot, query=columns.query, standardise=choice, name="table"
+    )
+    facts = {"target": list(columns.target), "features": list(table.features), "classes": list(table.classes)}
+    return dataclasses.replace(own, facts={**own.facts, "table": facts | {"task_column": columns.task_column}})
+
+
+def _model_of_table(config: TrainConfig, given: tasks.Tasks) -> Model:
+    facts = given.facts.get("table")
+    if facts is None:
+        raise ConfigError("model: expected a network with tasks of your own, got None")
+    if config.model.name != "mlp":
+        raise ConfigError(f"model.name: expected mlp with a table, got {config.model.name!r}")
+    outputs = 1 if config.objective == "binary_cross_entropy" else len(facts["classes"]) or len(facts["target"])
+    return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings())
 
 
 def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
@@ -195,8 +247,8 @@ def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict
     return Source(dataset.name, dataset.source, dataset.sha256, splits.sha256, facts, str(dataset), described), samplers
 
 
-def _of_tasks(given: tasks.Tasks) -> tuple[Source, dict[str, Any], int, int]:
-    """Tasks of the user's own: where they come from, their samplers, and the sizes of support and query set."""
+def _of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, dict[str, Any], int, int]:
+    """Tasks of a table or of Python: where they come from, their samplers, and the sizes of support and query set."""
     names = {"train": "train", "val": "validation", "test": "test"}
     samplers = {name: given.sampler(part) for name, part in names.items()}
     pool, sample = samplers["train"]
@@ -204,8 +256,9 @@ def _of_tasks(given: tasks.Tasks) -> tuple[Source, dict[str, Any], int, int]:
     support, query = (jax.tree.leaves(field)[0].shape[0] for field in (shapes.support_y, shapes.query_y))
     facts = json.loads(json.dumps(dict(given.facts)))
     described = f"{given.name}, {support} support and {query} query examples"
-    text = f"{given.name}: tasks of your own"
-    return Source(given.name, OWN_TASKS, given.sha256, given.sha256, [facts], text, described), samplers, support, query
+    kind = TABLE if "table" in facts else OWN_TASKS
+    text = f"{given.name}: {kind}\n" + "\n".join(f"        {line}" for line in str(checked).splitlines())
+    return Source(given.name, kind, given.sha256, given.sha256, [facts], text, described), samplers, support, query
 
 
 def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
@@ -228,6 +281,11 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
                 unused[f"model.{field.name}"] = f"the network {config.model.name} takes {sorted(taken - {'name'})}"
     if isinstance(config, TrainConfig):
         unused |= _unused_in_training(config)
+        if data.is_table(config.data):
+            why = "a table's tasks are its rows by --data.task-column, with --data.shot and --data.query"
+            unused |= {f"tasks.{field.name}": why for field in dataclasses.fields(config.tasks)}
+        else:
+            unused |= {f"table.{field.name}": "only with --data TABLE" for field in dataclasses.fields(config.table)}
     elif config.task is None:
         unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}
     changed = differences(default, config)
@@ -270,26 +328,6 @@ def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model 
             f"{None if given.input_shape is None else list(given.input_shape)}"
         )
     return given
-
-
-def optax_by_name(name: str, setting: str = "outer.optimizer") -> Callable[[Any], optax.GradientTransformation]:
-    """optax.NAME, if it makes a descent optimizer from a learning rate alone, a schedule too. Else ConfigError."""
-    maker, expected = getattr(optax, name, None), f"{setting}: expected an optax optimizer made from a learning rate"
-    if not callable(maker):
-        near = difflib.get_close_matches(name, [other for other in dir(optax) if other.islower()], 1)
-        raise ConfigError(f"{expected}, such as 'adam'; optax has no {name!r}{f', but {near[0]!r}' if near else ''}")
-    try:
-        optimizer = promoting(maker(optax.constant_schedule(1e-3)))
-        params = {"w": jnp.ones(2)}
-        updates, _ = optimizer.update(params, optimizer.init(params), params)  # the gradient of w^2 / 2
-        falls = bool((updates["w"] < 0).all())
-    except Exception as error:  # whatever another function of optax makes of a learning rate
-        raise ConfigError(
-            f"{expected}, such as 'adam', got {name!r}: {type(error).__name__}: {one_line(error)[:200]}"
-        ) from error
-    if not falls:
-        raise ConfigError(f"{expected}, such as 'adam', got {name!r}, whose step does not go down")
-    return maker
 
 
 def grid_of(config: TrainConfig) -> small_grid.Grid:

@@ -41,10 +41,12 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     except OSError as error:
         raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
     per_seed = [run(each, name=name) for each in configs]
+    metric = per_seed[0]["metric"]["name"]
     summary = _head(name, seeds, per_seed[0]) | {
         "transductive": per_seed[0]["transductive"],
-        "curve": over_seeds([r["curve"] for r in per_seed]),
-        "comparison": over_seeds([r["comparison"] for r in per_seed]) if config.grid.run else [],
+        "metric": per_seed[0]["metric"],
+        "curve": over_seeds([r["curve"] for r in per_seed], metric),
+        "comparison": over_seeds([r["comparison"] for r in per_seed], metric) if config.grid.run else [],
         "runs": [{k: v for k, v in r.items() if k not in ("folder", "splits", "provenance")} for r in per_seed],
     }
     for results in summary["runs"]:
@@ -102,17 +104,18 @@ def run_study(
                 lengths.append(at)
         at_trained = [next(p for p in r["curve"] if p["steps"] == base.inner.steps) for r in found]
         training = [r["training"] for r in found]
+        metric = found[0]["metric"]["name"]
         rows.append(
             {
                 "variant": variant,
                 "family": base.tasks.family,
-                **over_seeds([[point] for point in at_trained])[0],
-                "accuracy_of_seeds": [point["accuracy"] for point in at_trained],
+                **over_seeds([[point] for point in at_trained], metric)[0],
+                f"{metric}_of_seeds": [point[metric] for point in at_trained],
                 "example_gradients": training[0]["example_gradients"],
                 "seconds": round(float(np.median([t["seconds"] for t in training])), 1),
                 "rates": found[0]["rates"],
                 "rates_health": found[0]["rates_health"],
-                "horizons": over_seeds(lengths) if horizons else [],
+                "horizons": over_seeds(lengths, metric) if horizons else [],
             }
         )
     summary = _head(name, seeds, found[0]) | {"rows": rows}
@@ -132,15 +135,15 @@ def _run_once(config: TrainConfig, name: str) -> dict[str, Any]:
     return results
 
 
-def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def over_seeds(rows: list[list[dict[str, Any]]], metric: str = "accuracy") -> list[dict[str, Any]]:
     """Rows averaged over seeds, with the lowest and highest seed; what seeds chose differently is listed by seed.
 
-    Intervals of several seeds are over meta-training seeds and tasks together (evaluate.over_seeds_and_tasks); those
+    Intervals of several seeds are over meta-training seeds and tasks together (protocol.over_seeds_and_tasks); those
     over tasks alone stay beside them.
     """
     merged = []
     for same in zip(*rows, strict=True):
-        accuracies = [row["accuracy"] for row in same]
+        scores = [row[metric] for row in same]
         row: dict[str, Any] = {}
         for name, first in same[0].items():
             values = [row[name] for row in same]
@@ -148,10 +151,10 @@ def over_seeds(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 row[name] = round(float(np.mean(values)), 6)
             else:
                 row[name] = first if all(value == first for value in values) else values
-        for name, interval in (("accuracy", "ci95"), ("learned_minus_this", "difference_ci95")):
+        for name, interval in ((metric, "ci95"), ("learned_minus_this", "difference_ci95")):
             if interval in row and len(same) > 1:
                 row[f"{interval}_over_tasks"] = row[interval]
                 both = protocol.over_seeds_and_tasks([r[name] for r in same], [r[interval] for r in same])
                 row[interval] = round(both, 6)
-        merged.append(row | {"lowest_seed": min(accuracies), "highest_seed": max(accuracies)})
+        merged.append(row | {"lowest_seed": min(scores), "highest_seed": max(scores)})
     return merged

@@ -23,20 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import metalr
-from metalr import data, models, outer, tasks
+from metalr import models, outer, tasks
 from metalr.config import ModelConfig, TrainConfig
 from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol, small_grid
 from metalr.inner import hyperparameters
-from metalr.inner.objective import CROSS_ENTROPY, Objective
+from metalr.inner.objective import Objective
 from metalr.learner import artifact
 from metalr.models import Model
 from metalr.outer import devices, loop
 from metalr.runs import evaluating, preemption
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.setup import OWN_TASKS, Setup, describe, set_up, task_cost
+from metalr.runs.setup import OWN_TASKS, TABLE, Setup, describe, load, set_up, task_cost
 from metalr.storage import checkpoints, folders
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
@@ -55,7 +55,7 @@ def run(
     model: Model | None = None,
     reporter: Reporter | None = None,
     given: tasks.Tasks | None = None,
-    objective: Objective = CROSS_ENTROPY,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Meta-train, evaluate on held-out tasks, compare if asked to; leave a run folder; return its results.
 
@@ -65,7 +65,7 @@ def run(
       name: names the default folder runs/NAME.
       model: a network of your own (models.from_linen, models.from_nnx), instead of config.model.
       given: tasks of your own, instead of config.data and config.tasks; with a model.
-      objective: what is minimised and measured.
+      objective: one of your own, instead of config.objective.
 
     Raises:
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
@@ -74,7 +74,7 @@ def run(
     folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
     if model is not None:
         config = dataclasses.replace(config, model=ModelConfig.of(model))
-    setup = set_up(config, model, given=given, objective=objective)
+    setup = set_up(config, model, given, objective=objective)
     warm = warm_start(config, setup)
     with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
         folders.write_json(folder / "config.json", config.to_json())
@@ -88,7 +88,7 @@ def resume(
     model: Model | None = None,
     reporter: Reporter | None = None,
     given: tasks.Tasks | None = None,
-    objective: Objective = CROSS_ENTROPY,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Go on with a stopped or killed run from its newest whole checkpoint; it ends as if it had never stopped.
 
@@ -116,14 +116,14 @@ def resume(
         raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
     if given is None:
         where = config.data if config.data != stored.data else None
-        setup = set_up(config, model, data.load_recorded(folder, stored.data, where))
+        setup = set_up(config, model, load(stored, folder, where), objective=objective)
     else:
         begun = folders.data_of(folder).get("sha256", given.sha256)
         if begun != given.sha256:
             raise ConfigError(
                 f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)"
             )
-        setup = set_up(config, model, given=given, objective=objective)
+        setup = set_up(config, model, given, objective=objective)
     warm = None if checkpoints.any_in(folder / "checkpoints") else warm_start(config, setup)
     with folders.locked(folder):
         folders.sweep(folder)
@@ -205,8 +205,9 @@ def _carry_out(
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
         learner = artifact.Learner(
-            setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective
-        )
+            setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
+            setup.standardisation,
+        )  # fmt: skip
         if not (folder / "config.json").is_file():
             folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
         artifact.save(folder / "artifact", learner, overwrite=True)
@@ -367,13 +368,13 @@ def meta_train(
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
                         score = float(validate(val_pool, init, rates, val_keys).mean[-1])
-                        line: dict[str, Any] = {"step": done, f"validation_{metric}": _rounded(score)}
+                        line: dict[str, Any] = {"step": done, f"validation_{metric}": protocol.rounded(score)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
                         _write_line(log, folder, line)
                         if facts["score"] is None or setup.objective.better(score, facts["score"]):
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         spent = round(facts["seconds"] + part.seconds, 2)
-                        facts["validations"].append([done, _rounded(score), spent])
+                        facts["validations"].append([done, protocol.rounded(score), spent])
                         note = f"validation {score:.3f}"
                         facts["validation_seconds"] += time.perf_counter() - began
                     if done % every[1] == 0 or done == steps:
@@ -404,7 +405,7 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
         "name": facts["name"],
         "outer_steps": config.outer.steps,
         "best_step": facts["best_step"],
-        f"validation_{setup.objective.choose_by}": _rounded(facts["score"]),
+        f"validation_{setup.objective.choose_by}": protocol.rounded(facts["score"]),
         "validations": facts["validations"],
         **numbers,
         # Of a step once it is compiled; and in all, with compilation, validation and everything between.
@@ -417,14 +418,9 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
     } | ({"warm_start": earlier} if earlier else {})
 
 
-def _rounded(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return round(value, 6) if np.isfinite(value) else None
-
-
 def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, Any]:
     values = {name: float(v[i]) for name, v in metrics.items() if name != "finite"}
-    line = {name: _rounded(v) for name, v in values.items()}
+    line = {name: protocol.rounded(v) for name, v in values.items()}
     return {"step": step, **line} | ({} if metrics["finite"][i] else {"skipped": True})
 
 
@@ -472,8 +468,11 @@ def _flush(log: RawIOBase, folder: Path) -> int:
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its own making."""
+    of_images = setup.source.source not in (OWN_TASKS, TABLE)
+    table = next((facts["table"] for facts in setup.source.splits if "table" in facts), None)
     return {
-        "tasks": {"name": setup.source.tasks} if setup.source.source == OWN_TASKS else dataclasses.asdict(config.tasks),
+        "tasks": dataclasses.asdict(config.tasks) if of_images else {"name": setup.source.tasks},
+        **({} if table is None else {"table": table}),
         "data": {"name": setup.source.name, "sha256": setup.source.sha256},
         "split_sha256": setup.source.split_sha256,
         "algorithm": config.inner.algorithm,

@@ -17,12 +17,13 @@ import optax
 
 from metalr import inner, models
 from metalr.errors import ConfigError
-from metalr.inner.descent import promoting
+from metalr.inner import CROSS_ENTROPY, Objective, optimizers
 from metalr.models import Apply, Model
 from metalr.outer import devices
+from metalr.trees import count
 from metalr.types import Episode, Params
 
-SCORED_AT_ONCE = 1000  # images; bounds the memory of a validation
+SCORED_AT_ONCE = 1000  # examples; bounds the memory of a validation
 VECTOR = 16  # float32 numbers in the widest CPU registers; products with a number of inputs that it divides are faster
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 
@@ -30,16 +31,16 @@ Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 class Arrays(NamedTuple):
     """One task's data for a search: what is trained on, what chooses, and what nothing is chosen by."""
 
-    train_x: Any  # [train, height, width, channels] uint8 0..255 or float32 0..1
-    train_y: Any  # [train] int32, 0..way-1
+    train_x: Any  # pytree with a leading axis [train]; images uint8 0..255 or float32 0..1
+    train_y: Any  # [train] int32, 0..way-1, or other targets
     val_x: Any  # [validation, …] as train_x
-    val_y: Any  # [validation] int32
+    val_y: Any  # [validation, …] as train_y
     test_x: Any  # [test, …] as train_x
-    test_y: Any  # [test] int32
+    test_y: Any  # [test, …] as train_y
 
 
 class Point(NamedTuple):
-    """Accuracies at the end of an epoch, 0..1."""
+    """The objective's scores at the end of an epoch (accuracies, say)."""
 
     epoch: int
     validation: np.ndarray  # [rates, seeds]
@@ -47,50 +48,58 @@ class Point(NamedTuple):
 
 
 def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
-    """A task's support set as training and validation part, stratified by class; the query set is the test part.
+    """A task's support set as training and validation part; the query set is the test part.
 
-    A class with n images gives round(share * n) of them, one at least, and keeps one at least. With one image a class
-    the training part is the validation part too: nothing else is there to choose by.
+    Integer labels are stratified: a class with n examples gives round(share * n) of them, one at least, and keeps one
+    at least. Of other targets a random share is held out, one example at least, and one is kept at least. With one
+    example (of each class) the training part is the validation part too: nothing else is there to choose by.
 
     Raises ConfigError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ConfigError(f"validation: expected a share between 0 and 1, got {share}")
-    x, y, test_x, test_y = (np.asarray(v) for v in episode)
+    x, y, test_x, test_y = (jax.tree.map(np.asarray, v) for v in episode)
     rng = np.random.default_rng(seed)
-    held = np.zeros(len(y), bool)
-    for label in np.unique(y):
-        rows = np.flatnonzero(y == label)
+    held = np.zeros(count(y), bool)
+    labels = isinstance(y, np.ndarray) and y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+    groups = [np.flatnonzero(y == label) for label in np.unique(y)] if labels else [np.arange(len(held))]
+    for rows in groups:
         held[rng.permutation(rows)[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
     chosen = held if held.any() else ~held
-    return Arrays(x[~held], y[~held], x[chosen], y[chosen], test_x, test_y)
+    train_x, train_y = jax.tree.map(lambda v: v[~held], (x, y))
+    val_x, val_y = jax.tree.map(lambda v: v[chosen], (x, y))
+    return Arrays(train_x, train_y, val_x, val_y, test_x, test_y)
 
 
-def accuracy(apply: Apply, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Share of correct predictions, some images at a time: [] float32.
+def outputs_of(apply: Apply, params: Params, x: Any, prepare: Callable[[Any], Any] = lambda x: x) -> Any:
+    """The outputs of `apply` for all examples, some at a time, in their order.
 
-    Groups are of one size and of real images only, since predictions of a transductive model depend on all of them: the
-    last one takes images of the group before again, and does not count them.
+    Groups are of one size and of real examples only, since predictions of a transductive model depend on all of them:
+    the last one takes examples of the group before again, whose outputs are left out.
     """
-    groups = -(-len(y) // SCORED_AT_ONCE)
-    size = -(-len(y) // groups)
-    begins = np.arange(groups) * size
-    starts = np.minimum(begins, len(y) - size)
+    number = count(x)
+    groups = -(-number // SCORED_AT_ONCE)
+    size = -(-number // groups)
+    starts = np.minimum(np.arange(groups) * size, number - size)
+    again = groups * size - number  # of the last group
 
-    def correct(group: tuple[jax.Array, jax.Array]) -> jax.Array:
-        start, already = group
-        images, labels = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, y))
-        right = apply(params, models.unit(images)).argmax(-1) == labels
-        return (right & (jnp.arange(size) >= already)).sum()
+    def of(start: jax.Array) -> Any:
+        some = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), x)
+        return apply(params, prepare(some))
 
-    return jax.lax.map(correct, (starts, begins - starts)).sum() / np.float32(len(y))
+    def joined(outputs: jax.Array) -> jax.Array:
+        before = outputs[:-1].reshape((groups - 1) * size, *outputs.shape[2:])
+        return jnp.concatenate([before, outputs[-1, again:]])
+
+    return jax.tree.map(joined, jax.lax.map(of, starts))
 
 
 def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Params) -> tuple[Arrays, Params]:
     """The same training on fewer inputs: pixels that are zero in every image, of all three parts, are left out.
 
-    No gradient moves their rows of the first kernel and no prediction depends on them: accuracies stay what they are.
-    MNIST has 65 of them. Only for ReLU stacks, and optimizers whose update of a weight depends on its own gradients.
+    No gradient moves their rows of the first kernel and no prediction depends on them: scores stay what they are.
+    MNIST has 65 of them. Only for ReLU stacks of images, and optimizers whose update of a weight depends on its own
+    gradients.
 
     Args:
       arrays: of numpy, pixels [n, height, width, channels].
@@ -99,7 +108,7 @@ def without_blank_pixels(model: Model, optimizer: str, arrays: Arrays, init: Par
     Returns:
       (arrays, init): pixels [n, 1, inputs, 1], and as many rows in the first kernel.
     """
-    if not (model.relu_stack and optimizer in ELEMENTWISE):
+    if not (model.relu_stack and model.takes_images and optimizer in optimizers.DIRECTIONS):
         return arrays, init
     flat = [images.reshape(len(images), -1) for images in (arrays.train_x, arrays.val_x, arrays.test_x)]
     blank = ~np.any([images.any(axis=0) for images in flat], axis=0)
@@ -126,7 +135,7 @@ class _Form(NamedTuple):
     params: Callable[[Params], Params]  # one rate's params in carry -> the model's
 
 
-def _side_by_side(optimizer: Optimizer) -> _Form:
+def _side_by_side(optimizer: Optimizer, objective: Objective) -> _Form:
     """The plain form: a vmap over rates, which stand in front."""
 
     def start(init: Params, rates: jax.Array) -> inner.Carry:
@@ -135,7 +144,8 @@ def _side_by_side(optimizer: Optimizer) -> _Form:
     def make_step(apply: Apply, x: jax.Array, y: jax.Array, rates: jax.Array, steps: int, **options: Any) -> inner.Step:
         def step(carry: inner.Carry, number: int | jax.Array) -> inner.Carry:
             def one(carry: inner.Carry, rate: jax.Array) -> inner.Carry:
-                return inner.make_step(apply, x, y, optimizer(rate), steps, **options)(carry, number)
+                step = inner.make_step(apply, x, y, optimizer(rate), steps, loss=objective.loss, **options)
+                return step(carry, number)
 
             return jax.vmap(one)(carry, rates)
 
@@ -144,7 +154,7 @@ def _side_by_side(optimizer: Optimizer) -> _Form:
     return _Form(start, make_step, lambda params: params)
 
 
-def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
+def _wide(direction: Callable[[], optax.GradientTransformation], objective: Objective) -> _Form:
     """The fast form: one network as wide as all, whose loss is the sum of theirs, so each gets its own gradient.
 
     A kernel [inputs, outputs] is kept as [rates, outputs, inputs]: all rates' kernels are one wide matrix, so products
@@ -169,23 +179,24 @@ def _wide(direction: Callable[[], optax.GradientTransformation]) -> _Form:
         def together(params: Params, x: jax.Array, **options: Any) -> jax.Array:
             return jax.vmap(lambda one: apply(turn(one), x, **options))(params)
 
-        def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-            return jax.vmap(inner.cross_entropy, (0, None))(logits, labels).sum()
+        def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+            return jax.vmap(objective.loss, (0, None))(outputs, targets).sum()
 
         return inner.make_step(together, x, y, optimizer(rates), steps, loss=loss, **options)
 
     return _Form(start, make_step, turn)
 
 
-ELEMENTWISE = {"adam": lambda: promoting(optax.scale_by_adam()), "sgd": optax.identity}  # what `_wide` is fit for
-
-
-def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Callable[[int], Program]:
+def make_programs(
+    model: Model, optimizer: str, *, objective: Objective = CROSS_ENTROPY, plain: bool = False
+) -> Callable[[int], Program]:
     """Batch size -> compiled program that trains with optax.NAME in minibatches, an incomplete last one left out.
 
     Share it between the tasks of one model: every batch size is compiled once.
 
     Args:
+      optimizer: a name that optimizers.by_name takes.
+      objective: what is minimised, and what a score is.
       plain: never use the wide form (it gives the same; tests compare).
     """
     if model.uses_support:
@@ -193,13 +204,21 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
             "model.norm: expected batch, instance or none in a search, whose training sets are too large to be part of "
             "every prediction, got support"
         )
-    wide = optimizer in ELEMENTWISE and model.relu_stack and not plain
-    maker = getattr(optax, optimizer)
-    form = _wide(ELEMENTWISE[optimizer]) if wide else _side_by_side(lambda rate: promoting(maker(rate)))
+    # Of image classification only: tasks of your own come as your network takes them, in training too.
+    prepare = models.unit if model.takes_images and objective.name == CROSS_ENTROPY.name else lambda x: x
+    wide = optimizer in optimizers.DIRECTIONS and model.relu_stack and not plain
+    form = (
+        _wide(optimizers.DIRECTIONS[optimizer], objective)
+        if wide
+        else _side_by_side(optimizers.by_name(optimizer), objective)
+    )
 
     def score(carry: inner.Carry, x: jax.Array, y: jax.Array) -> jax.Array:
         def in_form(apply: Apply, _: int, params: Params, x: jax.Array) -> jax.Array:
-            return jax.vmap(lambda one: accuracy(apply, form.params(one), x, y))(params)
+            def one(params: Params) -> jax.Array:
+                return objective.score(outputs_of(apply, form.params(params), x, prepare), y)
+
+            return jax.vmap(one)(params)
 
         return devices.by_platform(model, in_form, carry[0], x)
 
@@ -210,14 +229,14 @@ def make_programs(model: Model, optimizer: str, *, plain: bool = False) -> Calla
         def epoch(
             carry: inner.Carry, x: jax.Array, y: jax.Array, rates: jax.Array, key: jax.Array, number: jax.Array
         ) -> inner.Carry:
-            steps = len(y) // batch_size
+            steps = count(y) // batch_size
 
             def in_form(apply: Apply, _: int, carry: inner.Carry, x: jax.Array) -> inner.Carry:
-                def on_bytes(params: Params, x: jax.Array, **options: Any) -> jax.Array:
-                    return apply(params, models.unit(x), **options)
+                def prepared(params: Params, x: Any, **options: Any) -> Any:
+                    return apply(params, prepare(x), **options)
 
                 step = form.make_step(
-                    on_bytes, x, y, rates, steps,
+                    prepared, x, y, rates, steps,
                     batch_size=batch_size, key=jax.random.fold_in(key, number), dropout=model.dropout,
                 )  # fmt: skip
                 return inner.take(step, carry, 0, steps)
@@ -238,7 +257,7 @@ def trajectory(
     epochs: Sequence[int],
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Point]:
-    """Train at all `rates` from `init`; give the accuracies at the end of each of `epochs` (ascending).
+    """Train at all `rates` from `init`; give the scores at the end of each of `epochs` (ascending).
 
     Args:
       arrays: on the device that shall do the work.

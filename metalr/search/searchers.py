@@ -18,9 +18,11 @@ import jax
 import numpy as np
 
 from metalr.errors import ConfigError, check_choices
+from metalr.inner import CROSS_ENTROPY, Objective
 from metalr.outer.devices import spread
 from metalr.search import fit
-from metalr.search.trials import Trial
+from metalr.search.trials import Trial, in_order
+from metalr.trees import count
 from metalr.types import Params
 
 
@@ -65,7 +67,7 @@ class Space:
         return len(self.learning_rates) * len(self.epochs) * len(self.batch_sizes)
 
     def fitting(self, support: int) -> Space:
-        """The space for `support` training images: batches above that become the whole set, each size once."""
+        """The space for `support` training examples: batches above that become the whole set, each size once."""
         sizes = tuple(dict.fromkeys(min(size, support) for size in self.batch_sizes))
         return dataclasses.replace(self, batch_sizes=sizes)
 
@@ -78,12 +80,14 @@ class Problem(NamedTuple):
       init: where every run starts; leaves with a leading axis [seeds].
       keys: [seeds]; minibatch orders and dropout come from them.
       program: batch size -> compiled program; fit.make_programs makes it, and all problems of a model share it.
+      objective: the one that the programs were made for.
     """
 
     arrays: fit.Arrays
     init: Params
     keys: jax.Array
     program: Callable[[int], fit.Program]
+    objective: Objective = CROSS_ENTROPY
 
 
 Report = Callable[[Trial], None]  # called with each finished trial
@@ -123,16 +127,16 @@ def search(
     """
     if searcher not in SEARCHERS:
         raise ConfigError(f"searcher: expected one of {tuple(SEARCHERS)}, got {searcher!r}")
-    check_fits(space, len(problem.arrays.train_y))
+    check_fits(space, count(problem.arrays.train_y))
     row = SEARCHERS[searcher]
     if row.sampler is None:
         return _grid(space, problem, known, finished, between, devices or jax.local_devices())
-    count = trials if trials is not None else space.cells if budget == np.inf else None
-    return _sampled(row, space, problem, count, budget, seed, first, known, finished, between)
+    number = trials if trials is not None else space.cells if budget == np.inf else None
+    return _sampled(row, space, problem, number, budget, seed, first, known, finished, between)
 
 
 def check_fits(space: Space, train: int) -> None:
-    """Raises ConfigError for a batch that is larger than a training part of `train` images."""
+    """Raises ConfigError for a batch that is larger than a training part of `train` examples."""
     if max(space.batch_sizes) > train:
         raise ConfigError(
             f"space.batch_sizes: expected at most {train} (the training part), got {max(space.batch_sizes)}"
@@ -145,7 +149,7 @@ def _place(problem: Problem, device: jax.Device) -> Problem:
 
 
 def _cost(problem: Problem, batch_size: int, epochs: int) -> int:
-    return epochs * (len(problem.arrays.train_y) // batch_size) * batch_size * len(problem.keys)
+    return epochs * (count(problem.arrays.train_y) // batch_size) * batch_size * len(problem.keys)
 
 
 def _grid(
@@ -218,8 +222,8 @@ def _sampled(
     between: Callable[[], None],
 ) -> list[Trial]:
     optuna = import_optuna()
-    study = to_optuna(known, space, row)
-    done = sorted(known)
+    study = to_optuna(known, space, row, problem.objective)
+    done = in_order(known)
     low, high = min(space.learning_rates), max(space.learning_rates)
     while (trials is None or len(done) < trials) and sum(trial.example_gradients for trial in done) < budget:
         number = len(done)
@@ -240,12 +244,14 @@ def _sampled(
             scores = _floats(point.validation[0])
             curve[point.epoch] = float(np.mean(scores))
             if row.halving:
-                asked.report(curve[point.epoch], point.epoch)
-                if point.epoch < epochs and asked.should_prune():
+                finite = bool(np.isfinite(curve[point.epoch]))
+                if finite:
+                    asked.report(curve[point.epoch], point.epoch)
+                if point.epoch < epochs and (not finite or asked.should_prune()):
                     pruned = True
                     break
-        if pruned:
-            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        if pruned or not np.isfinite(curve[point.epoch]):
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL)
         else:
             study.tell(asked, curve[point.epoch])
         trial = Trial(
@@ -262,7 +268,9 @@ def _seed_of(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["tpe"]) -> Any:
+def to_optuna(
+    trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["tpe"], objective: Objective = CROSS_ENTROPY
+) -> Any:
     """An Optuna study (in memory) with these trials: for its plots, its importances, or to go on with it.
 
     Raises ConfigError where Optuna is not installed.
@@ -274,7 +282,7 @@ def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line on stderr for every study
     try:
-        study = optuna.create_study(direction="maximize", pruner=pruner)
+        study = optuna.create_study(direction="maximize" if objective.maximise else "minimize", pruner=pruner)
     finally:
         optuna.logging.set_verbosity(verbosity)
     low, high = min(space.learning_rates), max(space.learning_rates)
@@ -285,14 +293,15 @@ def to_optuna(trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["
     if not row.halving:
         spaces["epochs"] = optuna.distributions.CategoricalDistribution(list(space.epochs))
     states = optuna.trial.TrialState
-    for trial in sorted(trials):
+    for trial in in_order(trials):
+        finite = bool(np.isfinite(trial.score))
         study.add_trial(
             optuna.trial.create_trial(
-                state=states.PRUNED if trial.pruned else states.COMPLETE,
-                value=trial.score,
+                state=states.PRUNED if trial.pruned else states.COMPLETE if finite else states.FAIL,
+                value=trial.score if finite else None,
                 params={name: trial.params[name] for name in spaces},
                 distributions=spaces,
-                intermediate_values=trial.curve if row.halving else {},
+                intermediate_values={k: v for k, v in trial.curve.items() if np.isfinite(v)} if row.halving else {},
                 system_attrs=trial.attributes,
             )
         )

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metalr.inner import CROSS_ENTROPY, Objective
+
 
 class Trial(NamedTuple):
     """One finished run of a search.
 
     Attributes:
       epochs: those asked for; a pruned run took fewer.
-      validation, test: accuracy of each seed after the last epoch, 0..1. Only `validation` is chosen by.
-      curve: epoch -> mean validation accuracy, where it was looked at.
+      validation, test: the objective's score for each seed after the last epoch (accuracy, say); NaN if it diverged.
+        Only `validation` is chosen by.
+      curve: epoch -> mean validation score, where it was looked at.
       example_gradients: cost of this run alone, over all seeds.
       seconds: of this run; for a cell of a grid, its share of the trajectory up to there, other rates beside it.
       attributes: what Optuna keeps about the run.
@@ -34,7 +37,7 @@ class Trial(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Mean validation accuracy over seeds."""
+        """Mean validation score over seeds."""
         return float(np.mean(self.validation))
 
     @property
@@ -43,15 +46,25 @@ class Trial(NamedTuple):
         return {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "epochs": max(self.curve)}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, which `from_json` takes."""
-        return self._asdict()
+        """Plain JSON values, which `from_json` takes; None for a score that is not finite."""
+        curve = {epoch: _finite(value) for epoch, value in self.curve.items()}
+        scores = {name: [_finite(value) for value in getattr(self, name)] for name in ("validation", "test")}
+        return self._asdict() | scores | {"curve": curve}
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Trial:
         """What `to_json` gave. Raises TypeError, KeyError or ValueError for anything else."""
-        curve = {int(epoch): value for epoch, value in facts["curve"].items()}
-        same = {name: tuple(facts[name]) for name in ("validation", "test")}
+        curve = {int(epoch): _number(value) for epoch, value in facts["curve"].items()}
+        same = {name: tuple(_number(value) for value in facts[name]) for name in ("validation", "test")}
         return cls(**facts | same | {"curve": curve})
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def cost(trials: Sequence[Trial], grid: bool) -> tuple[int, int]:
@@ -66,25 +79,31 @@ def cost(trials: Sequence[Trial], grid: bool) -> tuple[int, int]:
     return sum(longest.values()), alone
 
 
+def in_order(trials: Sequence[Trial]) -> list[Trial]:
+    """By number."""
+    return sorted(trials, key=lambda trial: trial.number)
+
+
 def within(trials: Sequence[Trial], budget: float) -> list[Trial]:
     """The trials, in their order, that finished within a budget of example-gradients; the first is always in."""
-    ordered = sorted(trials)
+    ordered = in_order(trials)
     spent = np.cumsum([trial.example_gradients for trial in ordered])
     return [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
 
 
-def best(trials: Sequence[Trial], budget: float = np.inf) -> Trial:
-    """The trial with the highest validation accuracy `within` a budget; of equal ones the earliest wins."""
-    return max(within(trials, budget), key=lambda trial: (trial.score, -trial.number))
+def best(trials: Sequence[Trial], budget: float = np.inf, objective: Objective = CROSS_ENTROPY) -> Trial:
+    """The trial with the best validation score `within` a budget; of equal ones the earliest wins."""
+    return objective.best(within(trials, budget), lambda trial: trial.score)
 
 
 class SearchResult(NamedTuple):
     """The outcome under scikit-learn's names (GridSearchCV): seeds take the place of its splits.
 
     Attributes:
-      best_params_, best_score_, best_index_: of the trial with the highest mean validation accuracy.
-      cv_results_: name -> list over trials; "mean_test_score" is scikit-learn's word for the validation accuracy;
-        "final_test_score" is the accuracy on the test part, which nothing was chosen by.
+      best_params_, best_score_, best_index_: of the trial with the best mean validation score.
+      cv_results_: name -> list over trials; "mean_test_score" is scikit-learn's word for the validation score (in the
+        metric's own direction: an error is not turned into its negative); "final_test_score" is the score on the test
+        part, which nothing was chosen by.
     """
 
     best_params_: dict[str, Any]
@@ -93,10 +112,10 @@ class SearchResult(NamedTuple):
     cv_results_: dict[str, list[Any]]
 
 
-def result_of(trials: Sequence[Trial]) -> SearchResult:
+def result_of(trials: Sequence[Trial], objective: Objective = CROSS_ENTROPY) -> SearchResult:
     """Trials as scikit-learn would show them."""
-    ordered = sorted(trials)
-    chosen = best(ordered)
+    ordered = in_order(trials)
+    chosen = best(ordered, objective=objective)
     scores = np.array([trial.score for trial in ordered])
     seeds = range(len(ordered[0].validation))
     columns: dict[str, list[Any]] = {
@@ -105,7 +124,7 @@ def result_of(trials: Sequence[Trial]) -> SearchResult:
         **{f"split{i}_test_score": [t.validation[i] for t in ordered] for i in seeds},
         "mean_test_score": scores.tolist(),
         "std_test_score": [float(np.std(t.validation)) for t in ordered],
-        "rank_test_score": [1 + int((scores > score).sum()) for score in scores],
+        "rank_test_score": [1 + sum(objective.better(other, score) for other in scores) for score in scores],
         "final_test_score": [float(np.mean(t.test)) for t in ordered],
         "mean_fit_time": [t.seconds for t in ordered],
         "example_gradients": [t.example_gradients for t in ordered],

@@ -14,17 +14,20 @@ from metalr.tasks.images import (
     make_splits,
     second_key,
 )
-from metalr.tasks.sets import Tasks, mixture, sinusoid
+from metalr.tasks.sets import Checked, Tasks, mixture, sinusoid
+from metalr.tasks.standardisation import Standardisation
 
 __all__ = [
     "ARC",
     "ARCS",
     "FAMILIES",
     "PERMUTATIONS",
+    "Checked",
     "Family",
     "Pool",
     "Sampler",
     "Splits",
+    "Standardisation",
     "TaskSplit",
     "Tasks",
     "make_sampler",

@@ -16,6 +16,7 @@ from metalr.errors import ConfigError, DataError
 from metalr.inner import Objective
 from metalr.models import Model
 from metalr.tasks.images import choose, second_key
+from metalr.tasks.standardisation import Standardisation
 from metalr.trees import count, path_name
 from metalr.types import Episode
 
@@ -35,6 +36,8 @@ class Tasks:
       name: what reports call the tasks.
       facts: plain JSON values that say what the tasks are and how they were split; they travel with every result, and
         their hash tells whether two runs are of the same tasks.
+      standardisation: how the numbers in the episodes were standardised, which goes with what is learned; None: they
+        are as they were.
     """
 
     train: Sample
@@ -43,6 +46,7 @@ class Tasks:
     pool: Any = None
     name: str = "tasks"
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    standardisation: Standardisation | None = None
 
     def sampler(self, part: str) -> tuple[Any, Callable[[Any, jax.Array], Episode]]:
         """(pool, `sample(pool, key) -> Episode`) of one split, "train", "validation" or "test"."""
@@ -129,6 +133,7 @@ class Tasks:
         query: int = 10,
         validation: float = 0.15,
         test: float = 0.15,
+        standardise: str = "none",
         seed: int = 0,
         name: str = "arrays",
     ) -> Tasks:
@@ -142,11 +147,14 @@ class Tasks:
             both sets their share of its rows, disjoint, and repeats them to fill the sets; `facts` names such tasks. A
             task needs 2 rows.
           validation, test: shares of the tasks; at least one each.
+          standardise: "inputs", or "both" inputs and targets, by means and deviations over the rows of meta-training
+            tasks; "none" leaves numbers as they are. What is learned keeps them: `adapt` and `apply` take and give
+            numbers in your units, and metrics other than the loss are in your units too.
           seed: deals the tasks to the splits.
 
         Raises:
           DataError: lengths that differ, values that are not finite or no numbers, a task of one row, under 3 tasks.
-          ConfigError: shot or query below 1, or shares that leave nothing to train on.
+          ConfigError: shot or query below 1, shares that leave nothing to train on, or another `standardise`.
         """
         for what, value in (("shot", shot), ("query", query)):
             if value < 1:
@@ -182,11 +190,16 @@ class Tasks:
         digest = hashlib.sha256()
         for leaf in (*jax.tree.leaves((x, y)), ids.astype(str)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
+        seen = np.isin(number, chosen["train"])
+        rows_x, rows_y = jax.tree.map(lambda v: v[seen], (x, y))
+        standardisation = Standardisation.of(rows_x, rows_y, standardise)
+        if standardisation is not None:
+            x, y = standardisation.inputs(x), standardisation.targets(y)
         few = [str(n) for n in names[counts < shot + query]]
         facts = {
             "rows": len(ids), "shot": shot, "query": query, "sha256": digest.hexdigest(),
             "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS}, "small_tasks": few,
-        }  # fmt: skip
+        } | ({"standardise": standardise} if standardisation else {})  # fmt: skip
         xs, ys = jax.tree.map(lambda v: jnp.asarray(v[rows]), (x, y))
         pool = {
             part: _Rows(
@@ -195,7 +208,7 @@ class Tasks:
             for part in PARTS
         }
         sample = _row_sampler(shot, query)
-        return cls(sample, sample, sample, pool=pool, name=name, facts=facts)
+        return cls(sample, sample, sample, pool, name, facts, standardisation)
 
 
 class Checked(NamedTuple):
@@ -292,6 +305,9 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     shares = np.ones(len(parts)) if weights is None else np.asarray(weights, float)
     if len(shares) != len(parts) or not (shares > 0).all():
         raise ConfigError(f"weights: expected a positive number for each of {len(parts)} task sets, got {weights}")
+    first, *rest = (each.standardisation for each in parts)
+    if any(other is not first and not (first and first.same_as(other)) for other in rest):
+        raise ConfigError("mixture: expected task sets that are standardised alike, got some that are not")
     log_shares = np.log(shares / shares.sum()).astype(np.float32)
 
     def of(part: str) -> Sample:
@@ -307,4 +323,4 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
     name = " + ".join(each.name for each in parts)
-    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts)
+    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first)

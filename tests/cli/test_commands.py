@@ -228,6 +228,93 @@ def test_predictions_name_the_classes_of_the_task(blobs, blobs_npz, tmp_path, ca
     )
 
 
+def test_predicting_later_is_predicting_at_once(blobs, blobs_npz, tmp_path, capsys):
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "run")
+    rows = [np.flatnonzero(blobs.test_labels == c)[:4] for c in (3, 7)]
+    x, y = blobs.test_images[np.concatenate(rows)], np.repeat(["seven", "three"], 4)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x[:3])
+    np.savez(tmp_path / "later.npz", x=x[:3])
+    capsys.readouterr()
+    call("adapt", tmp_path / "run", tmp_path / "task.npz", "--out", tmp_path / "fast.safetensors", "--json")
+    at_once = json.loads(capsys.readouterr().out)["predictions"]
+    call("predict", tmp_path / "run", tmp_path / "fast.safetensors", tmp_path / "later.npz", "--json")
+    assert json.loads(capsys.readouterr().out)["predictions"] == at_once
+    damaged = bytearray((tmp_path / "fast.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(damaged)
+    for name, message in (("bad", "damaged: its content is not"), ("none", "expected a file of fine-tuned params")):
+        file = tmp_path / f"{name}.safetensors"
+        assert message in refused(capsys, "predict", tmp_path / "run", file, tmp_path / "later.npz")
+    fast = tmp_path / "fast.safetensors"
+    assert "expected an array x" in refused(capsys, "predict", tmp_path / "run", fast, tmp_path / "task.npz")
+
+
+TABLE = ["--data.task-column", "store", "--data.shot", "5", "--data.query", "5", "--outer.steps", "40",
+         "--evaluation.episodes", "20", "--evaluation.validation-episodes", "10"]  # fmt: skip
+
+
+def test_a_table_needs_no_python(tmp_path, capsys):
+    """Numbers: train, evaluate, adapt to a new store, predict later, compare; the file may move."""
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    store = np.repeat(np.arange(30), 12)
+    size = rng.uniform(0, 100, 360)
+    frame = pandas.DataFrame({"store": store, "size": size, "sales": 900 + size * (store % 3)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    flags = ["--data", tmp_path / "t.csv", *TABLE, "--data.target", "sales", "--objective", "squared_error"]
+    call("train", *flags, "--out", tmp_path / "run")
+    out = capsys.readouterr()
+    assert "mse" in out.out
+    assert "loss of a random init: train" in out.err  # what tasks.check found
+    new = frame[frame.store == 5].drop(columns="store")
+    new.loc[new.index[8:], "sales"] = None
+    new.to_csv(tmp_path / "new.csv", index=False)
+    call(
+        "adapt", tmp_path / "run", tmp_path / "new.csv", "--steps", "20", "--out", tmp_path / "f.safetensors", "--json"
+    )
+    predicted = json.loads(capsys.readouterr().out)["predictions"]
+    assert len(predicted) == 4
+    assert np.abs(np.array(predicted) - frame[frame.store == 5].sales[8:]).mean() < 60  # in the units of sales
+    new[["size"]][8:].to_csv(tmp_path / "later.csv", index=False)
+    call("predict", tmp_path / "run", tmp_path / "f.safetensors", tmp_path / "later.csv", "--json")
+    assert json.loads(capsys.readouterr().out)["predictions"] == pytest.approx(predicted)
+    (tmp_path / "t.csv").rename(tmp_path / "moved.csv")
+    call("evaluate", tmp_path / "run", "--data", tmp_path / "moved.csv", "--json")
+    curve = json.loads(capsys.readouterr().out)["curve"]
+    assert curve == json.loads((tmp_path / "run" / "results.json").read_text())["curve"]
+    assert "expected the data that" in refused(capsys, "evaluate", tmp_path / "run")
+
+
+def test_a_table_of_classes_gives_their_names_back(tmp_path, capsys):
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    store = np.repeat(np.arange(30), 12)
+    x = rng.normal(size=360)
+    kind = np.where(x * (-1) ** store > 0, "low", np.where(rng.random(360) < 0.1, "odd", "high"))
+    frame = pandas.DataFrame({"store": store, "x": x, "kind": kind})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    flags = ["--data", tmp_path / "t.csv", *TABLE, "--data.target", "kind"]
+    call("train", *flags, "--out", tmp_path / "run")
+    new = frame[(frame.store == 4) & (frame.kind != "odd")].drop(columns="store")
+    new.loc[new.index[6:], "kind"] = None
+    new.to_csv(tmp_path / "new.csv", index=False)
+    capsys.readouterr()
+    call("adapt", tmp_path / "run", tmp_path / "new.csv", "--json")
+    assert set(json.loads(capsys.readouterr().out)["predictions"]) <= {"low", "high"}  # never one that it was not shown
+    for change, message in (
+        (["--data.target", "kinds"], "data.target: expected columns of t.csv"),
+        (["--objective", "squared_error"], "column 'kind': expected numbers"),
+        (["--objective", "binary_cross_entropy"], "objective: expected two classes"),
+        (["--objective", "hinge"], "objective: expected one of"),
+        (["--tasks.shot", "3"], "tasks.shot: expected 1, because nothing else is used here (a table's tasks"),
+        (["--model.name", "conv4"], "model.name: expected mlp with a table"),
+    ):
+        assert message in refused(capsys, "train", *flags, *change, "--out", tmp_path / "none")
+    assert "table.target: expected ()" in refused(capsys, "train", "--data.target", "kind")
+    assert "objective: expected cross_entropy with images" in refused(capsys, "train", "--objective", "squared_error")
+    assert not (tmp_path / "none").exists()
+
+
 def test_show_needs_no_code_of_a_custom_network(tmp_path, capsys):
     model = dataclasses.replace(models.mlp(3, (8, 8, 1), widths=(6,)), name="custom", settings={})
     spec = hyperparameters.RatesSpec("layer", steps=3)

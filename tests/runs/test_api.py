@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr.config import CompareConfig, EvaluationConfig, InnerConfig, OuterConfig
+from metalr import report
+from metalr.config import CompareConfig, EvaluationConfig, GridConfig, InnerConfig, OuterConfig, SpaceConfig
 from metalr.errors import ArtifactError, ConfigError, DataError, StoppedError
 from metalr.inner import squared_error
 from metalr.runs import comparing, training
@@ -103,10 +104,44 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert train(tmp_path / "new", resume=True) is not None  # none there: a new one
 
 
-def test_a_comparison_of_image_tasks_refuses_such_a_run(tmp_path):
-    train(tmp_path / "run", outer_steps=2)
-    with pytest.raises(ConfigError, match="is of tasks of your own; expected runs of image tasks"):
-        comparing.run([tmp_path / "run"], CompareConfig(), model=network())
+def test_tasks_of_your_own_are_compared_with_everything_else_by_their_own_metric(tmp_path):
+    for seed in (0, 1):
+        train(tmp_path / f"run{seed}", outer_steps=40, seed=seed)
+    folders = [tmp_path / f"run{seed}" for seed in (0, 1)]
+    with pytest.raises(ConfigError, match="is of tasks of your own; pass them as given=..."):
+        comparing.run(folders, CompareConfig(), model=network())
+    with pytest.raises(ConfigError, match=r"given: expected the tasks of .*, got others \('sinusoid', by facts\)"):
+        comparing.run(folders, CompareConfig(), model=network(), given=metalr.tasks.sinusoid(shot=6))
+    space = SpaceConfig((1e-3, 1e-1), (1, 3), (4,))
+    config = CompareConfig(
+        tasks=6, searched=2, tuning_tasks=4, lengths=(1, 3), space=space, searchers=("grid", "tpe"), budgets=(2,),
+        out=tmp_path / "compare",
+    )  # fmt: skip
+    results = comparing.run(folders, config, model=network(), given=LINES, reporter=QUIET)
+    assert results["metric"] == {"name": "mse", "maximise": False}
+    rows = {(row["method"], row["steps"]): row for row in results["rows"]}
+    ours, tuned = rows["learned init + learned rates", 3], rows["random init + one tuned rate", 3]
+    assert len(ours["mse_of_seeds"]) == 2
+    assert ours["ci95"] >= ours["ci95_over_tasks"]  # over seeds and tasks together
+    assert ours["mse"] < tuned["mse"]
+    assert tuned["learned_minus_this_at_the_end"][0] == pytest.approx(ours["mse"] - tuned["mse"], abs=2e-6)
+    grid = rows["random init + grid, 4 cells", None]
+    flattered = rows["random init + grid, best cell on the test part", None]
+    assert flattered["mse"] <= grid["mse"]  # the lowest error is the best
+    text = report.contest_text(results)
+    assert f"{ours['mse']:.4g}" in text
+    assert "%  " not in text.splitlines()[3]
+
+
+def test_a_small_grid_on_tasks_of_your_own_chooses_the_lowest_error(tmp_path):
+    grid = GridConfig(run=True, learning_rates=(1e-3, 0.1, 1e30), steps=(1, 3), batch_sizes=(5,), optimizers=("sgd",))
+    train(tmp_path / "run", grid=grid, outer_steps=10)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    cells = [cell for cell in results["grid"]["cells"] if cell["init"] == "random"]
+    best = next(r for r in results["comparison"] if r["method"] == "random init + grid, best cell of all")
+    assert best["mse"] == min(cell["mse"] for cell in cells if cell["mse"] is not None)
+    assert None in [cell["mse"] for cell in cells]  # the largest rate diverges, and JSON has no NaN
+    assert f"{best['mse']:.4g}" in report.text(results | {"folder": "x"})
 
 
 def test_rows_of_a_table_in_a_few_lines(tmp_path):

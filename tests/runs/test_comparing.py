@@ -182,10 +182,10 @@ def test_what_a_search_found_within_a_budget():
         rivals.Searched([trial(0, 0.3, 0.7), trial(1, 0.1, 0.9)], 0.75, 12),
     ]
     whole, first = rivals.best_of("x", searches), rivals.best_of("x", searches, 10)
-    assert whole.accuracy.tolist() == [0.4, 0.7]
+    assert whole.tasks.tolist() == [0.4, 0.7]
     assert (whole.example_gradients, first.example_gradients) == (20, 10)
-    assert first.accuracy.tolist() == [0.5, 0.7]
-    assert rivals.best_of("x", searches, choose="test").accuracy.tolist() == [0.5, 0.9]
+    assert first.tasks.tolist() == [0.5, 0.7]
+    assert rivals.best_of("x", searches, choose="test").tasks.tolist() == [0.5, 0.9]
     again = rivals.best_of("x", searches, choose="again")
-    assert again.accuracy.tolist() == [0.45, 0.75]
+    assert again.tasks.tolist() == [0.45, 0.75]
     assert again.example_gradients == 32

@@ -12,6 +12,7 @@ import metalr
 from metalr import runs
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError
+from metalr.inner import optimizers
 from metalr.runs import progress, setup
 from metalr.runs.setup import set_up, task_cost
 
@@ -87,9 +88,9 @@ def test_the_benchmark_of_searches_uses_all_that_it_sets(monkeypatch):
 
 def test_optimizers_that_are_none_are_told_why():
     with pytest.raises(ConfigError, match=r"such as 'adam'; optax has no 'adm', but 'adam'"):
-        setup.optax_by_name("adm")
+        optimizers.by_name("adm")
     with pytest.raises(ConfigError, match=r"got 'apply_updates': TypeError: "):
-        setup.optax_by_name("apply_updates")
+        optimizers.by_name("apply_updates")
 
 
 def test_metalr_runs_under_strict_promotion(small, tmp_path):

@@ -234,7 +234,7 @@ def test_resume_refuses_other_data(longer, blobs_npz, tmp_path):
     with np.load(blobs_npz) as arrays:
         changed = dict(arrays) | {"images": arrays["images"][::-1]}
     np.savez(blobs_npz, **changed)
-    with pytest.raises(ConfigError, match=r"data: expected the arrays that .*cut was begun with \(sha256 "):
+    with pytest.raises(ConfigError, match=r"data: expected the data that .*cut was begun with \(sha256 "):
         runs.resume(tmp_path / "cut", reporter=QUIET)
 
 

@@ -1,0 +1,160 @@
+"""Tables of one's own: a CSV or Parquet file with a row an example, read by pandas (the extra `tables`)."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metalr.errors import ConfigError, DataError, one_line
+
+SUFFIXES = (".csv", ".parquet")
+
+
+class Table(NamedTuple):
+    """A table's columns as arrays.
+
+    Attributes:
+      x: [rows, features] float32.
+      y: [rows] or [rows, targets] float32; of classes [rows] int32, numbered in the order of `classes`. Rows whose
+        target is missing have NaN (or -1).
+      task: [rows] task ids, integers or strings; empty if no column says so.
+      features: the names of the columns of x.
+      classes: the classes' names, or () for targets that are numbers.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    task: np.ndarray
+    features: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def is_table(data: str) -> bool:
+    """Whether `data` names a table rather than images."""
+    return Path(data).suffix.lower() in SUFFIXES
+
+
+def import_pandas() -> types.ModuleType:
+    """Pandas. Raises ConfigError where it is not installed."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ConfigError("data: expected pandas for a table; pip install 'metalr[tables]'") from error
+    return pandas
+
+
+def read_table(
+    path: Path | str,
+    *,
+    target: Sequence[str],
+    task_column: str | None,
+    features: Sequence[str] = (),
+    classes: bool | Sequence[str] = False,
+    may_lack_targets: bool = False,
+) -> Table:
+    """Read a .csv or .parquet file.
+
+    Args:
+      target: the columns to predict; one of them if they are classes.
+      task_column: the column that says which task a row is of; None for the rows of one task.
+      features: the columns to predict from; default: all others.
+      classes: whether the target's values are classes (numbers or names); or the names they have already.
+      may_lack_targets: take rows without a target, which are to be predicted. A file without the columns of `target`
+        is one of such rows only.
+
+    Raises:
+      ConfigError: a column that is not there. DataError: no such file, a damaged one, a feature that is no number, or
+        a value that is missing.
+    """
+    pandas = import_pandas()
+    path = Path(path)
+    try:
+        frame = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+    except FileNotFoundError as error:
+        raise DataError(f"data: {path}: no such file") from error
+    except ImportError as error:
+        raise ConfigError(f"data: {path}: {one_line(error)}; pip install 'metalr[tables]'") from error
+    except (OSError, ValueError) as error:  # of pandas: ParserError, EmptyDataError, and pyarrow's, are ValueErrors
+        raise DataError(f"data: {path}: not a table: {one_line(error)}") from error
+    names = [str(name) for name in frame.columns]
+    frame.columns = names
+    asked: dict[str, list[Any]] = {
+        "data.task_column": [task_column] * (task_column is not None),
+        "data.features": list(features),
+    }
+    if not may_lack_targets:
+        asked["data.target"] = list(target)
+    for setting, wanted in asked.items():
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise ConfigError(f"{setting}: expected columns of {path.name}, {names}; it has no {missing[0]!r}")
+    if not target or set(target) & {task_column, *features} or (classes is not False and len(target) != 1):
+        raise ConfigError(
+            "data.target: expected one or more columns (one, of classes) that are neither the task's nor features, "
+            f"got {list(target)}"
+        )
+    chosen = list(features) or [name for name in names if name not in {task_column, *target}]
+    x = np.stack([_numbers(frame[name], name, path) for name in chosen], axis=1) if chosen else np.empty((0, 0))
+    if not x.size:
+        raise DataError(f"data: {path}: expected rows, and columns to predict from, got {len(frame)} and {chosen}")
+    if task_column is None:
+        ids = np.empty(0, str)
+    elif frame[task_column].isna().any():
+        raise DataError(f"data.task_column: {path}: expected a task in every row, got none in some of {task_column!r}")
+    else:
+        column = frame[task_column]
+        ids = column.to_numpy() if pandas.api.types.is_integer_dtype(column) else column.astype(str).to_numpy(str)
+    if may_lack_targets and not set(target) & set(names):
+        frame = frame.assign(**dict.fromkeys(target, np.nan))
+    y, known = _targets(frame, list(target), path, classes, may_lack_targets)
+    return Table(x, y, ids, tuple(chosen), known)
+
+
+def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False) -> np.ndarray:
+    """[rows] float32."""
+    if column.dtype.kind not in "fiub":
+        raise DataError(
+            f"data: {path}: column {name!r}: expected numbers, got {column.dtype} such as {column.iloc[0]!r}; name the "
+            "columns to predict from with --data.features, or turn categories into columns of 0 and 1"
+        )
+    values = column.to_numpy(np.float32)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size and not may_lack:
+        raise DataError(f"data: {path}: column {name!r}: expected a number in every row, row {bad[0] + 1} has none")
+    return values
+
+
+def _targets(
+    frame: Any, target: list[str], path: Path, classes: bool | Sequence[str], may_lack: bool
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    if classes is False:
+        columns = [_numbers(frame[name], name, path, may_lack=may_lack) for name in target]
+        return (columns[0] if len(columns) == 1 else np.stack(columns, axis=1)), ()
+    column = frame[target[0]]
+    missing = column.isna().to_numpy()
+    if missing.any() and not may_lack:
+        raise DataError(f"data.target: {path}: expected a class in every row, row {np.argmax(missing) + 1} has none")
+    present = column.dropna()
+    if present.dtype.kind == "f" and (present == present.round()).all():
+        present = present.astype(np.int64)  # integers beside missing values
+    if present.dtype.kind == "f":
+        raise DataError(
+            f"data.target: {path}: expected classes in {target[0]!r}, got numbers such as {present.iloc[0]:g}; for "
+            "numbers: --objective squared_error"
+        )
+    values = np.full(len(frame), "", dtype=object)
+    values[~missing] = present.astype(str).to_numpy(str)
+    if classes is True:
+        found = sorted(set(present.to_numpy().tolist()))
+        names = tuple(str(name) for name in found)
+    else:
+        names = tuple(classes)
+    number = {name: i for i, name in enumerate(names)} | {"": -1}
+    unknown = sorted(set(values) - set(number))
+    if unknown:
+        raise DataError(f"data.target: {path}: expected one of the classes {list(names)}, got {unknown[0]!r}")
+    return np.array([number[value] for value in values], np.int32), names

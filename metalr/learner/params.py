@@ -1,0 +1,74 @@
+"""Fine-tuned params in one .safetensors file: tensors under their path names, the names of classes, and a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as tensor_bytes
+
+from metalr.errors import ArtifactError, one_line
+from metalr.storage import folders
+from metalr.trees import named_arrays
+from metalr.types import Params
+
+KIND = "metalr params"
+
+
+class ClassNames(NamedTuple):
+    """The classes of a support set. names: what they are called; outputs: which output of the network each one is."""
+
+    names: tuple[Any, ...]
+    outputs: tuple[int, ...]
+
+
+def write(path: Path | str, params: Params, classes: ClassNames | None = None) -> None:
+    """Write params, whole or not at all. Raises StorageError if it cannot be written."""
+    tensors = {name.partition("/")[2]: value for name, value in named_arrays(params, "params").items()}
+    text = json.dumps(None if classes is None else classes._asdict())
+    facts = {"kind": KIND, "classes": text, "sha256": _sha256(tensors, text)}
+    path = Path(path)
+    folders.make(path.parent, parents=True)
+    folders.write_file(path, tensor_bytes(tensors, facts))
+
+
+def read(path: Path | str) -> dict[str, np.ndarray]:
+    """The tensors by name. Raises ArtifactError: no such file, another kind of file, or a damaged one."""
+    return _read(Path(path))[0]
+
+
+def read_classes(path: Path | str) -> ClassNames | None:
+    """The classes that were written with params; None where outputs are no classes. Raises as `read`."""
+    facts = json.loads(_read(Path(path))[1])
+    return None if facts is None else ClassNames(tuple(facts["names"]), tuple(facts["outputs"]))
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected a file of fine-tuned params, found none")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a .safetensors file: {one_line(error)}") from error
+    if facts.get("kind") != KIND:
+        raise ArtifactError(
+            f"{path}: expected params that `save_params` or `metalr adapt --out` wrote, got another file"
+        )
+    if facts.get("sha256") != _sha256(tensors, facts.get("classes", "")):
+        raise ArtifactError(f"{path}: damaged: its content is not the one that was written")
+    return tensors, facts["classes"]
+
+
+def _sha256(tensors: dict[str, np.ndarray], classes: str) -> str:
+    digest = hashlib.sha256(classes.encode())
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

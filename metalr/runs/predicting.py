@@ -1,0 +1,147 @@
+"""`metalr adapt` and `metalr predict`: fine-tune on the task of a file, and predict for the inputs of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metalr import data
+from metalr.errors import ConfigError, DataError
+from metalr.inner.objective import CROSS_ENTROPY
+from metalr.learner.artifact import Learner, load_params, save_params
+from metalr.learner.params import ClassNames, read_classes
+
+
+class TaskFile(NamedTuple):
+    """One task out of a file.
+
+    Attributes:
+      support_x, support_y: as `Learner.adapt` takes them.
+      query_x: what is predicted for; query_y: their names or numbers, if they are known.
+      classes: what outputs are called; None where outputs are no classes.
+    """
+
+    support_x: np.ndarray
+    support_y: np.ndarray
+    query_x: np.ndarray
+    query_y: np.ndarray | None
+    classes: ClassNames | None
+
+
+def read_task(learner: Learner, path: Path) -> TaskFile:
+    """Read an .npz with support_x, support_y, query_x (and query_y), or a table whose rows without a target are asked.
+
+    Raises:
+      ConfigError: arrays or columns that are missing. DataError: values that the learner does not take.
+    """
+    if data.is_table(str(path)):
+        return _of_table(learner, path)
+    given = data.read_npz(path)
+    missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
+    if missing:
+        raise ConfigError(f"{path}: expected arrays support_x, support_y, query_x, missing {missing}")
+    support_y, query_y = given["support_y"], given.get("query_y")
+    if learner.objective.name != CROSS_ENTROPY.name:
+        return TaskFile(given["support_x"], support_y, given["query_x"], query_y, None)
+    if support_y.ndim != 1:
+        raise ConfigError(f"{path}: support_y: expected one task, shape [support], got {support_y.shape}")
+    support_y = data.check_labels(support_y, len(support_y), "support_y")
+    shown = np.unique(support_y)
+    numbers = data.number_classes(support_y)[0] if learner.classifies_images else support_y
+    outputs = range(len(shown)) if learner.classifies_images else shown.tolist()
+    names = ClassNames(tuple(shown.tolist()), tuple(int(output) for output in outputs))
+    if query_y is not None:
+        query_y = data.check_labels(query_y, len(given["query_x"]), "query_y")
+        new = np.setdiff1d(query_y, shown)
+        if new.size:
+            raise ConfigError(f"{path}: query_y: expected labels of the support set, {shown.tolist()}, got {new[0]}")
+    return TaskFile(given["support_x"], numbers, given["query_x"], query_y, names)
+
+
+def _of_table(learner: Learner, path: Path) -> TaskFile:
+    table, classes = _read_table(learner, path)
+    known = table.y >= 0 if table.classes else np.isfinite(table.y.reshape(len(table.y), -1)).all(1)
+    if not known.any():
+        raise DataError(f"{path}: expected rows with a target to fine-tune on, got none")
+    names = None
+    if classes:
+        shown = np.unique(table.y[known])
+        names = ClassNames(tuple(classes[i] for i in shown), tuple(int(i) for i in shown))
+    return TaskFile(table.x[known], table.y[known], table.x[~known], None, names)
+
+
+def _read_table(learner: Learner, path: Path) -> tuple[data.Table, Sequence[str]]:
+    columns = learner.facts.get("table")
+    if columns is None:
+        raise ConfigError(f"{path}: expected an .npz, because this learner was not trained on a table, got a table")
+    classes = columns["classes"]
+    return data.read_table(
+        path, target=columns["target"], task_column=None, features=columns["features"], classes=classes or False,
+        may_lack_targets=True,
+    ), classes  # fmt: skip
+
+
+def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Fine-tune on a file's task and predict for its query inputs.
+
+    Args:
+      steps: inner steps; default: as many as were trained.
+      out: also write the fine-tuned params there, with the names of the classes.
+
+    Returns:
+      steps, predictions (names of classes that were in the support set, or outputs), the score where the file knows
+      the answers, and params (the file that was written).
+
+    Raises MetalrError: the file does not fit the learner, or cannot be read or written.
+    """
+    task = read_task(learner, path)
+    fast = learner.adapt(task.support_x, task.support_y, steps=steps)
+    result: dict[str, Any] = {"steps": learner.spec.steps if steps is None else steps, "predictions": []}
+    if len(task.query_x):
+        support = task.support_x if learner.model.uses_support else None
+        outputs = np.asarray(learner.apply(fast, task.query_x, support))
+        result["predictions"] = _predictions(learner, outputs, task.classes)
+        if task.query_y is not None:
+            if task.classes is not None:
+                hits = [a == b for a, b in zip(result["predictions"], task.query_y.tolist(), strict=True)]
+                result["accuracy"] = float(np.mean(hits))
+            else:
+                score = learner.objective.score(outputs, task.query_y)
+                result[learner.objective.choose_by] = float(score)
+    if out is not None:
+        save_params(learner, out, fast, task.classes)
+        result["params"] = str(out)
+    return result
+
+
+def predict(learner: Learner, params: Path, inputs: Path) -> dict[str, Any]:
+    """Predict with fine-tuned params for the inputs of a file: x (and support_x) of an .npz, or a table's rows.
+
+    Returns: predictions, as `adapt`.
+
+    Raises MetalrError: a file does not fit the learner, or cannot be read.
+    """
+    fast, classes = load_params(learner, params), read_classes(params)
+    support = None
+    if data.is_table(str(inputs)):
+        x = _read_table(learner, inputs)[0].x
+    else:
+        given = data.read_npz(inputs)
+        if "x" not in given:
+            raise ConfigError(f"{inputs}: expected an array x, got {sorted(given)}")
+        x, support = given["x"], given.get("support_x")
+    return {"predictions": _predictions(learner, np.asarray(learner.apply(fast, x, support)), classes)}
+
+
+def _predictions(learner: Learner, outputs: np.ndarray, classes: ClassNames | None) -> list[Any]:
+    """Names of classes that were in the support set; what is not about classes as it is."""
+    if classes is not None:
+        chosen = outputs[:, list(classes.outputs)].argmax(-1)
+        return [classes.names[i] for i in chosen]
+    if learner.objective.name == "binary_cross_entropy":
+        known = learner.facts.get("table", {}).get("classes") or [0, 1]
+        return [known[int(value > 0)] for value in outputs.reshape(-1)]
+    return (outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs).tolist()
