@@ -65,7 +65,7 @@ def cost(
     """One meta-gradient of second-order per-layer Meta-SGD: seconds, seconds to compile, memory."""
     model = MODELS[workload](way, **settings)
     spec = hyperparameters.RatesSpec("layer", steps=steps, initial=0.01)
-    method = outer.Method(derivative="remat" if remat else "reverse")
+    method = outer.Reverse(remat=remat)
     meta = outer.initial(model, spec, jax.random.key(0))
     mesh = devices.task_mesh(tasks)
     args = devices.place_tasks((random_episodes(tasks, way, shot), jax.random.split(jax.random.key(1), tasks)), mesh)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NewType
 
 import jax
 import numpy as np
 
 Params = Any  # a pytree of float arrays, as flax makes them
-Rates = dict[str, jax.Array]  # name -> learned hyperparameter; see metalr.inner.hyperparameters
+# Learned hyperparameters by name, see metalr.inner.hyperparameters: as the inner loop uses them, and in the raw form
+# that the outer loop moves (logarithms, say). inner.hyperparameters.actual and raw_of turn one into the other.
+Rates = NewType("Rates", dict[str, jax.Array])
+RawRates = NewType("RawRates", dict[str, jax.Array])
 
 
 class Episode(NamedTuple):
@@ -26,10 +29,10 @@ class Episode(NamedTuple):
 
 
 class MetaParams(NamedTuple):
-    """What the outer loop learns. `rates` are raw: inner.hyperparameters.actual turns them into hyperparameters."""
+    """What the outer loop learns."""
 
     init: Params
-    rates: Rates
+    rates: RawRates
 
 
 class Curve(NamedTuple):

@@ -163,6 +163,7 @@ def evaluate(
     steps: int | None = None,
     seed: int | None = None,
     data: str | None = None,
+    orders: int = 5,
     json_: Json = False,
 ) -> None:
     """Evaluate a run's artifact again on held-out tasks.
@@ -174,6 +175,8 @@ def evaluate(
         default: as in the run, with the schedule as trained, and held after its end.
       seed: seed of the tasks; default: as in the run.
       data: where the run's data is now, if it was moved; known by its content.
+      orders: in how many orders of its labels 100 tasks are tried, where a task's labels are in random order: what the
+        order alone does to accuracy; 0: none.
       json_: print JSON instead of a table.
     """
     start_jax()
@@ -198,12 +201,18 @@ def evaluate(
     if learner.facts.get("split_sha256") != setup.source.split_sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
     curve, seconds = evaluating.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)
+    shown = {}
+    if orders and setup.source.relabels:
+        if orders < 2:
+            raise ConfigError(f"orders: expected 0, or at least 2, got {orders}")
+        shown = {"label_orders": evaluating.label_orders(learner, setup, asked.seed, orders=orders)}
     results = {
         "run": str(run),
         "episodes": asked.episodes,
         "split_sha256": setup.source.split_sha256,
         "transductive": learner.model.transductive,
         "curve": evaluating.curve_rows(curve, learner.objective.choose_by),
+        **shown,
         "seconds": round(seconds, 3),
         "provenance": provenance.provenance(),
     }

@@ -19,6 +19,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from metalr import models
 from metalr.evaluation import protocol
 from metalr.inner import CROSS_ENTROPY, Objective, hyperparameters, optimizers
 from metalr.learner.artifact import Learner
@@ -271,7 +272,9 @@ def searched(
         episode = draw(pool, field.keys[task])
         init_key, key = jax.random.split(second_key(field.keys[task]))  # as in `evaluate`: its random init too
         start = inits[origin]
-        init = jax.tree.map(lambda v: jnp.asarray(v)[None], model.init(init_key) if start is None else start)
+        x = models.unit(episode.support_x) if model.takes_images else episode.support_x
+        begun = model.begin(model.init(init_key) if start is None else start, x, episode.support_y)
+        init = jax.tree.map(lambda v: jnp.asarray(v)[None], begun)
         arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
         train = count(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
         fitting = space.fitting(train)

@@ -71,6 +71,7 @@ class ModelConfig:
     def of(cls, model: Any) -> ModelConfig:
         """What says as much of a models.Model as a config can: all, or of a network of your own that it is one."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.settings.items()}
+        given.pop("head_start", None)  # of the inner loop
         return cls(model.name, **given)
 
     def settings(self) -> dict[str, Any]:
@@ -113,6 +114,8 @@ class InnerConfig:
     """Leave second derivatives out of the meta-gradient."""
     adapts: Literal["all", "head", "body"] | None = None
     """Which layers adapt."""
+    head_start: Literal["learned", "shared", "zero", "prototypes"] | None = None
+    """Where the output layer of a fine-tune starts; all but learned take tasks with any number of classes."""
     signed: bool = False
     """Let rates turn negative, as Meta-SGD's paper does; otherwise their logarithm is learned."""
     lowest: float | None = None

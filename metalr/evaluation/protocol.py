@@ -231,7 +231,9 @@ def _compiled(
     def curves(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> jax.Array:
         def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
             init_key, step_key = jax.random.split(second_key(key))
-            return sample(pool, key), step_key, model.init(init_key) if random_init else init
+            episode = sample(pool, key)
+            start = model.init(init_key) if random_init else init
+            return episode, step_key, model.begin(start, episode.support_x, episode.support_y)
 
         def in_fast_form(key: jax.Array) -> jax.Array:
             episode, _, start = parts(key)

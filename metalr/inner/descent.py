@@ -6,6 +6,7 @@ weights. What the spec does not choose costs nothing: with rates alone, a step i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from metalr.errors import ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.optimizers import promoting
+from metalr.inner.registry import HYPERPARAMETERS, Now
 from metalr.trees import path_name
 from metalr.types import Params, Rates
 
@@ -25,12 +27,11 @@ TINY = 1e-12  # added to mean squares before their logarithm is taken
 
 
 class DescentState(NamedTuple):
-    """State of `optimizer`. steps: int32 []; the others like params (adam: optax's own), or () if not chosen."""
+    """State of `optimizer`. links: by name, of the chosen rows of HYPERPARAMETERS; adam: optax's own, or ()."""
 
-    steps: jax.Array
-    velocity: Any = ()
+    steps: jax.Array  # [] int32
+    links: dict[str, Any]
     adam: Any = ()
-    start: Any = ()  # where the fine-tune began, for the proximal pull
 
 
 def optimizer(
@@ -46,76 +47,79 @@ def optimizer(
         them, a tree that is a part of it (optax.multi_transform, optax.masked) is seen to be one.
 
     Its `init` raises ConfigError for a tensor that has no fitting rate, and for a part of a tree where that would
-    change
-    what a step is: prediction needs every layer's gradient, clipping the whole of a layer's. Its `update` for params
-    that are None where decay or prediction needs them.
+    change what a step is: prediction needs every layer's gradient, clipping the whole of a layer's. Its `update` for
+    params that are None where a link or prediction needs them.
     """
     adam = promoting(optax.scale_by_adam(eps_root=EPS_ROOT))
+    links = {name: link for name in spec.chosen if (link := HYPERPARAMETERS[name].link) is not None}
 
     def init(params: Params) -> DescentState:
         _check_part(spec, params, tensors)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            group = hyperparameters.group_of(spec, path)
-            shape = jnp.shape(rates[group])[bool(spec.times) :] if group in rates else None
-            fitting = {"parameter": leaf.shape, "channel": leaf.shape[-1:]}.get(spec.granularity, ())
-            if group is not None and shape != fitting:
-                got = "none" if shape is None else f"one of shape {list(shape)}"
-                raise ConfigError(
-                    f"rates: expected a rate for {path_name(path)!r} of shape {list(fitting)}, have "
-                    f"{got}; "
-                    f"groups: {sorted(rates)}"
-                )
-        return DescentState(
-            jnp.zeros((), jnp.int32),
-            velocity=() if spec.momentum is None else jax.tree.map(jnp.zeros_like, params),
-            adam=adam.init(params) if spec.base == "adam" else (),
-            start=() if spec.proximal is None else params,
-        )
+        _check_rates(spec, rates, params)
+        states = {name: link.init(params) for name, link in links.items()}
+        return DescentState(jnp.zeros((), jnp.int32), states, adam.init(params) if spec.base == "adam" else ())
 
     def update(grads: Params, state: DescentState, params: Params | None = None) -> tuple[Params, DescentState]:
-        if params is None and (spec.decay is not None or spec.proximal is not None or spec.predicted):
+        if params is None and (spec.predicted or any(link.needs_params for link in links.values())):
             raise ConfigError("params: expected the current params in update(grads, state, params), got None")
         now = hyperparameters.at_step(spec, rates, state.steps, steps)
-        if spec.proximal is not None:
-            grads = jax.tree_util.tree_map_with_path(
-                lambda path, g, w, w0: (
-                    g if (pull := _of_layer("proximal", spec, now, path)) is None else g + pull * (w - w0)
-                ),
-                grads,
-                params,
-                state.start,
-            )
-        rate_factors, decay_factors = _predicted(spec, now, grads, params) if spec.predicted else ({}, {})
-        if spec.clip is not None:
-            grads = _clipped(spec, now, grads)
-        adam_state, velocity = state.adam, state.velocity
-        if spec.base == "adam":
-            grads, adam_state = adam.update(grads, adam_state)
-        if spec.momentum is not None:
-            velocity = jax.tree_util.tree_map_with_path(
-                lambda path, v, g: g if (m := _of_layer("momentum", spec, now, path)) is None else m * v + g,
-                velocity,
-                grads,
-            )
-            grads = velocity
+        states = dict(state.links)
+        factors: dict[str, dict[str, jax.Array]] = {}
 
-        def change(path: tuple[Any, ...], direction: jax.Array, param: jax.Array | None = None) -> jax.Array:
-            group, layer = hyperparameters.group_of(spec, path), hyperparameters.layer_of(spec, path)
-            if group is None or layer is None:
+        def layer(path: tuple[Any, ...]) -> str | None:
+            return hyperparameters.layer_of(spec, path)
+
+        def value(name: str, path: tuple[Any, ...]) -> jax.Array | None:
+            of = layer(path)
+            if of is None:
+                return None
+            factor = factors.get(name, {}).get(of)
+            return now[f"{name}:{of}"] if factor is None else now[f"{name}:{of}"] * factor
+
+        def through(stage: str, updates: Params) -> Params:
+            for name, link in links.items():
+                if HYPERPARAMETERS[name].stage == stage:
+                    see = Now(functools.partial(value, name), layer)
+                    updates, states[name] = link.update(updates, states[name], params, see)
+            return updates
+
+        grads = through("loss", grads)
+        if spec.predicted:
+            factors = _predicted(spec, now, grads, params)
+        direction, adam_state = through("gradient", grads), state.adam
+        if spec.base == "adam":
+            direction, adam_state = adam.update(direction, adam_state)
+        direction = through("direction", direction)
+
+        def scale(path: tuple[Any, ...], direction: jax.Array) -> jax.Array:
+            group, of = hyperparameters.group_of(spec, path), layer(path)
+            if group is None or of is None:
                 return jnp.zeros_like(direction)
             rate = now[group]
             if spec.granularity == "channel":
                 rate = rate.reshape((1,) * (direction.ndim - 1) + rate.shape)
-            step = -rate * rate_factors.get(layer, 1.0) * direction
-            if spec.decay is None or param is None:
-                return step
-            return step - now[f"decay:{layer}"] * decay_factors.get(layer, 1.0) * param
+            return -rate * factors.get("rate", {}).get(of, 1.0) * direction
 
-        rest = () if params is None else (params,)
-        updates = jax.tree_util.tree_map_with_path(change, grads, *rest)
-        return updates, DescentState(state.steps + 1, velocity, adam_state, state.start)
+        updates = through("update", jax.tree_util.tree_map_with_path(scale, direction))
+        return updates, DescentState(state.steps + 1, states, adam_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_rates(spec: RatesSpec, rates: Rates, params: Params) -> None:
+    """Raises ConfigError for a tensor that has no fitting rate."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        group = hyperparameters.group_of(spec, path)
+        if group is None:
+            continue
+        shape = jnp.shape(rates[group])[bool(spec.times) :] if group in rates else None
+        fitting = {"parameter": leaf.shape, "channel": leaf.shape[-1:]}.get(spec.granularity, ())
+        if shape != fitting:
+            got = "none" if shape is None else f"one of shape {list(shape)}"
+            raise ConfigError(
+                f"rates: expected a rate for {path_name(path)!r} of shape {list(fitting)}, have {got}; groups: "
+                f"{sorted(rates)}"
+            )
 
 
 def _check_part(spec: RatesSpec, params: Params, tensors: Sequence[str] | None) -> None:
@@ -135,11 +139,6 @@ def _check_part(spec: RatesSpec, params: Params, tensors: Sequence[str] | None) 
         )
 
 
-def _of_layer(kind: str, spec: RatesSpec, now: Rates, path: tuple[Any, ...]) -> jax.Array | None:
-    layer = hyperparameters.layer_of(spec, path)
-    return None if layer is None else now[f"{kind}:{layer}"]
-
-
 def _squares(spec: RatesSpec, tree: Params) -> dict[str, tuple[jax.Array, int]]:
     """Sum of squares and number of elements of each layer that adapts."""
     found: dict[str, tuple[jax.Array, int]] = {}
@@ -151,26 +150,8 @@ def _squares(spec: RatesSpec, tree: Params) -> dict[str, tuple[jax.Array, int]]:
     return found
 
 
-def _clipped(spec: RatesSpec, now: Rates, grads: Params) -> Params:
-    """Gradients whose norm, a layer, is at most the learned one."""
-    squares = {layer: total for layer, (total, _) in _squares(spec, grads).items()}
-
-    def scale(path: tuple[Any, ...], grad: jax.Array) -> jax.Array:
-        layer = hyperparameters.layer_of(spec, path)
-        if layer is None:
-            return grad
-        largest, square = now[f"clip:{layer}"], squares[layer]
-        over = square > jnp.square(largest)
-        safe = jnp.where(over, square, 1.0)  # the root's derivative at zero is infinite
-        return grad * jnp.where(over, largest * jax.lax.rsqrt(safe), 1.0)
-
-    return jax.tree_util.tree_map_with_path(scale, grads)
-
-
-def _predicted(
-    spec: RatesSpec, now: Rates, grads: Params, params: Params
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Factors of each layer's rate and decay (ALFA, Baik et al. 2020, eq. 5 and section 3.2).
+def _predicted(spec: RatesSpec, now: Rates, grads: Params, params: Params) -> dict[str, dict[str, jax.Array]]:
+    """Factors of each layer's "rate" and "decay" (ALFA, Baik et al. 2020, eq. 5 and section 3.2).
 
     The paper feeds means, which vanish for large layers; here it is the logarithm of the root mean square, through a
     network with one hidden layer.
@@ -183,4 +164,7 @@ def _predicted(
     hidden = jax.nn.relu(jnp.stack(seen) @ now["predict:hidden/kernel"] + now["predict:hidden/bias"])
     factors = jnp.exp(hidden @ now["predict:out/kernel"] + now["predict:out/bias"])
     names = list(_squares(spec, params))
-    return dict(zip(names, factors, strict=False)), dict(zip(names, factors[len(names) :], strict=False))
+    return {
+        "rate": dict(zip(names, factors, strict=False)),
+        "decay": dict(zip(names, factors[len(names) :], strict=False)),
+    }

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr.errors import ConfigError
+from metalr.inner.registry import HYPERPARAMETERS, LOGARITHM, Raw
 from metalr.trees import path_name
-from metalr.types import Params, Rates
+from metalr.types import Params, Rates, RawRates
 
 GRANULARITIES = ("shared", "layer", "tensor", "channel", "parameter")
 EXTENDS = ("hold", "mean", "error")
@@ -103,14 +104,11 @@ class RatesSpec:
             raise ConfigError(f"inner.rate: expected within the bounds {low:g}..{high:g}, got {self.initial}")
         if self.positive and low <= 0 and self.lowest is not None:
             raise ConfigError(f"inner.lowest: expected above 0 for positive rates (or signed), got {self.lowest}")
-        for name in ("momentum", "decay", "dropout"):
+        for name, row in HYPERPARAMETERS.items():
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"inner.{name}: expected 0 < {name} < 1 (or None for none), got {value}")
-        for name in ("clip", "proximal"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < np.inf:
-                raise ConfigError(f"inner.{name}: expected a positive number (or None for none), got {value}")
+            if value is not None and not 0 < value < row.highest:
+                expected = f"0 < {name} < {row.highest:g}" if np.isfinite(row.highest) else "a positive number"
+                raise ConfigError(f"inner.{name}: expected {expected} (or None for none), got {value}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"inner.batch_size: expected at least 1 (or None for all), got {self.batch_size}")
 
@@ -123,8 +121,12 @@ class RatesSpec:
     @property
     def only_rates(self) -> bool:
         """Whether a step is -rate * gradient and nothing else."""
-        others = self.momentum, self.decay, self.clip, self.dropout, self.proximal, self.batch_size
-        return self.base == "sgd" and not self.predicted and all(v is None for v in others)
+        return self.base == "sgd" and not self.predicted and self.batch_size is None and not self.chosen
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The rows of HYPERPARAMETERS that are learned beside the rates, in the order of that table."""
+        return tuple(name for name in HYPERPARAMETERS if getattr(self, name) is not None)
 
     @property
     def times(self) -> int:
@@ -164,16 +166,16 @@ def layers(spec: RatesSpec, params: Params) -> list[str]:
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def initial_raw(spec: RatesSpec, params: Params) -> Rates:
+def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
     """Raw values to start meta-training from, standing for spec.initial, spec.momentum and so on.
 
     A rate has the shape [] (that of the tensor for "parameter", its last axis for "channel"), with [steps] or [knots]
-    in front; float32 or the dtype of the parameters. Momentum, decay, clip and proximal are [] for each layer.
+    in front; float32 or the dtype of the parameters. A row of HYPERPARAMETERS is [] for each layer, or once.
 
     Raises:
       ConfigError: nothing in `params` adapts (there is no layer of the name spec.head).
     """
-    raw: Rates = {}
+    raw = RawRates({})
     paths = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in paths:
         group = group_of(spec, path)
@@ -185,72 +187,64 @@ def initial_raw(spec: RatesSpec, params: Params) -> Rates:
     if not raw or (spec.adapts != "all" and not any(path_name(p).startswith(f"{spec.head}/") for p, _ in paths)):
         raise ConfigError(f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}")
     dtype, adapting = paths[0][1].dtype, layers(spec, params)
-    starts: dict[str, tuple[float | None, Callable[[float], float]]] = {
-        "momentum": (spec.momentum, _logit),
-        "decay": (spec.decay, np.log),
-        "clip": (spec.clip, np.log),
-        "proximal": (spec.proximal, np.log),
-    }
-    for kind, (value, free) in starts.items():
-        if value is not None:
-            raw |= {f"{kind}:{layer}": jnp.full((), free(value), dtype) for layer in adapting}
-    if spec.dropout is not None:
-        raw["dropout:all"] = jnp.full((), _logit(spec.dropout), dtype)
+    for kind in spec.chosen:
+        row = HYPERPARAMETERS[kind]
+        start = row.raw.of(getattr(spec, kind))
+        for layer in adapting if row.of_layers else ["all"]:
+            raw[f"{kind}:{layer}"] = jnp.full((), start, dtype)
     if spec.predicted:
         wide = 2 * len(adapting)  # gradient and weight of each layer in, rate and decay out (Baik et al., section 4.1)
         draw = jax.nn.initializers.he_normal()(jax.random.key(0), (wide, wide), dtype)
         # A last layer of zeros predicts factors of one: training starts from the rates as they are.
-        raw |= {
+        network = {
             "predict:hidden/kernel": draw,
             "predict:hidden/bias": jnp.full(wide, 0.1, dtype),
             "predict:out/kernel": jnp.zeros((wide, wide if spec.decay is not None else wide // 2), dtype),
             "predict:out/bias": jnp.zeros(wide if spec.decay is not None else wide // 2, dtype),
         }
+        raw.update(network)
     return raw
 
 
-def _logit(share: float) -> float:
-    return float(np.log(share / (1 - share)))
-
-
 def kind_of(name: str) -> str:
-    """What a value of the dict is: "rate", "momentum", "decay", "clip", "proximal", "dropout" or "predict"."""
+    """What a value of the dict is: "rate", a row of HYPERPARAMETERS, or "predict"."""
     kind, colon, _ = name.partition(":")
     return kind if colon else "rate"
 
 
-def actual(spec: RatesSpec, raw: Rates) -> Rates:
+def _raw_form(spec: RatesSpec, kind: str) -> Raw | None:
+    """The form that a kind of value is learned in; None for itself."""
+    if kind == "rate":
+        return LOGARITHM if spec.positive else None
+    return HYPERPARAMETERS[kind].raw if kind in HYPERPARAMETERS else None
+
+
+def actual(spec: RatesSpec, raw: RawRates) -> Rates:
     """The hyperparameters that raw values stand for. Same names and shapes."""
 
     def value(kind: str, raw: jax.Array) -> jax.Array:
-        if kind in ("momentum", "dropout"):
-            return jax.nn.sigmoid(raw)
-        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
-            return jnp.exp(raw)
-        return raw
+        form = _raw_form(spec, kind)
+        return raw if form is None else form.actual(raw)
 
-    return {name: value(kind_of(name), v) for name, v in raw.items()}
+    return Rates({name: value(kind_of(name), v) for name, v in raw.items()})
 
 
-def raw_of(spec: RatesSpec, actual: Rates) -> Rates:
+def raw_of(spec: RatesSpec, actual: Rates) -> RawRates:
     """Raw values that stand for actual hyperparameters: the inverse of `actual`, up to rounding."""
 
     def value(kind: str, actual: jax.Array) -> jax.Array:
-        if kind in ("momentum", "dropout"):
-            return jax.scipy.special.logit(actual)
-        if kind in ("decay", "clip", "proximal") or (kind == "rate" and spec.positive):
-            return jnp.log(actual)
-        return actual
+        form = _raw_form(spec, kind)
+        return actual if form is None else form.traced(actual)
 
-    return {name: value(kind_of(name), jnp.asarray(v)) for name, v in actual.items()}
+    return RawRates({name: value(kind_of(name), jnp.asarray(v)) for name, v in actual.items()})
 
 
-def project(spec: RatesSpec, raw: Rates) -> Rates:
+def project(spec: RatesSpec, raw: RawRates) -> RawRates:
     """Raw values whose rates are within spec.lowest..spec.highest."""
     if spec.lowest is None and spec.highest is None:
         return raw
     low, high = (np.log(b) if b > 0 else -np.inf for b in spec.range) if spec.positive else spec.range
-    return {name: jnp.clip(v, low, high) if kind_of(name) == "rate" else v for name, v in raw.items()}
+    return RawRates({name: jnp.clip(v, low, high) if kind_of(name) == "rate" else v for name, v in raw.items()})
 
 
 def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | None = None) -> Rates:
@@ -274,7 +268,7 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
         return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
 
     at = between if spec.knots else pick
-    return {name: at(value) if kind_of(name) == "rate" else value for name, value in rates.items()}
+    return Rates({name: at(value) if kind_of(name) == "rate" else value for name, value in rates.items()})
 
 
 def check_steps(spec: RatesSpec, steps: int) -> None:

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Learner:
             A further leading axis adapts many tasks at once. A network of other inputs takes what its sampler gave in
             training: any pytree of arrays with a leading axis [support], one task at a time.
           support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
-            present in every task. A network of other outputs takes targets as in training.
+            present in every task. With inner.head_start other than "learned" there may be any number of
+            classes. A network of other outputs takes targets as in training.
           steps: inner steps; default: as many as were trained.
           init: params to start from; default: the learned init. Rates that were learned alone (outer.learns "rates")
             hold for any random init, `model.init(key)`; the one stored beside them is such a one.
@@ -96,6 +97,9 @@ class Learner:
                 raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
         start = self.init if init is None else init
         steps = self.spec.steps if steps is None else steps
+        ways = self._ways_of(support_y)
+        if ways is not None and ways != self.model.way:
+            return self._of_way(ways).adapt(support_x, support_y, steps, init=start)
         hyperparameters.check_steps(self.spec, steps)
         if not self.classifies_images:
             x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
@@ -152,6 +156,9 @@ class Learner:
           ConfigError: params of another network. DataError: a wrong shape, dtype or pixel.
         """
         batched, tasks = self._check_params(params)
+        ways = self._outputs_of(trees.leaf_shapes(params))
+        if ways != self.model.way and self.model.of_way is not None:
+            return self._of_way(ways).apply(params, x, support_x)
         if not self.classifies_images:
             if batched or support_x is not None:
                 raise ConfigError(
@@ -201,7 +208,8 @@ class Learner:
 
     def _check_params(self, params: Params) -> tuple[bool, int]:
         """(whether params have a leading axis [tasks], how many). Raises ConfigError for those of another network."""
-        expected, came = trees.leaf_shapes(self.init), trees.leaf_shapes(params)
+        came = trees.leaf_shapes(params)
+        expected = self._fast_shapes(came)
         leading = {shape[: len(shape) - len(expected[name])] for name, shape in came.items() if name in expected}
         lead = leading.pop() if len(leading) == 1 else ()
         for name in sorted({*expected, *came}):
@@ -213,6 +221,38 @@ class Learner:
                     f"{list(came[name]) if name in came else 'none'}"
                 )
         return bool(lead), lead[0] if lead else 0
+
+    def _ways_of(self, y: Any) -> int | None:
+        """How many classes a support set has, for a network that takes any number; None for others."""
+        if self.model.of_way is None or isinstance(y, jax.core.Tracer):
+            return None
+        y = np.asarray(y)
+        return int(y.max()) + 1 if y.size and np.issubdtype(y.dtype, np.integer) else None
+
+    def _of_way(self, ways: int) -> Learner:
+        """The same learner for tasks with another number of classes; made once."""
+        assert self.model.of_way is not None
+        if ways not in self._other_ways:
+            self._other_ways[ways] = dataclasses.replace(self, model=self.model.of_way(ways))
+        return self._other_ways[ways]
+
+    @functools.cached_property
+    def _other_ways(self) -> dict[int, Learner]:
+        return {}
+
+    def _outputs_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many outputs params of these shapes have."""
+        of_head = [shape[-1] for name, shape in shapes.items() if name.startswith(f"{self.model.head}/") and shape]
+        return of_head[0] if of_head else 0
+
+    def _fast_shapes(self, came: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of fine-tuned params: those of the init, and of any number of classes where that is free."""
+        shapes = trees.leaf_shapes(self.init)
+        if self.model.of_way is None:
+            return shapes
+        ways = self._outputs_of(came)
+        of_head = {name: shape for name, shape in shapes.items() if name.startswith(f"{self.model.head}/")}
+        return shapes | {name: (*shape[:-1], ways) for name, shape in of_head.items()}
 
     def __repr__(self) -> str:
         count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.init))
@@ -264,6 +304,7 @@ class Learner:
             fast = objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
 
             def one(apply: models.Apply, init: Params, rates: Rates, task: tuple[Any, Any]) -> Params:
+                init = model.begin(init, *task)
                 if fast:
                     return factored.adapt(init, rates, spec, *task, steps, objective.name)
                 drop = hyperparameters.dropout(spec, rates, model.dropout)
@@ -385,7 +426,9 @@ def save_params(learner: Learner, path: Path | str, params: Params, classes: Cla
 def load_params(learner: Learner, path: Path | str) -> Params:
     """As `Learner.load_params`."""
     tensors = params_file.read(path)
-    expected = {trees.path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(learner.init)}
+    dtypes = {trees.path_name(p): v.dtype for p, v in jax.tree_util.tree_leaves_with_path(learner.init)}
+    shapes = learner._fast_shapes({name: value.shape for name, value in tensors.items()})
+    expected = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}
     for name in sorted({*expected, *tensors}):
         want, got = (
             f"{v.dtype} {list(v.shape)}" if (v := of.get(name)) is not None else "none" for of in (expected, tensors)
@@ -639,6 +682,6 @@ def _load(path: Path, model: Model | None, objective: Objective | None, *, witho
             raise ArtifactError(f"{path / TENSORS}: {name}: expected finite values only")
     arrays = [jnp.asarray(tensors[f"init/{trees.path_name(p)}"]) for p, _ in leaves]
     init = jax.tree.unflatten(jax.tree.structure(expected), arrays)
-    rates = {group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw}
+    rates = Rates({group: jnp.asarray(tensors[f"rates/{group}"]) for group in raw})
     sealed.read_file(path, CARD, facts, MAX_BYTES[CARD])
     return Learner(model, spec, init, rates, facts.get("facts", {}), objective, standardisation)

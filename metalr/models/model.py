@@ -23,6 +23,7 @@ from metalr.types import Params
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
 NORMS = ("batch", "support", "instance", "none")
 CELLS = ("gru", "lstm")
+LEARNED_HEAD = "learned"  # a fine-tune starts from the head in the init
 CUSTOM = "custom"  # the name of a user's own model
 MOST_LAYERS = 64  # a model is built from an artifact's facts before those can be trusted
 DTYPES = ("float32", "bfloat16")
@@ -64,6 +65,8 @@ class Model:
       dropout: True if `apply` uses its key; the inner loop then gives one to every step.
       learned_dropout: True if `apply` also takes dropout=rate ([] float), as a learned dropout rate needs.
       transductive: True if predictions for one image depend on the other images given with it.
+      start: (init, support_x, support_y) -> params that a fine-tune starts from; None: from the init itself.
+      of_way: number of classes -> the same network for tasks with as many; None if it is for one number only.
     """
 
     name: str
@@ -78,6 +81,12 @@ class Model:
     dropout: bool = False
     learned_dropout: bool = False
     transductive: bool = False
+    start: Callable[[Params, Any, Any], Params] | None = None
+    of_way: Callable[[int], Model] | None = None
+
+    def begin(self, init: Params, support_x: Any, support_y: Any) -> Params:
+        """The params that a fine-tune on a support set starts from; support_x as `apply` takes it."""
+        return init if self.start is None else self.start(init, support_x, support_y)
 
     @property
     def takes_images(self) -> bool:
@@ -371,15 +380,25 @@ def build(name: str, way: int, input_shape: tuple[int, ...], **settings: Any) ->
 
     Args:
       way: number of outputs: classes, or targets.
+      head_start: in settings: "learned", or a row of heads.HEAD_STARTS.
       input_shape: (height, width, channels) of images; an mlp takes inputs of any shape, (features,) say.
     """
     if name not in MODELS:
         raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
     _check_shape(name, input_shape, way)
-    try:
-        return MODELS[name](way, input_shape, **settings)
-    except TypeError as error:
-        raise ConfigError(f"model {name}: {error}") from error
+    head_start = settings.pop("head_start", LEARNED_HEAD)
+
+    def of(outputs: int) -> Model:
+        try:
+            return MODELS[name](outputs, input_shape, **settings)
+        except TypeError as error:
+            raise ConfigError(f"model {name}: {error}") from error
+
+    if head_start == LEARNED_HEAD:
+        return of(way)
+    from metalr.models.heads import with_head_start  # it needs this module
+
+    return with_head_start(of, way, head_start)
 
 
 def from_function(

@@ -22,6 +22,7 @@ class Algorithm(NamedTuple):
         after the last one (Antoniou et al. 2019, section 4, "multi-step loss").
       first_order_share: the share of the outer steps, at their start, that are first order ("derivative-order
         annealing", the same section).
+      head_start: where the output layer starts: "learned", or a row of models.heads.HEAD_STARTS.
     """
 
     granularity: str
@@ -36,6 +37,7 @@ class Algorithm(NamedTuple):
     proximal: float | None = None
     multi_step: float = 0.0
     first_order_share: float = 0.0
+    head_start: str = "learned"
 
 
 ALGORITHMS = {

@@ -1,13 +1,15 @@
-"""Meta-gradients of one task that are not the plain derivative of its query loss through all inner steps.
+"""The ways to a meta-gradient, each with its own options: how one task says where the init and the rates should go.
 
-Each is a function (apply, spec, meta, episode, key, …) -> (direction shaped like `meta`, measured), where `measured` is
-what the objective measures on the query set after adaptation.
+A way is a frozen dataclass that is called as way(problem, meta, episode, key) and gives (direction shaped like `meta`,
+what the objective measures on the query set after adaptation). `Reverse` also gives outputs, through which
+`meta_gradient` differentiates a whole group of tasks at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,73 +21,64 @@ from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, predict
 from metalr.trees import count
-from metalr.types import Episode, MetaParams, Params, Rates
+from metalr.types import Episode, MetaParams, Params, RawRates
 
 Direction = tuple[MetaParams, dict[str, jax.Array]]
 
 
-def step_of(
-    apply: Apply, spec: RatesSpec, rates: Rates, episode: Episode, key: jax.Array | None, **options: Any
-) -> tuple[inner.Step, Any]:
-    """The inner step of an episode with actual rates, and the function that starts the optimizer's state."""
+class Problem(NamedTuple):
+    """What a meta-gradient is of: static choices.
+
+    Attributes:
+      apply: of the model, in the form that the platform is best at.
+      spec: of the hyperparameters.
+      objective: its loss is that of support and query set alike.
+      dropout: whether the model has some; a learned rate replaces it.
+      begin: (init, support_x, support_y) -> where the inner steps start; default: from the init.
+    """
+
+    apply: Apply
+    spec: RatesSpec
+    objective: Objective = CROSS_ENTROPY
+    dropout: bool = False
+    begin: Callable[[Params, Any, Any], Params] = lambda init, x, y: init
+
+    def begun(self, meta: MetaParams, episode: Episode) -> MetaParams:
+        """Meta-parameters whose init is where this episode's inner steps start."""
+        return meta._replace(init=self.begin(meta.init, episode.support_x, episode.support_y))
+
+
+def steps_of(
+    problem: Problem, raw: RawRates, episode: Episode, key: jax.Array | None, *, first_order: bool = False
+) -> tuple[inner.Step, Callable[[Params], Any]]:
+    """The inner step of an episode with raw rates, and the function that starts the optimizer's state."""
+    spec = problem.spec
+    rates = hyperparameters.actual(spec, raw)
     optimizer = descent.optimizer(spec, rates)
     x, y = episode.support_x, episode.support_y
-    size = spec.minibatch(count(y))
-    step = inner.make_step(apply, x, y, optimizer, spec.steps, batch_size=size, key=key, **options)
+    step = inner.make_step(
+        problem.apply, x, y, optimizer, spec.steps, batch_size=spec.minibatch(count(y)), key=key,
+        dropout=hyperparameters.dropout(spec, rates, problem.dropout), loss=problem.objective.loss,
+        first_order=first_order,
+    )  # fmt: skip
     return step, optimizer.init
 
 
 def adapted(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array | None,
-    *,
-    dropout: bool = False,
-    remat: bool = False,
-    last: int | None = None,
-    **options: Any,
+    problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array | None, way: Reverse | None = None
 ) -> Params:
-    """Params after spec.steps steps from meta.init.
-
-    dropout: whether the model has some; a learned rate replaces it. remat: as in inner.take.
-    last: differentiate only that many steps, the last ones (truncated back-propagation, Shaban et al. 2019, section
-    2); the ones before move the params as if by a constant, so the init still gets a gradient, of first order.
-    """
-    stopped = jax.lax.stop_gradient(meta)
-    before = 0 if last is None else max(spec.steps - last, 0)
-
-    def steps(meta: MetaParams) -> tuple[inner.Step, Any]:
-        rates = hyperparameters.actual(spec, meta.rates)
-        drop = hyperparameters.dropout(spec, rates, dropout)
-        return step_of(apply, spec, rates, episode, key, dropout=drop, **options)
-
-    step, start = steps(meta)
+    """Params after spec.steps steps from meta.init; `way` says what a derivative through them keeps."""
+    way, spec, meta = way or Reverse(), problem.spec, problem.begun(meta, episode)
+    before = 0 if way.last is None else max(spec.steps - way.last, 0)
+    step, start = steps_of(problem, meta.rates, episode, key, first_order=way.first_order)
     carry = meta.init, start(meta.init)
-    if before:
-        constant_step, start = steps(stopped)
+    if before:  # move the params as if by a constant, so that the init still gets a gradient, of first order
+        stopped = jax.lax.stop_gradient(meta)
+        constant_step, start = steps_of(problem, stopped.rates, episode, key, first_order=way.first_order)
         params, state = inner.take(constant_step, (stopped.init, start(stopped.init)), 0, before)
         moved = jax.tree.map(lambda now, then, init: init + (now - then), params, stopped.init, meta.init)
         carry = moved, jax.lax.stop_gradient(state)
-    return inner.take(step, carry, before, spec.steps, remat=remat)[0]
-
-
-def reptile(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array,
-    *,
-    objective: Objective = CROSS_ENTROPY,
-    dropout: bool = False,
-) -> Direction:
-    """The Reptile direction init - adapted (Nichol et al. 2018, algorithm 2); rates get zeros: they do not learn."""
-    fast = adapted(apply, spec, meta, episode, key, loss=objective.loss, dropout=dropout)
-    direction = jax.tree.map(jnp.subtract, meta.init, fast)
-    _, metrics = on_query(apply, fast, episode, objective)
-    return _of_init(direction, meta), metrics
+    return inner.take(step, carry, before, spec.steps, remat=way.remat)[0]
 
 
 def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
@@ -93,48 +86,126 @@ def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
     return MetaParams(direction, jax.tree.map(jnp.zeros_like, meta.rates))
 
 
-def on_query(
-    apply: Apply, fast: Params, episode: Episode, objective: Objective
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def on_query(problem: Problem, fast: Params, episode: Episode) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The query loss of adapted params, and all that the objective measures."""
-    outputs = predict(apply, fast, episode.support_x, episode.query_x)
-    measured = objective.measure(outputs, episode.query_y)
+    outputs = predict(problem.apply, fast, episode.support_x, episode.query_x)
+    measured = problem.objective.measure(outputs, episode.query_y)
     return measured["loss"], measured
 
 
-def joint(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array,
-    *,
-    objective: Objective = CROSS_ENTROPY,
-    dropout: bool = False,
-) -> Direction:
-    """The init's own gradient on all of the task's images, with no inner loop: ordinary pre-training on many tasks.
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """The derivative of the query loss through the inner steps, by reverse mode (Finn et al. 2017, algorithm 2).
+
+    Attributes:
+      first_order: treat the inner gradients as constants (the same paper, section 5.2).
+      remat: keep only the params of every step, and compute a step again, instead of keeping its activations.
+      last: differentiate that many steps, the last ones, only (truncated back-propagation, Shaban et al. 2019, section
+        2); None: all.
+    """
+
+    first_order: bool = False
+    remat: bool = False
+    last: int | None = None
+
+    def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
+        def loss(meta: MetaParams) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return on_query(problem, adapted(problem, meta, episode, key, self), episode)
+
+        return jax.grad(loss, has_aux=True)(meta)
+
+    def outputs(
+        self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array | None, *, every_step: bool = False
+    ) -> Any:
+        """Outputs [query, …] after all steps; with every_step [steps + 1, query, …], before each and after the last."""
+        if not every_step:
+            fast = adapted(problem, meta, episode, key, self)
+            return predict(problem.apply, fast, episode.support_x, episode.query_x)
+        meta = problem.begun(meta, episode)
+        step, start = steps_of(problem, meta.rates, episode, key, first_order=self.first_order)
+        carry = meta.init, start(meta.init)
+        seen = [predict(problem.apply, meta.init, episode.support_x, episode.query_x)]
+        for number in range(problem.spec.steps):
+            carry = inner.take(step, carry, number, number + 1, remat=self.remat)
+            seen.append(predict(problem.apply, carry[0], episode.support_x, episode.query_x))
+        return jnp.stack(seen)
+
+    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+        """Example-gradients of the inner loop of one task.
+
+        Args: inner steps, examples in one of them, examples of the support set, learned numbers.
+        """
+        if self.first_order:
+            return steps * batch
+        kept = steps if self.last is None else min(self.last, steps)
+        return batch * (steps + (2 if self.last is None and not self.remat else 3) * kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The exact gradient of the rates by forward mode (Franceschi et al. 2017, section 3.2); the init's is first order.
+
+    Carries one derivative of the params for every learned number instead of the path, so memory does not grow with
+    steps; time grows with the number of learned numbers. first_order leaves second derivatives out here too.
+    """
+
+    first_order: bool = False
+
+    def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
+        flat, restore = ravel_pytree(meta.rates)
+        way = Reverse(self.first_order)
+
+        def final(flat: jax.Array) -> Params:
+            return adapted(problem, MetaParams(meta.init, restore(flat)), episode, key, way)
+
+        push = jax.vmap(lambda one: jax.jvp(final, (flat,), (one,)), out_axes=(None, 0))
+        fast, changes = push(jnp.eye(flat.size, dtype=flat.dtype))
+        (_, metrics), query = jax.value_and_grad(lambda p: on_query(problem, p, episode), has_aux=True)(fast)
+        each = jax.tree.map(lambda change, g: change.reshape(flat.size, -1) @ g.reshape(-1), changes, query)
+        return MetaParams(query, restore(jnp.stack(jax.tree.leaves(each)).sum(0))), metrics
+
+    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+        """As of Reverse."""
+        return batch * steps * (1 if self.first_order else 2 * numbers + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reptile:
+    """The direction init - adapted (Nichol et al. 2018, algorithm 2); rates get zeros: they do not learn."""
+
+    def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
+        fast = adapted(problem, meta, episode, key)
+        _, metrics = on_query(problem, fast, episode)
+        return _of_init(jax.tree.map(jnp.subtract, meta.init, fast), meta), metrics
+
+    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+        """As of Reverse."""
+        return batch * steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """The init's own gradient on all of the task's examples, with no inner loop: ordinary pre-training on many tasks.
 
     The baseline that says what adaptation in training is good for. Metrics are of the query set before any step; rates
     get zeros: they do not learn.
     """
-    x, y = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tuple(episode[:2]), tuple(episode[2:]))
-    options = {"key": key} if dropout else {}
-    gradient = jax.grad(lambda p: objective.loss(apply(p, x, **options), y))(meta.init)
-    _, metrics = on_query(apply, meta.init, episode, objective)
-    return _of_init(gradient, meta), metrics
+
+    def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
+        x, y = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tuple(episode[:2]), tuple(episode[2:]))
+        options = {"key": key} if problem.dropout else {}
+        loss, apply = problem.objective.loss, problem.apply
+        gradient = jax.grad(lambda p: loss(apply(p, x, **options), y))(meta.init)
+        _, metrics = on_query(problem, meta.init, episode)
+        return _of_init(gradient, meta), metrics
+
+    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+        """As of Reverse."""
+        return support
 
 
-def implicit(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array,
-    *,
-    objective: Objective = CROSS_ENTROPY,
-    dropout: bool = False,
-    solver_steps: int = 5,
-) -> Direction:
+@dataclasses.dataclass(frozen=True)
+class Implicit:
     """The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, lemma 1 and algorithm 2).
 
     If adaptation ends in a minimum of support loss + lambda/2 |w - init|^2, the init's gradient is lambda * z with
@@ -144,34 +215,43 @@ def implicit(
 
     It is right only near a minimum: take enough steps, at a rate that is stable there (16 steps at 0.1, say).
     """
-    fast = adapted(apply, spec, meta, episode, key, loss=objective.loss, dropout=dropout)
-    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, objective), has_aux=True)(fast)
-    rates = hyperparameters.actual(spec, meta.rates)
 
-    def scaled(tree: Params, by: Callable[[jax.Array], jax.Array | float]) -> Params:
-        """Times by(lambda) in layers that adapt, zero elsewhere."""
+    solver_steps: int = 5
 
-        def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
+        spec, loss, apply = problem.spec, problem.objective.loss, problem.apply
+        fast = adapted(problem, meta, episode, key)
+        (_, metrics), query = jax.value_and_grad(lambda p: on_query(problem, p, episode), has_aux=True)(fast)
+        rates = hyperparameters.actual(spec, meta.rates)
+
+        def scaled(tree: Params, by: Callable[[jax.Array], jax.Array | float]) -> Params:
+            """Times by(lambda) in layers that adapt, zero elsewhere."""
+
+            def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+                layer = hyperparameters.layer_of(spec, path)
+                return jnp.zeros_like(leaf) if layer is None else by(rates[f"proximal:{layer}"]) * leaf
+
+            return jax.tree_util.tree_map_with_path(scale, tree)
+
+        # Reverse over reverse, for the convolution that CPUs use has no forward mode; the Hessian is symmetric.
+        _, curved = jax.vjp(jax.grad(lambda p: loss(apply(p, episode.support_x), episode.support_y)), fast)
+
+        def system(v: Params) -> Params:
+            return jax.tree.map(jnp.add, scaled(curved(v)[0], lambda _: 1.0), scaled(v, lambda pull: pull))
+
+        target, start = scaled(query, lambda _: 1.0), scaled(query, lambda pull: 1 / pull)
+        solved = _conjugate_gradient(system, target, start, self.solver_steps)
+        crossed = curved(solved)[0]  # what does not adapt moves what does
+
+        def gradient(path: tuple[Any, ...], q: jax.Array, z: jax.Array, h: jax.Array) -> jax.Array:
             layer = hyperparameters.layer_of(spec, path)
-            return jnp.zeros_like(leaf) if layer is None else by(rates[f"proximal:{layer}"]) * leaf
+            return q - h if layer is None else rates[f"proximal:{layer}"] * z
 
-        return jax.tree_util.tree_map_with_path(scale, tree)
+        return _of_init(jax.tree_util.tree_map_with_path(gradient, query, solved, crossed), meta), metrics
 
-    # Reverse over reverse, for the convolution that CPUs use has no forward mode; the Hessian is symmetric.
-    _, curved = jax.vjp(jax.grad(lambda p: objective.loss(apply(p, episode.support_x), episode.support_y)), fast)
-
-    def system(v: Params) -> Params:
-        return jax.tree.map(jnp.add, scaled(curved(v)[0], lambda _: 1.0), scaled(v, lambda pull: pull))
-
-    target, start = scaled(query, lambda _: 1.0), scaled(query, lambda pull: 1 / pull)
-    solved = _conjugate_gradient(system, target, start, solver_steps)
-    crossed = curved(solved)[0]  # what does not adapt moves what does
-
-    def gradient(path: tuple[Any, ...], q: jax.Array, z: jax.Array, h: jax.Array) -> jax.Array:
-        layer = hyperparameters.layer_of(spec, path)
-        return q - h if layer is None else rates[f"proximal:{layer}"] * z
-
-    return _of_init(jax.tree_util.tree_map_with_path(gradient, query, solved, crossed), meta), metrics
+    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+        """As of Reverse."""
+        return batch * steps + 2 * (self.solver_steps + 2) * support
 
 
 def _conjugate_gradient(system: Callable[[Params], Params], target: Params, start: Params, steps: int) -> Params:
@@ -197,33 +277,4 @@ def _conjugate_gradient(system: Callable[[Params], Params], target: Params, star
     return restore(jax.lax.fori_loop(0, steps, body, (x, residual, residual, jnp.array(True)))[0])
 
 
-def forward(
-    apply: Apply,
-    spec: RatesSpec,
-    meta: MetaParams,
-    episode: Episode,
-    key: jax.Array,
-    *,
-    objective: Objective = CROSS_ENTROPY,
-    dropout: bool = False,
-    first_order: bool = False,
-) -> Direction:
-    """The exact gradient of the rates by forward mode (Franceschi et al. 2017, section 3.2); the init's is first order.
-
-    Carries one derivative of the params for every learned number instead of the path, so memory does not grow with
-    steps; time grows with the number of learned numbers. first_order leaves second derivatives out here too.
-    """
-    flat, restore = ravel_pytree(meta.rates)
-
-    def final(flat: jax.Array) -> Params:
-        options: dict[str, Any] = {"loss": objective.loss, "dropout": dropout, "first_order": first_order}
-        return adapted(apply, spec, MetaParams(meta.init, restore(flat)), episode, key, **options)
-
-    push = jax.vmap(lambda one: jax.jvp(final, (flat,), (one,)), out_axes=(None, 0))
-    fast, changes = push(jnp.eye(flat.size, dtype=flat.dtype))
-    (_, metrics), query = jax.value_and_grad(lambda p: on_query(apply, p, episode, objective), has_aux=True)(fast)
-    each = jax.tree.map(lambda change, g: change.reshape(flat.size, -1) @ g.reshape(-1), changes, query)
-    return MetaParams(query, restore(jnp.stack(jax.tree.leaves(each)).sum(0))), metrics
-
-
-DIRECTIONS = {"joint": joint, "reptile": reptile, "implicit": implicit, "forward": forward}
+Method = Reverse | Forward | Reptile | Joint | Implicit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.inner.optimizers import promoting
 from metalr.models import Model
 from metalr.outer import devices, meta_gradients
-from metalr.outer.meta_gradients import Method
+from metalr.outer.directions import Forward, Method, Reverse
 from metalr.tasks import Pool, Sampler, second_key
 from metalr.types import MetaParams, Params, Rates
 
@@ -257,12 +258,11 @@ def make_gradient(
             return meta_gradients.meta_gradient(model, spec, meta, episodes, inner_keys, method, **options)
 
         def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-            if not phases.first_order_until or method.first_order:
+            if not phases.first_order_until or not isinstance(method, (Reverse, Forward)) or method.first_order:
                 return of(method, weights)
+            simple = dataclasses.replace(method, first_order=True)
             first = number < phases.first_order_until
-            return jax.lax.cond(
-                first, lambda: of(method._replace(first_order=True), weights), lambda: of(method, weights)
-            )
+            return jax.lax.cond(first, lambda: of(simple, weights), lambda: of(method, weights))
 
         def of_phase() -> tuple[MetaParams, dict[str, jax.Array]]:
             if not phases.multi_step_until:
@@ -306,10 +306,12 @@ def run_chunks(
     every: Sequence[int],
     *,
     stop: Callable[[], bool] = lambda: False,
+    before: Callable[[int, int], None] = lambda first, last: None,
 ) -> Iterator[Chunk]:
     """Outer steps state.step ... `steps`, in chunks of about DISPATCH_SECONDS that end at all multiples of `every`.
 
     stop: asked before every chunk; the iteration ends when it says so. The first chunk is of no steps: it compiles.
+    before: called before every chunk with its first step and one that is twice as far: what may be prepared ahead.
 
     Raises:
       DivergedError: a step was not finite; the steps before it were given, and it has the state after those.
@@ -317,6 +319,7 @@ def run_chunks(
     """
     done, count = int(state.step), 0
     while done < steps and not stop():
+        before(done, min(done + 2 * max(count, 1), steps))
         began = time.perf_counter()
         try:
             state, measured = chunk(state, pool, key, np.int32(count))

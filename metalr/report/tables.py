@@ -190,7 +190,14 @@ def bars(values: list[float]) -> str:
 def curve_text(results: dict[str, Any]) -> str:
     """The adaptation curve of an evaluation."""
     head = f"{results['run']}: {results['episodes']} held-out tasks, split {results['split_sha256'][:12]}"
-    return "\n".join([head, *curve_lines(results["curve"])])
+    lines = [head, *curve_lines(results["curve"])]
+    if "label_orders" in results:
+        found = results["label_orders"]
+        lines += [
+            f"the order of its labels alone moves a task's accuracy by {100 * found['spread']:.2f} points (standard "
+            f"deviation over {found['orders']} orders, mean over {found['episodes']} tasks)"
+        ]
+    return "\n".join(lines)
 
 
 def curve_lines(curve: list[dict[str, Any]]) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from metalr.config import EvaluationConfig, GridConfig, InnerConfig, OuterConfig, TrainConfig
 from metalr.errors import ConfigError
@@ -13,10 +17,20 @@ from metalr.learner import Learner, load
 from metalr.models import Model
 from metalr.runs import training
 from metalr.runs.progress import Reporter
+from metalr.runs.studies import over_seeds
+from metalr.storage import folders
 from metalr.tasks import Tasks
 
 
-def meta_train(
+@overload
+def meta_train(tasks: Tasks, model: Model, *, seed: int = 0, **settings: Any) -> Learner: ...
+
+
+@overload
+def meta_train(tasks: Tasks, model: Model, *, seed: Sequence[int], **settings: Any) -> list[Learner]: ...
+
+
+def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of the result, not all settings
     tasks: Tasks,
     model: Model,
     *,
@@ -25,7 +39,7 @@ def meta_train(
     steps: int = 5,
     outer_steps: int = 2000,
     meta_batch: int = 16,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -34,7 +48,7 @@ def meta_train(
     evaluation: EvaluationConfig | None = None,
     grid: GridConfig | None = None,
     reporter: Reporter | None = None,
-) -> Learner:
+) -> Learner | list[Learner]:
     """Meta-train on tasks of your own; what was learned, which also stands in the run folder.
 
     It does what `metalr train` does: validation on meta-validation tasks (the best init and rates are kept),
@@ -47,12 +61,17 @@ def meta_train(
       objective: "cross_entropy", "squared_error", "binary_cross_entropy", or an Objective of your own.
       algorithm: a row of metalr.outer.algorithms.ALGORITHMS; "meta_sgd_layer" learns one rate a layer.
       steps: inner steps; outer_steps: meta-updates; meta_batch: tasks a meta-update.
-      out: the run folder; default runs/tasks, numbered if taken.
+      seed: of meta-training; several seeds are trained one after another, in out/seed0, out/seed1 and so on, and their
+        mean curve, with an interval over seeds and tasks together, stands in out/seeds.json.
+      out: the run folder; default runs/NAME of the tasks, numbered if taken (of several seeds: not numbered).
       resume: go on with the run in `out`, which was stopped or killed; with no run there, begin one.
       overwrite: replace a run in `out`.
       inner, outer, evaluation, grid: all other settings, as the command line has them. What the arguments above say
         is not taken from them.
       reporter: where progress goes; default: the terminal.
+
+    Returns:
+      A Learner; of several seeds a list of them.
 
     Raises:
       MetalrError: a setting, the tasks or the model cannot work (nothing is written then), training diverged, a signal
@@ -62,16 +81,27 @@ def meta_train(
         raise ConfigError(f"tasks: expected a metalr.Tasks, got {type(tasks).__name__}")
     if not isinstance(model, Model):
         raise ConfigError(f"model: expected a metalr.models.Model, such as from_function(init, apply), got {model!r}")
+    if not isinstance(seed, (int, np.integer)):
+
+        def of_seed(one: int, folder: Path) -> Learner:
+            return meta_train(
+                tasks, model, objective=objective, algorithm=algorithm, steps=steps, outer_steps=outer_steps,
+                meta_batch=meta_batch, seed=one, out=folder, resume=resume, overwrite=overwrite, inner=inner,
+                outer=outer, evaluation=evaluation, grid=grid, reporter=reporter,
+            )  # fmt: skip
+
+        parent = Path("runs") / _named(tasks) if out is None else Path(out)
+        return _of_seeds(of_seed, [int(one) for one in seed], parent, may_exist=resume or overwrite)
     found, changed = objective_of(objective), {"algorithm": algorithm, "steps": steps}
-    given: dict[str, Any] = {"steps": outer_steps, "meta_batch": meta_batch}
+    lengths: dict[str, Any] = {"steps": outer_steps, "meta_batch": meta_batch}
     config = TrainConfig(
         data=tasks.name,
         objective=found.name,
         inner=dataclasses.replace(inner or InnerConfig(), **changed),  # type: ignore[arg-type]
-        outer=dataclasses.replace(outer or OuterConfig(), **given),
+        outer=dataclasses.replace(outer or OuterConfig(), **lengths),
         evaluation=evaluation or EvaluationConfig(),
         grid=grid or GridConfig(),
-        seed=seed,
+        seed=int(seed),
         out=None if out is None else Path(out),
         overwrite=overwrite,
     )
@@ -84,7 +114,28 @@ def meta_train(
         results = training.resume(config.out, config, model=model, reporter=reporter, given=tasks, objective=found)
     else:
         results = training.run(
-            config, name=tasks.name.replace(" ", "_").replace("/", "_"), model=model, reporter=reporter, given=tasks,
-            objective=found,
+            config, name=_named(tasks), model=model, reporter=reporter, given=tasks, objective=found,
         )  # fmt: skip
     return load(results["folder"], model, found)
+
+
+def _named(tasks: Tasks) -> str:
+    return tasks.name.replace(" ", "_").replace("/", "_")
+
+
+def _of_seeds(
+    of_seed: Callable[[int, Path], Learner], seeds: Sequence[int], out: Path, *, may_exist: bool
+) -> list[Learner]:
+    """Train each seed in a folder of its own, and write out/seeds.json."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seed: expected one number, or several that differ, got {seeds}")
+    runs = [out / f"seed{seed}" for seed in seeds]
+    for folder in runs:
+        folders.check_free(folder, training.FILES, overwrite=may_exist)
+    learners = [of_seed(seed, folder) for seed, folder in zip(seeds, runs, strict=True)]
+    results = [json.loads((folder / "results.json").read_text()) for folder in runs]
+    metric = results[0]["metric"]
+    curve = over_seeds([each["curve"] for each in results], metric["name"])
+    kept = {name: results[0][name] for name in ("command", "provenance", "split_sha256", "objective")}
+    folders.write_json(out / "seeds.json", {"seeds": list(seeds), "metric": metric, **kept, "curve": curve})
+    return learners

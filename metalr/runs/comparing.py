@@ -23,12 +23,12 @@ from metalr.comparison import rivals
 from metalr.comparison.rivals import Field, Key, Scores, Searched
 from metalr.config import CompareConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
-from metalr.errors import ConfigError, StoppedError, one_line
+from metalr.errors import ConfigError, one_line
 from metalr.evaluation import protocol
 from metalr.inner import Objective, hyperparameters
 from metalr.learner import artifact
 from metalr.models import Model
-from metalr.runs import preemption
+from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import OWN_TASKS, load
@@ -39,6 +39,7 @@ from metalr.tasks import Tasks
 from metalr.trees import count
 
 FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
+JOB = Job("comparison", frozenset(FILES))
 WARM = "tpe+"  # TPE that tries the learned rates first
 FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
 
@@ -75,15 +76,19 @@ def run(
     Raises:
       MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
     """
-    folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    parts = _set_up(runs, config, pretrained, Own(model, given, objective))
-    with folders.taken(config.out, "compare", FILES, overwrite=config.overwrite) as folder:
-        stored = {
-            "runs": [_record(path, folder) for path in runs],
-            "pretrained": None if pretrained is None else _record(pretrained, folder),
-        }
-        folders.write_json(folder / "config.json", stored | {"config": config.to_json()})
+
+    def make() -> _Parts:
+        return _set_up(runs, config, pretrained, Own(model, given, objective))
+
+    def record(folder: Path) -> dict[str, Any]:
+        of = [_record(path, folder) for path in runs]
+        joint = None if pretrained is None else _record(pretrained, folder)
+        return {"runs": of, "pretrained": joint, "config": config.to_json()}
+
+    def carry_out(parts: _Parts, folder: Path) -> dict[str, Any]:
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+    return JOB.begin(config, "compare", make, carry_out, record)
 
 
 def resume(
@@ -108,12 +113,15 @@ def resume(
         raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
     runs = [_locate(recorded, folder) for recorded in recorded_runs]
     pretrained = None if recorded_pretrained is None else _locate(recorded_pretrained, folder)
-    if (folder / "results.json").exists():
-        raise ConfigError(f"resume: {folder}: this comparison is finished (it has results.json)")
-    parts = _set_up(runs, config, pretrained, Own(model, given, objective), folder)
-    with folders.locked(folder):
-        folders.sweep(folder)
+    JOB.refuse_finished(folder)
+
+    def make() -> _Parts:
+        return _set_up(runs, config, pretrained, Own(model, given, objective), folder)
+
+    def carry_out(parts: _Parts, folder: Path) -> dict[str, Any]:
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
+
+    return JOB.go_on(folder, make, carry_out)
 
 
 def _record(run: Path, folder: Path) -> dict[str, str]:
@@ -327,12 +335,7 @@ def _field(config: CompareConfig, learner: artifact.Learner, test: Any, validati
 def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     folders.remember_data(folder, config.data or parts.facts["trained_on"]["data"], parts.facts["data_sha256"])
-    with preemption.watch() as asked:
-
-        def between() -> None:
-            if asked():
-                raise StoppedError(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}")
-
+    with stoppable(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}") as between:
         rows = _single(parts, reporter, between)
         if config.searched:
             rows += _searches(parts, config, folder, between, reporter)

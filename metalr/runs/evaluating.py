@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from metalr.config import TrainConfig
@@ -14,7 +15,7 @@ from metalr.evaluation import protocol, small_grid
 from metalr.learner import artifact
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
-from metalr.types import Curve
+from metalr.types import Curve, Episode
 
 
 def held_out(
@@ -39,6 +40,31 @@ def held_out(
     )
     curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
+
+
+def label_orders(
+    learner: artifact.Learner, setup: Setup, seed: int, *, episodes: int = 100, orders: int = 5
+) -> dict[str, Any]:
+    """How much the order of labels alone moves a task's score: which class is called 0 says nothing about the task.
+
+    The same meta-test tasks with `orders` random orders of their labels, after the trained steps.
+
+    Returns: orders, episodes, and spread: the standard deviation over orders, mean over tasks.
+    """
+    pool, sample = setup.samplers["test"]
+    way, steps = learner.model.classes, learner.spec.steps
+
+    def reordered(given: Any, key: jax.Array) -> Episode:
+        episode, names = sample(given[0], key), jax.random.permutation(jax.random.fold_in(key, given[1]), way)
+        return episode._replace(support_y=names[episode.support_y], query_y=names[episode.query_y])
+
+    evaluator = protocol.make_evaluator(
+        learner.model, learner.spec, reordered, steps, at=[steps], objective=learner.objective,
+        random_init=setup.phases.fresh_init,
+    )  # fmt: skip
+    keys = protocol.episode_keys(seed, episodes)
+    scores = [evaluator((pool, np.int32(order)), learner.init, learner.rates, keys).tasks for order in range(orders)]
+    return {"orders": orders, "episodes": episodes, "spread": protocol.rounded(np.std(scores, axis=0, ddof=1).mean())}
 
 
 def horizons(

@@ -18,11 +18,11 @@ import numpy as np
 
 from metalr import data, models, tasks
 from metalr.config import ModelConfig, SearchConfig
-from metalr.config.files import differences, read_config
-from metalr.errors import ConfigError, StoppedError
+from metalr.config.files import read_config
+from metalr.errors import ConfigError
 from metalr.evaluation import protocol
 from metalr.inner import optimizers
-from metalr.runs import preemption
+from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
 from metalr.runs.setup import check_choices_of, model_of
@@ -32,7 +32,7 @@ from metalr.storage import folders
 from metalr.types import Episode
 
 FILES = {"config.json", "trials.jsonl", "cv_results.csv", "results.json", *folders.OWN}
-MAY_CHANGE = ("out", "overwrite", "data", "trials")
+JOB = Job("search", frozenset(FILES), ("out", "overwrite", "data", "trials"))
 
 
 def run(config: SearchConfig, *, model: models.Model | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -44,13 +44,12 @@ def run(config: SearchConfig, *, model: models.Model | None = None, reporter: Re
     Raises:
       MetalrError: a setting cannot work (nothing is written then), a signal asked to stop, or the disk refuses.
     """
-    folders.check_free(config.out, FILES, overwrite=config.overwrite)
-    if model is not None:
-        config = dataclasses.replace(config, model=ModelConfig.of(model))
-    parts = set_up(config, model)
-    with folders.taken(config.out, f"search-{config.searcher}", FILES, overwrite=config.overwrite) as folder:
-        folders.write_json(folder / "config.json", config.to_json())
-        return _carry_out(config, *parts, folder, reporter or ConsoleReporter())
+    begun = config if model is None else dataclasses.replace(config, model=ModelConfig.of(model))
+
+    def carry_out(parts: SearchParts, folder: Path) -> dict[str, Any]:
+        return _carry_out(begun, *parts, folder, reporter or ConsoleReporter())
+
+    return JOB.begin(begun, f"search-{begun.searcher}", lambda: set_up(begun, model), carry_out)
 
 
 def resume(
@@ -75,28 +74,28 @@ def resume(
     given = config or stored
     if model is not None:
         given = dataclasses.replace(given, model=ModelConfig.of(model))
-    for field, (old, new) in differences(stored, given).items():
-        if field not in MAY_CHANGE:
-            raise ConfigError(f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or search anew")
+    JOB.check_changes(folder, stored, given)
     done = len(folders.read_rows(folder / "trials.jsonl"))
     if given.trials is not None and given.trials < done:
         raise ConfigError(f"trials: expected at least the {done} that are done in {folder}, got {given.trials}")
     longer = given.trials is not None and given.trials > done
-    if (folder / "results.json").exists() and not longer:
-        raise ConfigError(f"resume: {folder}: this search is finished (it has results.json); for more, --trials N")
+    if not longer:
+        JOB.refuse_finished(folder, "for more, --trials N")
     where = given.data if given.data != stored.data else None
-    parts = set_up(given, model, data.load_recorded(folder, stored.data, where))
-    with folders.locked(folder):
-        folders.sweep(folder)
-        kept = dataclasses.replace(given, out=stored.out, overwrite=stored.overwrite)
-        if kept != stored:
-            folders.write_json(folder / "config.json", kept.to_json())
-        return _carry_out(kept, *parts, folder, reporter or ConsoleReporter())
+
+    def make() -> SearchParts:
+        return set_up(given, model, data.load_recorded(folder, stored.data, where))
+
+    def carry_out(parts: SearchParts, folder: Path) -> dict[str, Any]:
+        return _carry_out(given, *parts, folder, reporter or ConsoleReporter())
+
+    return JOB.go_on(folder, make, carry_out, stored, given)
 
 
-def set_up(
-    config: SearchConfig, model: models.Model | None = None, dataset: data.Dataset | None = None
-) -> tuple[searchers.Problem, searchers.Space, str]:
+SearchParts = tuple[searchers.Problem, searchers.Space, str]
+
+
+def set_up(config: SearchConfig, model: models.Model | None = None, dataset: data.Dataset | None = None) -> SearchParts:
     """Check a config and make its parts, with the sha256 of its data. Raises MetalrError naming the setting."""
     check_choices_of(config, model)
     space = searchers.Space(**dataclasses.asdict(config.space))
@@ -158,18 +157,15 @@ def _carry_out(
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{file}: not the trials of a search: {error}") from error
     total = space.cells if config.trials is None or config.searcher == "grid" else config.trials
+    stop = f"stopped; finished trials are kept; go on with: metalr search --resume {folder}"
     best = None if not known else trials_lib.best(known, objective=problem.objective)
-    with preemption.watch() as asked, reporter.bar(f"{config.searcher} search", total, len(known)) as advance:
+    with stoppable(stop) as between, reporter.bar(f"{config.searcher} search", total, len(known)) as advance:
 
         def finished(trial: trials_lib.Trial) -> None:
             nonlocal best
             folders.append_rows(file, [trial.to_json()])
             best = trial if best is None else problem.objective.best([best, trial], lambda one: one.score)
             advance(1, f"best validation {best.score:.4f}")
-
-        def between() -> None:
-            if asked():
-                raise StoppedError(f"stopped; finished trials are kept; go on with: metalr search --resume {folder}")
 
         trials = searchers.search(
             config.searcher, space, problem, trials=total, seed=config.seed, known=known, finished=finished,

@@ -21,7 +21,8 @@ from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
-from metalr.outer import Method, algorithms, loop
+from metalr.outer import Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, loop
+from metalr.storage import folders
 from metalr.types import Episode
 
 OWN_TASKS = "tasks given in Python"  # the source of a Tasks
@@ -36,6 +37,7 @@ class Source(NamedTuple):
       name, source, sha256: of the data, or of a Tasks.
       split_sha256: says whether two results are of the same splits; splits: what each part holds.
       text: the data in a line; tasks: what one task is, in a line.
+      relabels: whether a task's labels are in an order that says nothing about the task.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Source(NamedTuple):
     splits: list[dict[str, Any]]
     text: str
     tasks: str
+    relabels: bool = False
 
 
 class Setup(NamedTuple):
@@ -68,6 +71,7 @@ class Setup(NamedTuple):
     support: int
     query: int
     standardisation: tasks.Standardisation | None = None
+    prefetch: Callable[[jax.Array], None] | None = None
 
 
 def set_up(
@@ -154,29 +158,34 @@ def set_up(
         base=optimizers.by_name(config.outer.optimizer, "outer.optimizer"),
     )
     given = load(config) if given is None else given
-    standardisation = None
+    standardisation = prefetch = None
     if isinstance(given, data.Dataset):
         if objective.name != CROSS_ENTROPY.name:
             raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
         source, samplers = _of_images(config, given)
-        model = model_of(config.model, config.tasks.way, given, model)
+        model = model_of(config.model, config.tasks.way, given, model, row.head_start)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
-        model = _model_of_table(config, given) if model is None else model
-        standardisation = given.standardisation
+        if model is None:
+            model = _model_of_table(config, given, row.head_start)
+        elif row.head_start != "learned":
+            raise ConfigError(f"inner.head_start: expected learned with a network of your own, got {row.head_start!r}")
+        standardisation, prefetch = given.standardisation, given.prefetch
         if standardisation is not None:
             objective = objective.in_units(standardisation.outputs)
         source, samplers, support, query = _of_tasks(given, given.check(model, objective))
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
-    chosen: tuple[str, int] = config.inner.derivative, config.inner.last
-    if config.inner.derivative == "auto":
-        chosen = outer.choose_derivative(spec, model, config.inner.last)
-    method = Method(row.meta_gradient, row.first_order, *chosen, config.inner.solver_steps)
-    if row.multi_step and (row.meta_gradient != "query" or method.derivative in ("truncated", "forward")):
+    method = _method_of(config, row, spec, model)
+    if model.start is not None and not isinstance(method, Reverse):
         raise ConfigError(
-            f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative {method.derivative}"
-            f"{' (what auto picks here)' if config.inner.derivative == 'auto' else ''}, which see the last step only, "
+            f"inner.head_start: expected learned with {config.inner.algorithm} and {method}, which need a head that "
+            f"stays what it is, got {row.head_start!r}"
+        )
+    if row.multi_step and not (isinstance(method, Reverse) and method.last is None):
+        raise ConfigError(
+            f"outer.multi_step: expected 0 with {config.inner.algorithm} and inner.derivative {config.inner.derivative}"
+            f"{f' ({method})' if config.inner.derivative == 'auto' else ''}, which see the last step only, "
             f"got {row.multi_step}"
         )
     phases = loop.Phases(
@@ -185,8 +194,25 @@ def set_up(
         config.outer.learns == "rates",
         () if row.learned else ("rates",),
     )
-    rest = row.learned, objective, support, query, standardisation
+    rest = row.learned, objective, support, query, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
+
+
+def _method_of(config: TrainConfig, row: algorithms.Algorithm, spec: RatesSpec, model: Model) -> Method:
+    """The way to the meta-gradient, with its options."""
+    inner, simple = config.inner, row.first_order
+    if row.meta_gradient != "query":
+        others: dict[str, Method] = {"joint": Joint(), "reptile": Reptile(), "implicit": Implicit(inner.solver_steps)}
+        return others[row.meta_gradient]
+    if inner.derivative == "auto":
+        return outer.choose_derivative(spec, model, inner.last, first_order=simple)
+    named: dict[str, Method] = {
+        "reverse": Reverse(simple),
+        "remat": Reverse(simple, remat=True),
+        "truncated": Reverse(simple, remat=True, last=inner.last),
+        "forward": Forward(simple),
+    }
+    return named[inner.derivative]
 
 
 def load(config: TrainConfig, folder: Path | None = None, where: str | None = None) -> data.Dataset | tasks.Tasks:
@@ -201,6 +227,11 @@ def load(config: TrainConfig, folder: Path | None = None, where: str | None = No
     read = functools.partial(table_tasks, config) if data.is_table(config.data) else data.load
     if folder is None:
         return read(where or config.data)
+    if folders.data_of(folder).get("given") == OWN_TASKS:
+        raise ConfigError(
+            f"{folder}: is of tasks given in Python; go on with metalr.meta_train(..., out={str(folder)!r}, "
+            f"resume=True), evaluate with metalr.load({str(folder)!r}, ...).evaluate(tasks)"
+        )
     return data.load_recorded(folder, config.data, where, read)
 
 
@@ -225,14 +256,16 @@ def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
     return dataclasses.replace(own, facts={**own.facts, "table": facts | {"task_column": columns.task_column}})
 
 
-def _model_of_table(config: TrainConfig, given: tasks.Tasks) -> Model:
+def _model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> Model:
     facts = given.facts.get("table")
     if facts is None:
         raise ConfigError("model: expected a network with tasks of your own, got None")
     if config.model.name != "mlp":
         raise ConfigError(f"model.name: expected mlp with a table, got {config.model.name!r}")
     outputs = 1 if config.objective == "binary_cross_entropy" else len(facts["classes"]) or len(facts["target"])
-    return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings())
+    if head_start != "learned" and config.objective != CROSS_ENTROPY.name:
+        raise ConfigError(f"inner.head_start: expected learned with {config.objective}, got {head_start!r}")
+    return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), head_start=head_start)
 
 
 def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
@@ -244,7 +277,9 @@ def _of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict
         samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=t.distort, label_noise=t.label_noise)
     described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class"
     facts = [part.describe() for part in splits]
-    return Source(dataset.name, dataset.source, dataset.sha256, splits.sha256, facts, str(dataset), described), samplers
+    relabels = tasks.FAMILIES[t.family].labels != "fixed"
+    described_by = splits.sha256, facts, str(dataset), described, relabels
+    return Source(dataset.name, dataset.source, dataset.sha256, *described_by), samplers
 
 
 def _of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, dict[str, Any], int, int]:
@@ -318,10 +353,14 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
     return unused
 
 
-def model_of(config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None) -> Model:
+def model_of(
+    config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None, head_start: str = "learned"
+) -> Model:
     """The network for a dataset: the given one if it fits, or what the config says. Raises ConfigError."""
     if given is None:
-        return models.build(config.name, way, dataset.shape, **config.settings())
+        return models.build(config.name, way, dataset.shape, **config.settings(), head_start=head_start)
+    if head_start != "learned":
+        raise ConfigError(f"inner.head_start: expected learned with a network of your own, got {head_start!r}")
     if (given.way, given.input_shape) != (way, dataset.shape):
         raise ConfigError(
             f"model: expected {way} outputs for images of shape {list(dataset.shape)}, got {given.way} for "
@@ -340,21 +379,13 @@ def grid_of(config: TrainConfig) -> small_grid.Grid:
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
     """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
-    support, query = setup.support, setup.query
-    steps, method = config.inner.steps, setup.method
-    if method.meta_gradient == "joint":
-        return support + query
-    solver = 2 * (method.solver_steps + 2) * support if method.meta_gradient == "implicit" else 0
+    support, steps, method = setup.support, config.inner.steps, setup.method
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
-    exact = {
-        "reverse": 3 * steps,
-        "remat": 4 * steps,
-        "forward": (2 * numbers + 1) * steps,
-        "truncated": steps + 3 * min(method.last, steps),
-    }[method.derivative]
-    simple = method.first_order or method.meta_gradient != "query"
-    share = 1.0 if simple else setup.phases.first_order_until / config.outer.steps
-    return (share * steps + (1 - share) * exact) * min(config.inner.batch_size or support, support) + solver + query
+    of = steps, min(config.inner.batch_size or support, support), support, numbers
+    cost, share = method.cost(*of), setup.phases.first_order_until / config.outer.steps
+    if share and isinstance(method, (Reverse, Forward)):
+        cost = share * dataclasses.replace(method, first_order=True).cost(*of) + (1 - share) * cost
+    return cost + setup.query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

@@ -16,7 +16,7 @@ from metalr.evaluation import protocol, small_grid
 from metalr.learner import artifact
 from metalr.runs import evaluating
 from metalr.runs.setup import set_up
-from metalr.runs.training import RUN_FILES, resume, run
+from metalr.runs.training import FILES, resume, run
 from metalr.storage import folders
 
 
@@ -35,7 +35,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     configs = [dataclasses.replace(config, seed=seed, out=parent / f"seed{seed}") for seed in seeds]
     for each in configs:
         set_up(each)
-        folders.check_free(each.out, RUN_FILES, overwrite=each.overwrite)
+        folders.check_free(each.out, FILES, overwrite=each.overwrite)
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
     except OSError as error:

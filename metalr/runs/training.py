@@ -25,7 +25,7 @@ import numpy as np
 import metalr
 from metalr import models, outer, tasks
 from metalr.config import ModelConfig, TrainConfig
-from metalr.config.files import differences, read_config
+from metalr.config.files import read_config
 from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol, small_grid
 from metalr.inner import hyperparameters
@@ -34,6 +34,7 @@ from metalr.learner import artifact
 from metalr.models import Model
 from metalr.outer import devices, loop
 from metalr.runs import evaluating, preemption
+from metalr.runs.job import Job
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import OWN_TASKS, TABLE, Setup, describe, load, set_up, task_cost
@@ -41,8 +42,13 @@ from metalr.storage import checkpoints, folders
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
 
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
-MAY_CHANGE = ("out", "data", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every")
+FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
+JOB = Job(
+    "run",
+    frozenset(FILES),
+    ("out", "data", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every"),
+    ("checkpoints",),
+)
 MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 
 Asked = Callable[[], bool]
@@ -70,15 +76,16 @@ def run(
     Raises:
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
     """
-    reporter = reporter or ConsoleReporter()
-    folders.check_free(config.out, RUN_FILES, overwrite=config.overwrite)
-    if model is not None:
-        config = dataclasses.replace(config, model=ModelConfig.of(model))
-    setup = set_up(config, model, given, objective=objective)
-    warm = warm_start(config, setup)
-    with folders.taken(config.out, name, RUN_FILES, overwrite=config.overwrite) as folder:
-        folders.write_json(folder / "config.json", config.to_json())
-        return _carry_out(config, setup, folder, name, reporter, warm)
+    begun = config if model is None else dataclasses.replace(config, model=ModelConfig.of(model))
+
+    def make() -> tuple[Setup, WarmStart | None]:
+        setup = set_up(begun, model, given, objective=objective)
+        return setup, warm_start(begun, setup)
+
+    def carry_out(parts: tuple[Setup, WarmStart | None], folder: Path) -> dict[str, Any]:
+        return _carry_out(begun, parts[0], folder, name, reporter or ConsoleReporter(), parts[1])
+
+    return JOB.begin(begun, name, make, carry_out)
 
 
 def resume(
@@ -94,44 +101,36 @@ def resume(
 
     Args:
       folder: the run folder.
-      config: the run's config, with other values for MAY_CHANGE if wanted; default: the run's own.
+      config: the run's config, with other values for JOB.may_change if wanted; default: the run's own.
       model: the network of your own that the run was started with, if it was.
       given, objective: the tasks and the objective of your own that it was started with, if it was.
 
     Raises:
       MetalrError: no run, a finished one, one in use, or a changed setting that the result depends on.
     """
-    reporter = reporter or ConsoleReporter()
     folders.refuse_if_locked(folder)
     stored = read_config(folder)
-    config = dataclasses.replace(config or stored, out=folder)
+    begun = dataclasses.replace(config or stored, out=folder)
     if model is not None:
-        config = dataclasses.replace(config, model=ModelConfig.of(model))
-    for field, (old, new) in differences(stored, config).items():
-        if not any(field == free or field.startswith(f"{free}.") for free in MAY_CHANGE):
-            raise ConfigError(
-                f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or start a new run"
-            )
-    if (folder / "results.json").exists():
-        raise ConfigError(f"resume: {folder}: this run is finished (it has results.json); nothing to go on with")
-    if given is None:
-        where = config.data if config.data != stored.data else None
-        setup = set_up(config, model, load(stored, folder, where), objective=objective)
-    else:
-        begun = folders.data_of(folder).get("sha256", given.sha256)
-        if begun != given.sha256:
+        begun = dataclasses.replace(begun, model=ModelConfig.of(model))
+    JOB.check_changes(folder, stored, begun)
+    JOB.refuse_finished(folder)
+    if given is not None:
+        sha256 = folders.data_of(folder).get("sha256", given.sha256)
+        if sha256 != given.sha256:
             raise ConfigError(
                 f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)"
             )
-        setup = set_up(config, model, given, objective=objective)
-    warm = None if checkpoints.any_in(folder / "checkpoints") else warm_start(config, setup)
-    with folders.locked(folder):
-        folders.sweep(folder)
-        folders.sweep(folder / "checkpoints")
-        kept = dataclasses.replace(config, out=stored.out, overwrite=stored.overwrite)
-        if kept != stored:  # another resume, or `metalr evaluate`, goes by these
-            folders.write_json(folder / "config.json", kept.to_json())
-        return _carry_out(config, setup, folder, folder.name, reporter, warm)
+
+    def make() -> tuple[Setup, WarmStart | None]:
+        where = begun.data if begun.data != stored.data else None
+        setup = set_up(begun, model, given or load(stored, folder, where), objective=objective)
+        return setup, None if checkpoints.any_in(folder / "checkpoints") else warm_start(begun, setup)
+
+    def carry_out(parts: tuple[Setup, WarmStart | None], folder: Path) -> dict[str, Any]:
+        return _carry_out(begun, parts[0], folder, folder.name, reporter or ConsoleReporter(), parts[1])
+
+    return JOB.go_on(folder, make, carry_out, stored, begun)
 
 
 class WarmStart(NamedTuple):
@@ -194,7 +193,8 @@ def _carry_out(
     config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter, warm: WarmStart | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    folders.remember_data(folder, config.data, setup.source.sha256)
+    own = setup.source.source == OWN_TASKS
+    folders.remember_data(folder, OWN_TASKS if own else config.data, setup.source.sha256)
     with preemption.watch() as asked:
         _agree(config, setup)
         reporter.line(describe(config, setup))
@@ -348,7 +348,14 @@ def meta_train(
             save(state)  # so that resuming never needs what it started from
         try:
             with reporter.bar("meta-training", steps, int(state.step)) as advance:
-                chunks = loop.run_chunks(chunk, state, pool, jax.random.fold_in(key, 1), steps, every, stop=asked)
+                step_key = jax.random.fold_in(key, 1)
+
+                def before(first: int, last: int) -> None:
+                    if setup.prefetch is not None:
+                        keys = [loop.task_keys(step_key, step, config.outer.meta_batch) for step in range(first, last)]
+                        setup.prefetch(jnp.concatenate(keys))
+
+                chunks = loop.run_chunks(chunk, state, pool, step_key, steps, every, stop=asked, before=before)
                 note = ""
                 for part in chunks:
                     began = time.perf_counter()

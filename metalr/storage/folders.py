@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +55,7 @@ def make(path: Path, *, parents: bool = False) -> None:
         refuse(path, error)
 
 
-def check_free(folder: Path | None, files: set[str], *, overwrite: bool, locked: bool = False) -> None:
+def check_free(folder: Path | None, files: AbstractSet[str], *, overwrite: bool, locked: bool = False) -> None:
     """Raises ConfigError if `folder` cannot become a run's: it is a file, in use, or holds something already.
 
     Args:
@@ -94,7 +95,7 @@ def claim(folder: Path | None, name: str) -> Path:
         refuse(path, error)
 
 
-def clear(folder: Path, files: set[str]) -> None:
+def clear(folder: Path, files: AbstractSet[str]) -> None:
     """Remove what an earlier run of this kind left, but not the lock. Call it with the lock held."""
     sweep(folder)
     for old in files - {LOCK}:
@@ -386,7 +387,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def taken(folder: Path | None, name: str, files: set[str], *, overwrite: bool) -> Iterator[Path]:
+def taken(folder: Path | None, name: str, files: AbstractSet[str], *, overwrite: bool) -> Iterator[Path]:
     """A folder for a new run, locked and cleared of what `files` an earlier run left: see claim, locked, clear.
 
     Call check_free before, when nothing has been made yet; here it is asked again with the lock held.

@@ -15,6 +15,8 @@ import numpy as np
 from metalr.errors import ConfigError, DataError
 from metalr.inner import Objective
 from metalr.models import Model
+from metalr.tasks.host import Draw, feeds
+from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import choose, second_key
 from metalr.tasks.standardisation import Standardisation
 from metalr.trees import count, path_name
@@ -38,6 +40,7 @@ class Tasks:
         their hash tells whether two runs are of the same tasks.
       standardisation: how the numbers in the episodes were standardised, which goes with what is learned; None: they
         are as they were.
+      prefetch: called with the keys [n] of meta-training episodes before they are needed (see `from_host`).
     """
 
     train: Sample
@@ -47,6 +50,7 @@ class Tasks:
     name: str = "tasks"
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     standardisation: Standardisation | None = None
+    prefetch: Callable[[jax.Array], None] | None = None
 
     def sampler(self, part: str) -> tuple[Any, Callable[[Any, jax.Array], Episode]]:
         """(pool, `sample(pool, key) -> Episode`) of one split, "train", "validation" or "test"."""
@@ -209,6 +213,39 @@ class Tasks:
         }
         sample = _row_sampler(shot, query)
         return cls(sample, sample, sample, pool, name, facts, standardisation)
+
+    @classmethod
+    def from_host(
+        cls,
+        train: Draw,
+        validation: Draw,
+        test: Draw,
+        *,
+        name: str = "tasks",
+        facts: Mapping[str, Any] | None = None,
+        workers: int = 2,
+        ahead: int = 256,
+    ) -> Tasks:
+        """Tasks that cannot be sampled by jax: read from files, simulated, or given by a loader such as Grain.
+
+        While the device works, threads draw the episodes of the next steps.
+
+        Args:
+          train, validation, test: rng -> Episode of numpy arrays, of the same shapes each time. All that is random
+            comes from rng, a numpy.random.Generator that is made from the episode's key: so a resumed run sees the same
+            episodes. Of a dataset that has a length and items: `lambda rng: read(dataset[rng.integers(len(dataset))])`.
+          name, facts: as of `Tasks`.
+          workers: threads that draw; ahead: the most episodes that are kept waiting.
+
+        Raises DataError: a function that gives no Episode, or not arrays of numbers.
+        """
+        made = feeds((train, validation, test), workers, ahead)
+
+        def prefetch(keys: jax.Array) -> None:
+            made[0].prefetch(np.asarray(jax.random.key_data(keys)))
+
+        of_train, of_validation, of_test = map(host_sampler, made)
+        return cls(of_train, of_validation, of_test, name=name, facts=facts or {}, prefetch=prefetch)
 
 
 class Checked(NamedTuple):

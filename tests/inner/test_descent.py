@@ -11,9 +11,7 @@ from metalr.errors import ConfigError
 from metalr.inner import descent, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 
-pytestmark = pytest.mark.numerical
-
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.numerical, pytest.mark.smoke]
 PARAMS = {
     "dense_0": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.1, 0.2])},
     "head": {"kernel": jnp.array([[2.0, 1.0], [-1.0, 0.5]]), "bias": jnp.array([0.0, -0.3])},

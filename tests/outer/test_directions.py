@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from metalr import models, outer
-from metalr.errors import ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import Method
+from metalr.outer import Forward, Implicit, Joint, Reverse
 from metalr.types import Episode
 
 MODEL = models.mlp(3, (4, 4, 1), widths=(6,), dropout=0.0)
@@ -55,12 +54,12 @@ SPECS = {
 def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
     with jax.enable_x64(True):
         spec = SPECS[name]
-        _, reverse, metrics = gradient(spec, Method(), plain=True)
-        _, forward, metrics_too = gradient(spec, Method(derivative="forward"))
+        _, reverse, metrics = gradient(spec, Reverse(), plain=True)
+        _, forward, metrics_too = gradient(spec, Forward())
         close(forward.rates, reverse.rates, rtol=1e-7, atol=1e-11)
         close(metrics, metrics_too, rtol=1e-9)
         # The init's is first order: what it is if no inner step depended on the params.
-        _, first, _ = gradient(spec, Method(first_order=True), plain=True)
+        _, first, _ = gradient(spec, Reverse(first_order=True), plain=True)
         if name == "rates":
             close(forward.init, first.init, rtol=1e-9, atol=1e-12)
 
@@ -69,13 +68,13 @@ def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
 def test_every_hyperparameter_against_finite_differences(name):
     with jax.enable_x64(True):
         spec = SPECS[name]
-        meta, grads, _ = gradient(spec, Method(derivative="remat"))
+        meta, grads, _ = gradient(spec, Reverse(remat=True))
         for leaf, value in meta.rates.items():
             noise = jax.random.normal(jax.random.key(1), value.shape, jnp.float64)
 
             def loss(t, leaf=leaf, value=value, noise=noise):
                 moved = meta._replace(rates=meta.rates | {leaf: value + t * noise})
-                return gradient(spec, Method(), moved, plain=True)[2]["loss"]
+                return gradient(spec, Reverse(), moved, plain=True)[2]["loss"]
 
             numeric = (loss(1e-6) - loss(-1e-6)) / 2e-6
             np.testing.assert_allclose(jnp.vdot(grads.rates[leaf], noise), numeric, rtol=1e-4, atol=1e-8, err_msg=leaf)
@@ -84,14 +83,14 @@ def test_every_hyperparameter_against_finite_differences(name):
 def test_truncation_to_all_steps_is_exact_and_to_fewer_is_not():
     with jax.enable_x64(True):
         spec = SPECS["schedule"]
-        _, exact, _ = gradient(spec, Method(), plain=True)
-        _, whole, _ = gradient(spec, Method(derivative="truncated", last=12))
+        _, exact, _ = gradient(spec, Reverse(), plain=True)
+        _, whole, _ = gradient(spec, Reverse(remat=True, last=12))
         close(whole, exact, rtol=1e-9, atol=1e-12)
-        _, few, metrics = gradient(spec, Method(derivative="truncated", last=3))
+        _, few, metrics = gradient(spec, Reverse(remat=True, last=3))
         assert all(np.isfinite(v).all() and (np.asarray(v) != 0).any() for v in jax.tree.leaves(few))
         first_knots = np.array([few.rates[group][0] for group in few.rates])
         assert (first_knots == 0).all()  # the first steps are constants
-        close(metrics, gradient(spec, Method())[2], rtol=1e-9)
+        close(metrics, gradient(spec, Reverse())[2], rtol=1e-9)
 
 
 @pytest.mark.parametrize("adapts", ["all", "head", "body"])
@@ -99,14 +98,14 @@ def test_implicit_gradient_at_a_minimum_is_the_derivative_through_the_path(adapt
     """Enough steps to reach the proximal minimum: iMAML's gradient is then that of the whole adaptation."""
     with jax.enable_x64(True):
         spec = RatesSpec("shared", steps=400, initial=0.2, proximal=2.0, adapts=adapts)
-        _, exact, _ = gradient(spec, Method(derivative="remat"), model=SMOOTH)
-        _, implicit, _ = gradient(spec, Method("implicit", solver_steps=100), model=SMOOTH)
+        _, exact, _ = gradient(spec, Reverse(remat=True), model=SMOOTH)
+        _, implicit, _ = gradient(spec, Implicit(solver_steps=100), model=SMOOTH)
         close(implicit.init, exact.init, rtol=1e-4, atol=1e-6)
-        _, coarse, _ = gradient(spec, Method("implicit", solver_steps=1), model=SMOOTH)
+        _, coarse, _ = gradient(spec, Implicit(solver_steps=1), model=SMOOTH)
         assert not np.allclose(coarse.init["head"]["kernel"], exact.init["head"]["kernel"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [Method("implicit"), Method(derivative="forward")])
+@pytest.mark.parametrize("method", [Implicit(), Forward()])
 def test_directions_compile_for_convolutions(method):
     """The form that CPUs run has no forward mode."""
     model = models.conv4(3, (4, 4, 1), channels=2, layers=1, norm="none")
@@ -123,15 +122,15 @@ def test_directions_compile_for_convolutions(method):
 def test_first_order_leaves_second_derivatives_out_in_forward_mode_too():
     with jax.enable_x64(True):
         spec = SPECS["all"]
-        _, reverse, _ = gradient(spec, Method(first_order=True), plain=True)
-        _, forward, _ = gradient(spec, Method(derivative="forward", first_order=True))
+        _, reverse, _ = gradient(spec, Reverse(first_order=True), plain=True)
+        _, forward, _ = gradient(spec, Forward(first_order=True))
         close(forward.rates, reverse.rates, rtol=1e-7, atol=1e-11)
-        _, exact, _ = gradient(spec, Method(derivative="forward"))
+        _, exact, _ = gradient(spec, Forward())
         assert not np.allclose(exact.rates["head"], forward.rates["head"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("derivative", ["truncated", "forward"])
-def test_memory_does_not_grow_with_steps(derivative):
+@pytest.mark.parametrize("method", [Reverse(remat=True, last=10), Forward()])
+def test_memory_does_not_grow_with_steps(method):
     """1,000 inner steps take at most twice the memory of 10."""
 
     model = models.mlp(3, (4, 4, 1), widths=(1024,), dropout=0.0)  # params outweigh the counting of steps
@@ -140,7 +139,7 @@ def test_memory_does_not_grow_with_steps(derivative):
         spec = RatesSpec("layer", steps=steps, initial=0.1, knots=4, batch_size=3)
         meta = outer.initial(model, spec, jax.random.key(0))
         compiled = jax.jit(lambda meta, e: outer.meta_gradient(
-            model, spec, meta, e, jax.random.split(jax.random.key(0), 2), Method(derivative=derivative)
+            model, spec, meta, e, jax.random.split(jax.random.key(0), 2), method
         )).lower(meta, episodes(dtype=jnp.float32)).compile()  # fmt: skip
         orders = 4 * 6 * (steps // 2)  # which images are in which minibatch
         return compiled.memory_analysis().temp_size_in_bytes - orders
@@ -153,32 +152,23 @@ def test_step_weights_are_the_multi_step_loss():
         for plain in (True, False):
             spec = RatesSpec("tensor", per_step=True, steps=3, initial=0.3)
             weights = jnp.array([0.2, 0.3, 0.5])
-            meta, grads, _ = gradient(spec, Method(), step_weights=weights, plain=plain)
+            meta, grads, _ = gradient(spec, Reverse(), step_weights=weights, plain=plain)
             expected = jax.tree.map(jnp.zeros_like, meta)
             for steps, weight in zip((1, 2, 3), weights, strict=True):
                 short = RatesSpec("tensor", per_step=True, steps=steps, initial=0.3)
                 cut = meta._replace(rates={k: v[:steps] for k, v in meta.rates.items()})
-                _, part, _ = gradient(short, Method(), cut, plain=True)
+                _, part, _ = gradient(short, Reverse(), cut, plain=True)
                 padded = {k: jnp.pad(v, (0, 3 - steps)) for k, v in part.rates.items()}
                 expected = jax.tree.map(lambda a, b, w=weight: a + w * b, expected, part._replace(rates=padded))
             close(grads, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [Method("Implicit"), Method(derivative="remmat"), Method("forward", derivative="x")])
-def test_a_method_that_there_is_not_is_refused(method):
-    with (
-        jax.enable_x64(True),
-        pytest.raises(ConfigError, match=r"(derivative|meta_gradient): expected one of \(.*, got"),
-    ):
-        gradient(SPECS["rates"], method)
-
-
 def test_auto_picks_by_memory():
     big = models.mlp(10, widths=(512, 512))
-    picked = [outer.choose_derivative(RatesSpec("layer", steps=n), big)[0] for n in (5, 50, 5000)]
-    assert picked == ["reverse", "remat", "forward"]
-    assert outer.choose_derivative(RatesSpec("parameter", steps=5000), big) == ("truncated", 10)
-    assert set(picked) | {"truncated"} == set(outer.DERIVATIVES)
+    picked = [outer.choose_derivative(RatesSpec("layer", steps=n), big) for n in (5, 50, 5000)]
+    assert picked == [Reverse(), Reverse(remat=True), Forward()]
+    assert outer.choose_derivative(RatesSpec("parameter", steps=5000), big) == Reverse(remat=True, last=10)
+    assert outer.choose_derivative(RatesSpec("layer"), big, first_order=True) == Reverse(first_order=True)
     assert hyperparameters.layers(RatesSpec("layer"), MODEL.init(jax.random.key(0))) == ["dense_0", "head"]
 
 
@@ -191,8 +181,8 @@ def test_auto_keeps_a_bounded_number_of_bytes_at_every_length(granularity, steps
     init = jax.eval_shape(model.init, jax.random.key(0))
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(init))
     numbers = sum(leaf.size for leaf in outer.initial_shapes(model, spec).rates.values())
-    chosen, last = outer.choose_derivative(spec, model)
-    copies = {"reverse": steps, "remat": steps, "forward": numbers, "truncated": min(last, steps)}[chosen]
+    chosen = outer.choose_derivative(spec, model)
+    copies = numbers if isinstance(chosen, Forward) else min(chosen.last or steps, steps)
     assert copies * size <= outer.AT_ONCE_BYTES or copies == 1
 
 
@@ -200,7 +190,7 @@ def test_joint_is_the_gradient_of_the_pooled_loss():
     from metalr import inner
 
     with jax.enable_x64(True):
-        meta, found, metrics = gradient(SPECS["rates"], Method("joint"), model=SMOOTH)
+        meta, found, metrics = gradient(SPECS["rates"], Joint(), model=SMOOTH)
         tasks = episodes()
         x = jnp.concatenate([tasks.support_x, tasks.query_x], axis=1).reshape(-1, 4, 4, 1)
         y = jnp.concatenate([tasks.support_y, tasks.query_y], axis=1).reshape(-1)

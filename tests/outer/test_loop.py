@@ -16,7 +16,7 @@ from metalr.inner.hyperparameters import RatesSpec
 from metalr.outer import loop
 from metalr.types import MetaParams
 
-METHOD = outer.Method()
+METHOD = outer.Reverse()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def same(a, b):
 
 
 def test_derivative_order_annealing(parts, blobs):
-    first = outer.Method(first_order=True)
+    first = outer.Reverse(first_order=True)
     assert same(after(parts, blobs, 3, first_order_until=3), after(parts, blobs, 3, method=first))
     assert same(after(parts, blobs, 3, first_order_until=0), after(parts, blobs, 3))
     mixed = after(parts, blobs, 3, first_order_until=1)
@@ -243,7 +243,7 @@ from metalr.outer import loop
 model, spec = models.mlp(10, widths=(16,), dropout=0.0), RatesSpec("layer", steps=2)
 pool, sample = tasks.make_sampler(tasks.make_splits(data.bundled(), "permuted").train, 10, 2, 3)
 optimizer = loop.make_optimizer(steps=5, init_rate=1e-2, rates_rate=1e-2)
-chunk = loop.make_chunk(model, spec, outer.Method(), optimizer, sample, meta_batch=4)
+chunk = loop.make_chunk(model, spec, outer.Reverse(), optimizer, sample, meta_batch=4)
 state = loop.start(model, spec, optimizer, jax.random.key(0))
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

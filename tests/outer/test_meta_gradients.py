@@ -12,7 +12,7 @@ from metalr.errors import ConfigError
 from metalr.evaluation import protocol
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import Method, algorithms, loop
+from metalr.outer import Implicit, Joint, Reptile, Reverse, algorithms, loop
 from metalr.types import Episode, MetaParams
 
 pytestmark = pytest.mark.numerical
@@ -35,12 +35,12 @@ def quadratic_loss(w, labels):
     return CURVATURE / 2 * jnp.sum(jnp.square(w - TARGETS[labels])) / w.shape[0]
 
 
-def quadratic_gradient(steps, rate, **options):
+def quadratic_gradient(steps, rate, method=Reverse()):  # noqa: B008 - frozen
     spec = RatesSpec("shared", steps=steps, initial=rate)
     meta = outer.initial(QUADRATIC, spec, jax.random.key(0))
     quadratic = inner.Objective("quadratic", quadratic_loss)
     keys = jax.random.split(jax.random.key(0), 1)
-    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, Method(**options), objective=quadratic)
+    grads, _ = outer.meta_gradient(QUADRATIC, spec, meta, EPISODE, keys, method, objective=quadratic)
     return np.asarray(meta.init["layer"]["w"]), np.asarray(grads.init["layer"]["w"]), float(grads.rates["all"])
 
 
@@ -55,14 +55,14 @@ def test_maml_fomaml_and_rate_gradients_in_closed_form(steps):
     by_rate = a * (adapted - query) @ (-steps * a * shrink ** (steps - 1) * (w - support))
     np.testing.assert_allclose(rate_gradient, rate * by_rate, rtol=1e-5)
     # First order: the init's gradient passes through unchanged; each step's gradient is a constant times the rate.
-    w, fomaml, rate_gradient = quadratic_gradient(steps, rate, first_order=True)
+    w, fomaml, rate_gradient = quadratic_gradient(steps, rate, Reverse(first_order=True))
     np.testing.assert_allclose(fomaml, a * (adapted - query), rtol=1e-5)
     inner_gradients = sum(a * shrink**s * (w - support) for s in range(steps))
     np.testing.assert_allclose(rate_gradient, rate * a * (adapted - query) @ -inner_gradients, rtol=1e-5)
 
 
 def test_reptile_points_from_the_adapted_params():
-    w, direction, rate_gradient = quadratic_gradient(3, 0.2, meta_gradient="reptile")
+    w, direction, rate_gradient = quadratic_gradient(3, 0.2, Reptile())
     support = np.asarray(TARGETS[0])
     np.testing.assert_allclose(direction, w - (support + (1 - 0.2 * CURVATURE) ** 3 * (w - support)), rtol=1e-5)
     assert rate_gradient == 0
@@ -76,7 +76,8 @@ def spec_of(row, **settings):
 
 
 def method_of(row):
-    return Method(row.meta_gradient, row.first_order)
+    others = {"joint": Joint(), "reptile": Reptile(), "implicit": Implicit()}
+    return others.get(row.meta_gradient, Reverse(row.first_order))
 
 
 def toy_episodes(dtype=jnp.float32):
@@ -210,8 +211,7 @@ def test_remat_changes_nothing():
     meta = outer.initial(SMOOTH, spec, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 3)
     a, b = (
-        outer.meta_gradient(SMOOTH, spec, meta, toy_episodes(), keys, Method(derivative=d))
-        for d in ("reverse", "remat")
+        outer.meta_gradient(SMOOTH, spec, meta, toy_episodes(), keys, Reverse(remat=remat)) for remat in (False, True)
     )
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-6), a, b)
 

@@ -52,6 +52,7 @@ LINES = metalr.Tasks(line, line, line, name="lines")
 def train(out, **changes):
     settings = {
         "objective": "squared_error", "steps": 3, "outer_steps": 60, "meta_batch": 8, "out": out, "reporter": QUIET,
+        "inner": InnerConfig(rate=0.1),
         "outer": OuterConfig(validate_every=20, checkpoint_every=20, init_rate=1e-2),
         "evaluation": EvaluationConfig(episodes=100, validation_episodes=50),
     }  # fmt: skip
@@ -142,6 +143,55 @@ def test_a_small_grid_on_tasks_of_your_own_chooses_the_lowest_error(tmp_path):
     assert best["mse"] == min(cell["mse"] for cell in cells if cell["mse"] is not None)
     assert None in [cell["mse"] for cell in cells]  # the largest rate diverges, and JSON has no NaN
     assert f"{best['mse']:.4g}" in report.text(results | {"folder": "x"})
+
+
+def test_several_seeds_are_reported_over_seeds_and_tasks(tmp_path):
+    learners = train(tmp_path / "both", seed=(0, 3), outer_steps=20)
+    alone = train(tmp_path / "alone", seed=3, outer_steps=20)
+    assert [each.facts["seed"] for each in learners] == [0, 3]
+    jax.tree.map(np.testing.assert_array_equal, learners[1].init, alone.init)
+    summary = json.loads((tmp_path / "both" / "seeds.json").read_text())
+    means = [
+        json.loads((tmp_path / "both" / f"seed{s}" / "results.json").read_text())["curve"][3]["mse"] for s in (0, 3)
+    ]
+    last = summary["curve"][3]
+    assert last["mse"] == pytest.approx(np.mean(means), abs=1e-6)
+    assert last["ci95"] > last["ci95_over_tasks"]
+    with pytest.raises(ConfigError, match=r"seed: expected one number, or several that differ, got \[1, 1\]"):
+        train(tmp_path / "twice", seed=(1, 1))
+    with pytest.raises(ConfigError, match="exists"):
+        train(tmp_path / "both", seed=(3, 4))
+    assert not (tmp_path / "both" / "seed4").exists()
+
+
+def drawn(rng):
+    """The same lines by numpy: what a loader or a simulator gives."""
+    x = rng.uniform(-1, 1, (10, 1))
+    y = x * rng.uniform(-2, 2)
+    return x[:5], y[:5], x[5:], y[5:]
+
+
+def test_host_arrays_resume_to_the_same_bits(tmp_path, monkeypatch):
+    tasks = metalr.Tasks.from_host(drawn, drawn, drawn, name="host")
+    train(tmp_path / "whole", tasks=tasks)
+    curve = json.loads((tmp_path / "whole" / "results.json").read_text())["curve"]
+    assert curve[3]["mse"] < 0.6 * curve[0]["mse"]
+    calls = iter(range(1000))
+    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) == 3)
+    with pytest.raises(StoppedError):
+        train(tmp_path / "cut", tasks=tasks)
+    monkeypatch.undo()
+    plain = metalr.Tasks.from_host(drawn, drawn, drawn, name="host", ahead=0)  # nothing ahead: the same episodes
+    train(tmp_path / "cut", tasks=plain, resume=True)
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_host_functions_that_give_no_episode_are_refused():
+    with pytest.raises(DataError, match="expected a function that gives an Episode, got float"):
+        metalr.Tasks.from_host(lambda rng: rng.random(), drawn, drawn)
+    with pytest.raises(DataError, match="expected arrays of numbers, got <U1"):
+        metalr.Tasks.from_host(lambda rng: (np.array(["a"]),) * 4, drawn, drawn)
 
 
 def test_rows_of_a_table_in_a_few_lines(tmp_path):

@@ -143,3 +143,16 @@ def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
 def test_cost_of_a_first_order_start_is_in_between(small):
     config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, first_order_share=0.5))
     assert task_cost(config, set_up(config)) == (0.5 + 0.5 * 3) * 2 * 20 + 30
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [("reptile", "which need a head that stays"), ("imaml", "which need a head that stays"), ("maml", None)],
+)
+def test_a_head_that_is_made_for_each_task_needs_the_derivative_through_it(small, algorithm, message):
+    settings = {"inner": InnerConfig(algorithm, steps=2, head_start="shared")}
+    if message is None:
+        assert set_up(dataclasses.replace(small, **settings)).model.settings["head_start"] == "shared"
+    else:
+        with pytest.raises(ConfigError, match=message):
+            set_up(dataclasses.replace(small, **settings))

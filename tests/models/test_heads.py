@@ -1,0 +1,115 @@
+"""Heads that fit any number of classes: their formulas and gradients; learners that meet other numbers of classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metalr
+from metalr import inner, models, outer
+from metalr.errors import ConfigError, DataError
+from metalr.inner import descent, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.models import heads
+from metalr.outer import Reverse
+from metalr.types import Episode
+
+SHAPE = (4, 4, 1)
+Y = jnp.array([0, 0, 1, 1, 2, 2])
+X = jax.random.uniform(jax.random.key(3), (6, *SHAPE))
+
+
+def model(name, kind="mlp"):
+    settings = {"mlp": {"widths": (8,)}, "conv4": {"channels": 3, "layers": 2}}[kind]
+    return models.build(kind, 3, SHAPE, **settings, head_start=name)
+
+
+def test_prototypes_are_the_nearest_mean():
+    """Logits are minus the squared distance to the class's mean features, up to what all classes share."""
+    net = model("prototypes")
+    fast = net.begin(net.init(jax.random.key(0)), X, Y)
+    features = jax.nn.relu(X.reshape(6, -1) @ fast["dense_0"]["kernel"] + fast["dense_0"]["bias"][None])
+    centres = jnp.stack([features[c == Y].mean(0) for c in range(3)])
+    distances = jnp.square(features[:, None] - centres[None]).sum(-1)
+    logits = net.apply(fast, X)
+    expected = -distances + jnp.square(features).sum(-1, keepdims=True)
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", heads.HEAD_STARTS)
+@pytest.mark.parametrize("kind", ["mlp", "conv4"])
+def test_heads_start_as_they_say_and_fit_any_number_of_classes(name, kind):
+    net = model(name, kind)
+    init = net.init(jax.random.key(0))
+    assert init["head"]["kernel"].shape[1] == 1
+    for ways in (2, 3, 7):
+        other = net.of_way(ways)
+        fast = other.begin(init, X, Y % ways)
+        assert other.apply(fast, X).shape == (6, ways)
+        if name != "prototypes":
+            columns = np.asarray(fast["head"]["kernel"])
+            np.testing.assert_array_equal(columns, columns[:, :1].repeat(ways, 1))
+            assert (columns == 0).all() == (name == "zero")
+
+
+@pytest.mark.parametrize("name", heads.HEAD_STARTS)
+def test_the_meta_gradient_goes_through_the_head_start(name):
+    """Plain form against finite differences, in x64; the factored form against the plain one."""
+    with jax.enable_x64(True):
+        net = models.build("mlp", 3, (40, 40, 1), widths=(5,), head_start=name)
+        spec = RatesSpec("tensor", steps=2, initial=0.1)
+        meta = outer.initial(net, spec, jax.random.key(0))
+        meta = jax.tree.map(lambda v: v.astype(jnp.float64), meta)
+        x = jax.random.uniform(jax.random.key(1), (1, 12, 40, 40, 1), jnp.float64)
+        y = jnp.tile(jnp.arange(6) % 3, 2)[None]
+        episodes, keys = Episode(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]), jax.random.split(jax.random.key(2), 1)
+
+        def found(meta, plain):
+            return outer.meta_gradient(net, spec, meta, episodes, keys, Reverse(), plain=plain)
+
+        (grads, metrics), (fast, _) = (jax.jit(found, static_argnums=1)(meta, plain) for plain in (True, False))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), grads, fast)
+        noise = jax.tree.map(lambda v: jax.random.normal(jax.random.key(7), v.shape, v.dtype), meta)
+        moved = [jax.tree.map(lambda v, n, t=t: v + t * n, meta, noise) for t in (1e-6, -1e-6)]
+        numeric = (found(moved[0], True)[1]["loss"] - found(moved[1], True)[1]["loss"]) / 2e-6
+        along = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(noise), strict=True))
+        np.testing.assert_allclose(along, numeric, rtol=1e-4, atol=1e-7)
+        assert np.isfinite(float(metrics["loss"]))
+
+
+def learner(name="shared"):
+    net = model(name)
+    spec = RatesSpec("layer", steps=3, initial=0.3)
+    meta = outer.initial(net, spec, jax.random.key(0))
+    return metalr.Learner(net, spec, meta.init, hyperparameters.actual(spec, meta.rates))
+
+
+@pytest.mark.parametrize("name", heads.HEAD_STARTS)
+def test_a_learner_meets_more_and_fewer_classes_than_it_was_trained_with(name, tmp_path):
+    learned = learner(name)
+    loaded = metalr.load(metalr.save(tmp_path / "a", learned))
+    for ways in (2, 3, 5):
+        x, y = np.random.default_rng(0).random((2 * ways, 4, 4), np.float32), np.arange(2 * ways) % ways
+        fast = learned.adapt(x, y)
+        assert learned.apply(fast, x).shape == (2 * ways, ways)
+        jax.tree.map(np.testing.assert_array_equal, fast, loaded.adapt(x, y))
+        net = learned.model.of_way(ways)
+        images = jnp.asarray(x)[..., None]
+        start = net.begin(learned.init, images, jnp.asarray(y))
+        expected, _ = inner.adapt(
+            net.apply, start, images, jnp.asarray(y), descent.optimizer(learned.spec, learned.rates), 3
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast, expected)
+        learned.save_params(tmp_path / "fast.safetensors", fast)
+        again = loaded.load_params(tmp_path / "fast.safetensors")
+        np.testing.assert_array_equal(loaded.apply(again, x), learned.apply(fast, x))
+    with pytest.raises(DataError, match="at least one image of each class"):
+        learned.adapt(x, y + 1)
+
+
+def test_what_has_no_number_for_each_class_is_refused():
+    net = model("shared")
+    with pytest.raises(ConfigError, match="inner.granularity: expected shared, layer or tensor"):
+        outer.initial(net, RatesSpec("parameter"), jax.random.key(0))
+    with pytest.raises(ConfigError, match="inner.head_start: expected one of"):
+        model("none")
