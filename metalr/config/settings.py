@@ -96,6 +96,8 @@ class InnerConfig:
         "lslr",
         "maml_pp",
         "alfa",
+        "unicorn_maml",
+        "proto_maml",
     ] = "meta_sgd_layer"
     """Row of the algorithm table."""
     steps: int = 5

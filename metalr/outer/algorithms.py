@@ -60,6 +60,12 @@ ALGORITHMS = {
     "alfa": Algorithm(
         "layer", True, True, False, "all", "query", "Baik et al. 2020, algorithm 1", predicted=True, decay=1e-3
     ),
+    "unicorn_maml": Algorithm(
+        "shared", False, False, False, "all", "query", "Ye & Chao 2022, section 5", head_start="shared"
+    ),
+    "proto_maml": Algorithm(
+        "shared", False, False, False, "all", "query", "Triantafillou et al. 2020, section 3", head_start="prototypes"
+    ),
 }  # fmt: skip
 
 
