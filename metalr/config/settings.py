@@ -103,7 +103,7 @@ class InnerConfig:
     steps: int = 5
     """Inner steps that are trained."""
     rate: float | None = None
-    """Learning rate that meta-training starts from; None: 0.1 for classes, 0.01 for other objectives."""
+    """Learning rate that meta-training starts from; None: 0.1 for classes, 0.01 for numbers."""
     granularity: Literal["shared", "layer", "tensor", "channel", "parameter"] | None = None
     """What shares one learning rate."""
     per_step: bool | None = None
@@ -228,7 +228,7 @@ class TableConfig:
     query: int = 10
     """Rows of a query set."""
     standardise: Literal["auto", "none", "inputs", "both"] = "auto"
-    """By means and deviations of meta-training tasks; auto: inputs and targets with squared_error, else inputs."""
+    """By means and deviations of meta-training tasks; auto: inputs, and targets that are numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ class TrainConfig:
     overwrite: bool = False
     """Replace a run folder that exists."""
     objective: str = "cross_entropy"
-    """cross_entropy (classes), squared_error (numbers) or binary_cross_entropy (0 or 1); images are of classes."""
+    """cross_entropy (classes; all that images can have), binary_cross_entropy (0 or 1), or of numbers: squared_error."""
     table: Annotated[TableConfig, arg(name="data")] = TableConfig()
 
     @property

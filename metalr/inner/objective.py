@@ -27,6 +27,7 @@ class Objective:
       metrics: name -> (outputs, targets) -> [] float; reported beside the loss.
       choose_by: the metric (or "loss") that validation chooses by and that curves and tables show.
       maximise: whether more of it is better.
+      targets: what it is of: "numbers", "classes" (integers, one output a class) or "binary" (0 or 1, one output).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Objective:
     metrics: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
     choose_by: str = "loss"
     maximise: bool = False
+    targets: str = "numbers"
 
     def __post_init__(self) -> None:
         if self.choose_by != "loss" and self.choose_by not in self.metrics:
@@ -119,14 +121,14 @@ def binary_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return ((logits > 0) == (labels > 0.5)).mean(dtype=jnp.float32)
 
 
-CROSS_ENTROPY = Objective("cross_entropy", cross_entropy, {"accuracy": accuracy}, "accuracy", maximise=True)
+CROSS_ENTROPY = Objective("cross_entropy", cross_entropy, {"accuracy": accuracy}, "accuracy", True, "classes")
 OBJECTIVES = {
     each.name: each
     for each in (
         CROSS_ENTROPY,
         Objective("squared_error", squared_error, {"mse": squared_error, "r2": r2}, "mse"),
         Objective(
-            "binary_cross_entropy", binary_cross_entropy, {"accuracy": binary_accuracy}, "accuracy", maximise=True
+            "binary_cross_entropy", binary_cross_entropy, {"accuracy": binary_accuracy}, "accuracy", True, "binary"
         ),
     )
 }

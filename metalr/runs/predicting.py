@@ -10,7 +10,6 @@ import numpy as np
 
 from metalr import data
 from metalr.errors import ConfigError, DataError
-from metalr.inner.objective import CROSS_ENTROPY
 from metalr.learner.artifact import Learner, load_params, save_params
 from metalr.learner.params import ClassNames, read_classes
 
@@ -44,7 +43,7 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
     if missing:
         raise ConfigError(f"{path}: expected arrays support_x, support_y, query_x, missing {missing}")
     support_y, query_y = given["support_y"], given.get("query_y")
-    if learner.objective.name != CROSS_ENTROPY.name:
+    if learner.objective.targets != "classes":
         return TaskFile(given["support_x"], support_y, given["query_x"], query_y, None)
     if support_y.ndim != 1:
         raise ConfigError(f"{path}: support_y: expected one task, shape [support], got {support_y.shape}")
@@ -141,7 +140,7 @@ def _predictions(learner: Learner, outputs: np.ndarray, classes: ClassNames | No
     if classes is not None:
         chosen = outputs[:, list(classes.outputs)].argmax(-1)
         return [classes.names[i] for i in chosen]
-    if learner.objective.name == "binary_cross_entropy":
+    if learner.objective.targets == "binary":
         known = learner.facts.get("table", {}).get("classes") or [0, 1]
         return [known[int(value > 0)] for value in outputs.reshape(-1)]
     return (outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs).tolist()

@@ -27,7 +27,7 @@ from metalr.types import Episode
 
 OWN_TASKS = "tasks given in Python"  # the source of a Tasks
 TABLE = "tasks of a table"
-CLASSES_START, OTHER_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
+CLASSES_START, NUMBERS_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
 
 
 class Source(NamedTuple):
@@ -102,7 +102,7 @@ def set_up(
             raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
         row = row._replace(learned=False)
     same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(inner_settings)) - {"steps"}
-    start = CLASSES_START if objective.name == CROSS_ENTROPY.name else OTHER_START
+    start = NUMBERS_START if objective.targets == "numbers" else CLASSES_START
     spec = RatesSpec(
         **{name: getattr(row, name, inner_settings[name]) for name in same},
         positive=not config.inner.signed,
@@ -237,14 +237,15 @@ def load(config: TrainConfig, folder: Path | None = None, where: str | None = No
 
 def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
     """The tasks of a table as config.table and config.objective say. Raises MetalrError."""
-    columns, numeric = config.table, config.objective == "squared_error"
+    columns, targets = config.table, objective_of(config.objective).targets
+    numeric = targets == "numbers"
     for name in ("task_column", "target"):
         if not getattr(columns, name):
             raise ConfigError(f"data.{name}: expected the name of a column of {path}, got none")
     table = data.read_table(
         path, target=columns.target, task_column=columns.task_column, features=columns.features, classes=not numeric
     )
-    if config.objective == "binary_cross_entropy" and len(table.classes) != 2:
+    if targets == "binary" and len(table.classes) != 2:
         raise ConfigError(f"objective: expected two classes with {config.objective}, got {list(table.classes)}")
     choice = columns.standardise
     if choice == "auto":
@@ -262,8 +263,9 @@ def _model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) ->
         raise ConfigError("model: expected a network with tasks of your own, got None")
     if config.model.name != "mlp":
         raise ConfigError(f"model.name: expected mlp with a table, got {config.model.name!r}")
-    outputs = 1 if config.objective == "binary_cross_entropy" else len(facts["classes"]) or len(facts["target"])
-    if head_start != "learned" and config.objective != CROSS_ENTROPY.name:
+    targets = objective_of(config.objective).targets
+    outputs = 1 if targets == "binary" else len(facts["classes"]) or len(facts["target"])
+    if head_start != "learned" and targets != "classes":
         raise ConfigError(f"inner.head_start: expected learned with {config.objective}, got {head_start!r}")
     return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), head_start=head_start)
 
