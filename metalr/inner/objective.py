@@ -103,6 +103,12 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.square(outputs - targets).mean()
 
 
+def absolute_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean absolute error, which far-off targets pull at less. Shapes as of squared_error."""
+    outputs, targets = _alike(outputs, targets)
+    return jnp.abs(outputs - targets).mean()
+
+
 def r2(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Share of the targets' variance that is explained, over this very set: at best 1; below 0 the mean is better."""
     outputs, targets = _alike(outputs, targets)
@@ -127,6 +133,7 @@ OBJECTIVES = {
     for each in (
         CROSS_ENTROPY,
         Objective("squared_error", squared_error, {"mse": squared_error, "r2": r2}, "mse"),
+        Objective("absolute_error", absolute_error, {"mae": absolute_error, "mse": squared_error}, "mae"),
         Objective(
             "binary_cross_entropy", binary_cross_entropy, {"accuracy": binary_accuracy}, "accuracy", True, "binary"
         ),

@@ -19,6 +19,9 @@ def test_values_by_hand():
     outputs, targets = jnp.array([[1.0], [3.0]]), jnp.array([0.0, 1.0])
     found = error.measure(outputs, targets)
     assert {name: float(v) for name, v in found.items()} == {"loss": 2.5, "mse": 2.5, "r2": 1 - 2.5 / 0.25}
+    absolute = inner.OBJECTIVES["absolute_error"]
+    found = absolute.measure(jnp.array([[1.0], [5.0]]), targets)
+    assert {name: float(v) for name, v in found.items()} == {"loss": 2.5, "mae": 2.5, "mse": 8.5}
     binary = inner.OBJECTIVES["binary_cross_entropy"]
     assert float(binary.score(jnp.array([2.0, -1.0, 0.5]), jnp.array([1, 0, 0]))) == pytest.approx(2 / 3)
     assert float(binary.loss(jnp.zeros(4), jnp.array([0, 1, 1, 0]))) == pytest.approx(np.log(2))
