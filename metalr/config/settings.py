@@ -253,7 +253,7 @@ class TrainConfig:
     overwrite: bool = False
     """Replace a run folder that exists."""
     objective: str = "cross_entropy"
-    """cross_entropy (classes; all that images can have), binary_cross_entropy (0 or 1), or of numbers: squared_error."""
+    """cross_entropy (classes, as of images), binary_cross_entropy (0, 1), squared_error or absolute_error (numbers)."""
     table: Annotated[TableConfig, arg(name="data")] = TableConfig()
 
     @property
