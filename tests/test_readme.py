@@ -45,6 +45,15 @@ def test_a_table_of_your_own_in_ten_lines():
     assert after < before
 
 
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    missing = [
+        name for name in metalr.__all__ if f"metalr.{name}" not in page and name not in ("__version__", "MetalrError")
+    ]
+    assert not missing
+    assert ".. automodule:: metalr.errors" in page
+
+
 def test_the_page_of_your_own_tasks_runs_from_top_to_bottom():
     page = (ROOT / "docs" / "own_tasks.md").read_text()
     scope = {}

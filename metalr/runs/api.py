@@ -57,10 +57,12 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
 
     Args:
       tasks: samplers of the three splits; `Tasks.check` is called first.
-      model: the network: models.from_function, or from_linen and from_nnx for images.
-      objective: "cross_entropy", "squared_error", "binary_cross_entropy", or an Objective of your own.
+      model: the network: models.mlp for rows of numbers, or your own by models.from_function, from_linen or from_nnx.
+      objective: a name in metalr.inner.OBJECTIVES, such as "squared_error", or an Objective of your own.
       algorithm: a row of metalr.outer.algorithms.ALGORITHMS; "meta_sgd_layer" learns one rate a layer.
-      steps: inner steps; outer_steps: meta-updates; meta_batch: tasks a meta-update.
+      steps: inner steps that are trained.
+      outer_steps: meta-updates.
+      meta_batch: tasks of one meta-update.
       seed: of meta-training; several seeds are trained one after another, in out/seed0, out/seed1 and so on, and their
         mean curve, with an interval over seeds and tasks together, stands in out/seeds.json.
       out: the run folder; default runs/NAME of the tasks, numbered if taken (of several seeds: not numbered).
