@@ -158,17 +158,10 @@ def make_evaluator(
     at = points(steps, spec.steps) if at is None else list(at)
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
+        support = count(episode.support_y)
+        optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout, of_steps=of_steps)
         return inner.adaptation_curve(
-            apply,
-            init,
-            episode,
-            descent.optimizer(spec, rates, of_steps),
-            steps,
-            observe_at=at,
-            objective=objective,
-            batch_size=spec.minibatch(count(episode.support_y)),
-            key=key,
-            dropout=hyperparameters.dropout(spec, rates, model.dropout),
+            apply, init, episode, optimizer, steps, observe_at=at, objective=objective, key=key, **options
         )
 
     def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:

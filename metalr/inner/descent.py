@@ -106,6 +106,27 @@ def optimizer(
     return optax.GradientTransformation(init, update)
 
 
+class FineTune(NamedTuple):
+    """What learned hyperparameters make of the inner loop: its optimizer, and the options of `inner.make_step`."""
+
+    optimizer: optax.GradientTransformation
+    options: dict[str, Any]
+
+
+def fine_tune(
+    spec: RatesSpec, rates: Rates, support: int, *, dropout: bool = False, of_steps: int | None = None
+) -> FineTune:
+    """The inner loop that actual hyperparameters stand for: optimizer, minibatches and dropout together.
+
+    Args:
+      support: examples of the support set.
+      dropout: whether the model has some; a learned rate replaces it.
+      of_steps: as in `optimizer`.
+    """
+    drop = hyperparameters.dropout(spec, rates, dropout)
+    return FineTune(optimizer(spec, rates, of_steps), {"batch_size": spec.minibatch(support), "dropout": drop})
+
+
 def _check_rates(spec: RatesSpec, rates: Rates, params: Params) -> None:
     """Raises ConfigError for a tensor that has no fitting rate."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

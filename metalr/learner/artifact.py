@@ -307,11 +307,9 @@ class Learner:
                 init = model.begin(init, *task)
                 if fast:
                     return factored.adapt(init, rates, spec, *task, steps, objective.name)
-                drop = hyperparameters.dropout(spec, rates, model.dropout)
-                return inner.adapt(
-                    apply, init, *task, descent.optimizer(spec, rates, steps), steps, key=jax.random.key(0),
-                    batch_size=spec.minibatch(support), dropout=drop, loss=objective.loss,
-                )[0]  # fmt: skip
+                optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout, of_steps=steps)
+                options |= {"key": jax.random.key(0), "loss": objective.loss}
+                return inner.adapt(apply, init, *task, optimizer, steps, **options)[0]
 
             def tasks(apply: models.Apply, group: int, init: Params, rates: Rates, x: Any, y: Any) -> Params:
                 if not batched:

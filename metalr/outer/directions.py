@@ -53,13 +53,12 @@ def steps_of(
 ) -> tuple[inner.Step, Callable[[Params], Any]]:
     """The inner step of an episode with raw rates, and the function that starts the optimizer's state."""
     spec = problem.spec
-    rates = hyperparameters.actual(spec, raw)
-    optimizer = descent.optimizer(spec, rates)
     x, y = episode.support_x, episode.support_y
+    rates = hyperparameters.actual(spec, raw)
+    optimizer, options = descent.fine_tune(spec, rates, count(y), dropout=problem.dropout)
     step = inner.make_step(
-        problem.apply, x, y, optimizer, spec.steps, batch_size=spec.minibatch(count(y)), key=key,
-        dropout=hyperparameters.dropout(spec, rates, problem.dropout), loss=problem.objective.loss,
-        first_order=first_order,
+        problem.apply, x, y, optimizer, spec.steps, key=key, loss=problem.objective.loss, first_order=first_order,
+        **options,
     )  # fmt: skip
     return step, optimizer.init
 
