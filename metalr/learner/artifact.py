@@ -31,6 +31,7 @@ from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, OBJECTIVES, Objective
 from metalr.learner import params as params_file
+from metalr.learner.matching import Matching, Names, match, rates_for
 from metalr.learner.params import ClassNames
 from metalr.models import Model
 from metalr.outer import devices
@@ -264,8 +265,18 @@ class Learner:
             f"{self.kind_of_rates} ({self.spec.granularity}, {self.spec.steps} steps){trained})"
         )
 
-    def as_optax(self, steps: int | None = None) -> optax.GradientTransformation:
-        """Gradient descent with the learned hyperparameters, for any training loop over params named as `init`.
+    def as_optax(
+        self,
+        steps: int | None = None,
+        *,
+        like: Params | None = None,
+        names: Names = None,
+        default: float | str | None = None,
+    ) -> optax.GradientTransformation:
+        """Gradient descent with the learned hyperparameters, for any training loop.
+
+        On params named as `init` nothing else is needed (Flax's outer level "params" may stand around them). For
+        another network, of other names, width or depth, say what its tensors are like; `matching` shows the outcome.
 
         Give params to its update(grads, state, params). What is not part of an update stays with your loop:
         minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
@@ -279,11 +290,31 @@ class Learner:
         Beyond the trained steps, per-step rates go on by spec.extend ("error" cannot be raised in a compiled loop: it
         holds).
 
-        Raises ConfigError unless steps is None or an integer of at least 1.
+        Args:
+          like: your params, or their shapes, as the model's init gives them; with them `names` and `default` count.
+          names: which learned tensor each of yours is like. A mapping from your tensors' names (or layers' names, or
+            patterns with *) to learned ones; a function of your tensor's name; "depth": the learned tensor of the same
+            kind (kernel, bias, norm, embedding) at the nearest relative depth; "role": the mean of the learned tensors
+            of the same kind that are in the first, a hidden or the last layer too. None: by the same name.
+          default: the rate of tensors that are like none: a number, or "mean" of the learned rates. None refuses them.
+
+        Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that
+        are predicted, which are for their own network only.
         """
         if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
             raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
-        return descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
+        if like is None:
+            if names is not None or default is not None:
+                raise ConfigError("like: expected your params beside names and default, got None")
+            own = descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
+            return _within_params(own)
+        found = self.matching(like, names=names, default=default)
+        spec, rates = rates_for(self.spec, self.rates, self.init, like, found)
+        return descent.optimizer(spec, rates, steps, tensors=trees.leaf_names(like))
+
+    def matching(self, like: Params, *, names: Names = None, default: float | str | None = None) -> Matching:
+        """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
+        return match(self.spec, self.rates, self.init, like, names, default)
 
     @property
     def classifies_images(self) -> bool:
@@ -434,6 +465,23 @@ def load_params(learner: Learner, path: Path | str) -> Params:
         if want != got:
             raise ArtifactError(f"{path}: {name}: expected {want} as in the learned init, got {got}")
     return jax.tree.unflatten(jax.tree.structure(learner.init), [jnp.asarray(tensors[name]) for name in expected])
+
+
+def _within_params(own: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same on a tree with Flax's outer level, {"params": tree}."""
+
+    def init(params: Params) -> Any:
+        return own.init(_inside(params))
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = own.update(_inside(grads), state, None if params is None else _inside(params))
+        return ({"params": updates} if _inside(grads) is not grads else updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _inside(tree: Params) -> Params:
+    return tree["params"] if isinstance(tree, Mapping) and set(tree) == {"params"} else tree
 
 
 def _described(model: Model) -> tuple[str, str]:

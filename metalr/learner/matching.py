@@ -1,0 +1,236 @@
+"""Learned rates for a network that they were not learned on: which of its tensors takes which of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalr.errors import ConfigError
+from metalr.inner import hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.registry import HYPERPARAMETERS
+from metalr.trees import path_name
+from metalr.types import Params, Rates
+
+Names = Mapping[str, str] | Callable[[str], str | None] | str | None
+BY = ("depth", "role")
+MEAN = "mean"
+
+
+class Tensor(NamedTuple):
+    """A tensor of a tree. kind: "kernel", "bias", "norm" or "embedding"; place: of its layer, 0 (first) … 1 (last)."""
+
+    name: str
+    kind: str
+    place: float
+
+    @property
+    def role(self) -> tuple[str, str]:
+        """(kind, "first", "hidden" or "last")."""
+        return self.kind, {0.0: "first", 1.0: "last"}.get(self.place, "hidden")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Which learned tensors each of your tensors takes its hyperparameters from.
+
+    Attributes:
+      sources: your tensor -> learned tensors (of several the geometric mean is taken); () for the default.
+      default: the rate of those; None if there are none.
+      values: your tensor -> its rate, the mean over time and its elements.
+    """
+
+    sources: dict[str, tuple[str, ...]]
+    default: float | None
+    values: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.sources))
+        lines = []
+        for name, of in self.sources.items():
+            source = ", ".join(of) if of else "default"
+            lines.append(f"{name:{width}}  {self.values[name]:.4g}  {source}")
+        return "\n".join(lines)
+
+
+def tensors_of(params: Params, last: str | None = None) -> list[Tensor]:
+    """The tensors of a tree with their kinds and places; layers are in the order of the tree's own dicts.
+
+    Args:
+      last: the name of the output layer; default: the last one.
+    """
+    names = {name: np.ndim(leaf) for name, leaf in _in_order(params)}
+    prefix = "params/" if names and all(name.startswith("params/") for name in names) else ""  # Flax's outer level
+    layers = list(dict.fromkeys(hyperparameters.layer_name(name.removeprefix(prefix)) for name in names))
+    normalising = {
+        hyperparameters.layer_name(name.removeprefix(prefix)) for name in names if name.rpartition("/")[2] == "scale"
+    }
+    if last in layers:
+        layers.append(layers.pop(layers.index(last)))
+    counted = [layer for layer in layers if layer not in normalising] or layers
+    found = []
+    for name, ndim in names.items():
+        layer = hyperparameters.layer_name(name.removeprefix(prefix))
+        before = [other for other in layers[: layers.index(layer) + 1] if other in counted]
+        place = max(len(before) - 1, 0) / max(len(counted) - 1, 1)
+        if layer in normalising:
+            kind, place = "norm", min(max(place, 0.01), 0.99)  # between layers: never first or last
+        elif "embed" in name.lower():
+            kind = "embedding"
+        else:
+            kind = "kernel" if ndim > 1 else "bias"
+        found.append(Tensor(name, kind, place))
+    return found
+
+
+def _in_order(params: Params) -> list[tuple[str, Any]]:
+    """Leaves by name: as dicts were filled where the tree is of dicts, else as jax goes, with 2 before 10."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if isinstance(params, Mapping):
+        walked: list[str] = []
+
+        def walk(tree: Any, prefix: str) -> None:
+            for key, value in tree.items():
+                if isinstance(value, Mapping):
+                    walk(value, f"{prefix}{key}/")
+                else:
+                    walked.extend(n for n in leaves if n == f"{prefix}{key}" or n.startswith(f"{prefix}{key}/"))
+
+        walk(params, "")
+        if sorted(walked) == sorted(leaves):
+            return [(name, leaves[name]) for name in walked]
+    pieces = sorted(leaves, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+    return [(name, leaves[name]) for name in pieces]
+
+
+def match(
+    spec: RatesSpec, rates: Rates, init: Params, params: Params, names: Names, default: float | str | None
+) -> Matching:
+    """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax."""
+    learned = {each.name: each for each in tensors_of(init, spec.head)}
+    mine = tensors_of(params)
+    prefix = "params/" if all(each.name.startswith("params/") for each in mine) else ""
+    if isinstance(names, str) and names not in BY:
+        raise ConfigError(f"names: expected a mapping, a function, or one of {BY}, got {names!r}")
+    sources: dict[str, tuple[str, ...]] = {}
+    for each in mine:
+        wanted: str | None = each.name.removeprefix(prefix)
+        if names == "role":
+            sources[each.name] = tuple(name for name, other in learned.items() if other.role == each.role)
+            continue
+        if names == "depth":
+            same = [other for other in learned.values() if other.kind == each.kind]
+            closest = min((abs(other.place - each.place) for other in same), default=None)
+            sources[each.name] = tuple(o.name for o in same if abs(o.place - each.place) == closest)[:1]
+            continue
+        if callable(names):
+            wanted = names(str(wanted))
+        elif isinstance(names, Mapping):
+            wanted = _mapped(names, str(wanted))
+        if wanted is not None and names is not None and wanted not in learned:
+            raise ConfigError(f"names: {each.name}: expected a learned tensor, one of {[*learned]}, got {wanted!r}")
+        sources[each.name] = (wanted,) if wanted in learned else ()
+    lost = [name for name, of in sources.items() if not of]
+    if lost and default is None:
+        raise ConfigError(
+            f"default: expected a rate (or 'mean' of the learned ones) for tensors that none is learned for: {lost}; "
+            f"or say which they are like with names=; learned: {[*learned]}"
+        )
+    everywhere = [_rate(spec, rates, name) for name in learned if _group(spec, name) is not None]
+    mean = float(np.exp(np.mean([np.log(max(abs(float(np.mean(rate))), 1e-12)) for rate in everywhere])))
+    start = mean if default == MEAN else default
+    if lost and not (isinstance(start, (int, float)) and np.isfinite(start) and start >= 0):
+        raise ConfigError(f"default: expected a rate of at least 0, or 'mean', got {default!r}")
+    chosen = float(start) if lost and start is not None else None
+    values = {name: float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
+    return Matching(sources, chosen, values)
+
+
+def _mapped(names: Mapping[str, str], name: str) -> str | None:
+    """The learned tensor of a mapping: by the tensor's name, its layer's, or the first pattern (*) that fits.
+
+    A pattern without a slash is of layers.
+    """
+    layer, last = hyperparameters.layer_name(name), name.rpartition("/")[2]
+    if name in names:
+        return names[name]
+    if layer in names:
+        return f"{names[layer]}/{last}"
+    for pattern, target in names.items():
+        if "/" in pattern and fnmatch.fnmatchcase(name, pattern):
+            return target
+        if "/" not in pattern and fnmatch.fnmatchcase(layer, pattern):
+            return f"{target}/{last}"
+    return None
+
+
+def _group(spec: RatesSpec, name: str) -> str | None:
+    path = tuple(jax.tree_util.DictKey(part) for part in name.split("/"))
+    return hyperparameters.group_of(spec, path)
+
+
+def _rate(spec: RatesSpec, rates: Rates, name: str) -> np.ndarray:
+    """The rate of a learned tensor: [] or [times]; zero if it does not adapt. Means over channels and elements."""
+    group = _group(spec, name)
+    if group is None:
+        return np.zeros((spec.times,) if spec.times else (), np.float32)
+    value = np.asarray(rates[group])
+    return value.mean(axis=tuple(range(bool(spec.times), value.ndim)))
+
+
+def _combined(spec: RatesSpec, rates: Rates, of: tuple[str, ...], default: float | None) -> np.ndarray:
+    """One rate of several learned tensors: their geometric mean where all are positive, else their mean."""
+    shape = (spec.times,) if spec.times else ()
+    if not of:
+        assert default is not None
+        return np.full(shape, default, np.float32)
+    values = np.stack([_rate(spec, rates, name) for name in of])
+    if len(of) == 1:
+        return values[0]
+    return np.exp(np.log(values).mean(0)) if (values > 0).all() else values.mean(0)
+
+
+def rates_for(
+    spec: RatesSpec, rates: Rates, init: Params, params: Params, matching: Matching
+) -> tuple[RatesSpec, Rates]:
+    """The spec and rates, a tensor each, with which descent.optimizer works on a tree like `params`.
+
+    Raises ConfigError for predicted rates, which are for the layers that they were learned on.
+    """
+    if spec.predicted:
+        raise ConfigError("names: expected None with rates that are predicted from the layers they were learned on")
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(init)}
+    found: dict[str, jax.Array] = {}
+    for name, of in matching.sources.items():
+        same = len(of) == 1 and shapes[of[0]] == np.shape(leaves[name]) and _group(spec, of[0]) is not None
+        value: Any = _combined(spec, rates, of, matching.default)
+        if same and spec.granularity in ("channel", "parameter"):
+            value = rates[str(_group(spec, of[0]))]  # element by element
+        elif spec.granularity in ("channel", "parameter"):
+            own = np.shape(leaves[name]) if spec.granularity == "parameter" else np.shape(leaves[name])[-1:]
+            value = np.broadcast_to(value.reshape(*value.shape, *(1,) * len(own)), (*value.shape, *own))
+        found[name] = jnp.asarray(value)
+    granularity = spec.granularity if spec.granularity in ("channel", "parameter") else "tensor"
+    for kind in spec.chosen:
+        if not HYPERPARAMETERS[kind].of_layers:
+            found[f"{kind}:all"] = rates[f"{kind}:all"]
+            continue
+        known = {name: float(value) for name, value in rates.items() if hyperparameters.kind_of(name) == kind}
+        for name, of in matching.sources.items():
+            layer = hyperparameters.layer_name(name)
+            own = [known[key] for source in of if (key := f"{kind}:{_layer(spec, source)}") in known]
+            found.setdefault(f"{kind}:{layer}", jnp.float32(np.mean(own or list(known.values()))))
+    return dataclasses.replace(spec, granularity=granularity, adapts="all"), Rates(found)
+
+
+def _layer(spec: RatesSpec, name: str) -> str | None:
+    path = tuple(jax.tree_util.DictKey(part) for part in name.split("/"))
+    return hyperparameters.layer_of(spec, path)

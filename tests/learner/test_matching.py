@@ -1,0 +1,193 @@
+"""Learned rates in one's own loop over another network: by name, depth, role, mapping and function."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import metalr
+from metalr import models, outer
+from metalr.errors import ConfigError
+from metalr.inner import hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.learner import matching
+
+RATES = {"dense_0": 0.1, "dense_1": 0.2, "head": 0.4}
+
+
+def learner(granularity="layer", rates=None, **settings):
+    model = models.mlp(3, (4,), widths=(5, 5))
+    spec = RatesSpec(granularity, steps=4, **settings)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    actual = hyperparameters.actual(spec, meta.rates)
+    given = RATES if rates is None and granularity == "layer" else rates or {}
+    return metalr.Learner(model, spec, meta.init, actual | {k: jnp.asarray(v, jnp.float32) for k, v in given.items()})
+
+
+class Net(nn.Module):
+    """Deeper and wider than what was learned on, with a norm, and a name of its own for the output layer."""
+
+    depth: int = 12
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = nn.relu(nn.Dense(7, name=f"layer_{i}")(x))
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(2, name="a_last_one")(x)
+
+
+PARAMS = Net().init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+
+
+def rates_of(tx, params, kind="kernel"):
+    """The rate of each tensor, read off one update for gradients of one."""
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    return {k: float(-jnp.mean(v)) for k, v in nn.module.traverse_util.flatten_dict(updates, sep="/").items()}
+
+
+def test_places_go_by_the_order_of_the_network_not_of_the_alphabet():
+    places = {each.name: each.place for each in matching.tensors_of(PARAMS) if each.kind == "kernel"}
+    assert list(places) == [f"layer_{i}/kernel" for i in range(12)] + ["a_last_one/kernel"]
+    assert (places["layer_0/kernel"], places["a_last_one/kernel"]) == (0, 1)
+    assert places["layer_10/kernel"] > places["layer_2/kernel"]
+    kinds = {each.name: each.kind for each in matching.tensors_of(PARAMS)}
+    assert (kinds["norm/scale"], kinds["norm/bias"], kinds["layer_3/bias"]) == ("norm", "norm", "bias")
+
+
+def test_by_depth_and_by_role():
+    learned = learner()
+    by_depth = rates_of(learned.as_optax(like=PARAMS, names="depth", default=0.0), PARAMS)
+    kernels = [by_depth[f"layer_{i}/kernel"] for i in range(12)] + [by_depth["a_last_one/kernel"]]
+    np.testing.assert_allclose(kernels, sorted(kernels), rtol=1e-5)
+    np.testing.assert_allclose([kernels[0], kernels[6], kernels[-1]], [0.1, 0.2, 0.4], rtol=1e-6)
+    by_role = rates_of(learned.as_optax(like=PARAMS, names="role", default="mean"), PARAMS)
+    found = [by_role[f"{name}/kernel"] for name in ("layer_0", "layer_1", "layer_11", "a_last_one")]
+    np.testing.assert_allclose(found, [0.1, 0.2, 0.2, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(by_role["norm/scale"], (0.1 * 0.2 * 0.4) ** (1 / 3), rtol=1e-5)
+
+
+def test_by_mapping_pattern_and_function():
+    learned = learner()
+    names = {"a_last_one": "head", "layer_0": "dense_0", "layer_*": "dense_1"}
+    found = rates_of(learned.as_optax(like=PARAMS, names=names, default=0.03), PARAMS)
+    picked = [found[name] for name in ("a_last_one/bias", "layer_0/kernel", "layer_11/kernel", "norm/scale")]
+    np.testing.assert_allclose(picked, [0.4, 0.1, 0.2, 0.03], rtol=1e-6)
+    tx = learned.as_optax(like=PARAMS, names=lambda name: "head/kernel" if "kernel" in name else None, default=0.0)
+    found = rates_of(tx, PARAMS)
+    assert found["layer_5/kernel"] == pytest.approx(0.4)
+    assert found["layer_5/bias"] == 0
+
+
+def test_what_was_matched_can_be_printed():
+    text = str(learner().matching(PARAMS, names="depth", default=0.03))
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    assert lines["layer_0/kernel"] == ["0.1", "dense_0/kernel"]
+    assert lines["norm/scale"] == ["0.03", "default"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"default: expected a rate .* for tensors that none is learned for: \['layer_0/"),
+        ({"names": "role"}, r"none is learned for: \['norm/scale', 'norm/bias'\]"),
+        ({"names": "deep", "default": 0.1}, "names: expected a mapping, a function, or one of"),
+        ({"names": {"layer_0": "dense_9"}, "default": 0.1}, "expected a learned tensor, one of .*got 'dense_9/"),
+        ({"default": -1.0}, "default: expected a rate of at least 0"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ConfigError, match=message):
+        learner().as_optax(like=PARAMS, **options)
+
+
+def test_names_need_params_to_look_at():
+    with pytest.raises(ConfigError, match="like: expected your params beside names"):
+        learner().as_optax(names="role")
+    with pytest.raises(ConfigError, match="rates that are predicted"):
+        learner(predicted=True).as_optax(like=PARAMS, names="depth", default=0.1)
+
+
+@pytest.mark.parametrize("granularity", ["shared", "tensor", "channel", "parameter"])
+@pytest.mark.parametrize("times", [{}, {"per_step": True}, {"knots": 2}])
+def test_every_granularity_fits_another_network(granularity, times):
+    learned = learner(granularity, momentum=0.5, decay=0.01, initial=0.1, **times)
+    tx = learned.as_optax(like=PARAMS, names="depth", default="mean")
+    state, params = tx.init(PARAMS), PARAMS
+    for _ in range(5):
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "parameter"])
+def test_on_its_own_network_it_is_what_it_was(granularity):
+    learned = learner(granularity, momentum=0.5, clip=0.3, rates={})
+    grads = jax.tree.map(lambda v: jnp.sin(7 * v), learned.init)
+
+    def two_steps(tx, wrap=lambda tree: tree):
+        state, params = tx.init(wrap(learned.init)), wrap(learned.init)
+        for _ in range(2):
+            updates, state = tx.update(wrap(grads), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    expected = two_steps(learned.as_optax())
+    found = two_steps(learned.as_optax(like=learned.init))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), expected, found)
+    outer_level = two_steps(learned.as_optax(), lambda tree: {"params": tree})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), {"params": expected}, outer_level)
+
+
+def loss(params, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(Net().apply({"params": params}, x), y).mean()
+
+
+@pytest.mark.parametrize("around", ["plain", "multi_transform", "masked", "MultiSteps", "TrainState"])
+def test_it_trains_another_network_in_loops_of_optax_and_flax(around):
+    tx = learner().as_optax(like=PARAMS, names="role", default="mean")
+    if around == "multi_transform":
+        labels = jax.tree_util.tree_map_with_path(lambda path, _: "head" if "last" in str(path[0]) else "body", PARAMS)
+        tx = optax.multi_transform({"head": tx, "body": tx}, labels)
+    elif around == "masked":
+        kernels = jax.tree.map(lambda leaf: leaf.ndim > 1, PARAMS)
+        rest = jax.tree.map(lambda chosen: not chosen, kernels)
+        tx = optax.chain(optax.masked(tx, kernels), optax.masked(optax.set_to_zero(), rest))
+    elif around == "MultiSteps":
+        tx = optax.MultiSteps(tx, 2)
+    x = jax.random.normal(jax.random.key(0), (30, 4))
+    y = (x[:, 0] > 0).astype(jnp.int32)
+    state = TrainState.create(apply_fn=Net().apply, params=PARAMS, tx=tx)
+    step = jax.jit(lambda state: state.apply_gradients(grads=jax.grad(loss)(state.params, x, y)))
+    before = float(loss(state.params, x, y))
+    for _ in range(40):
+        state = step(state)
+    assert float(loss(state.params, x, y)) < before
+
+
+def test_it_trains_a_module_of_nnx():
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(4, 9, rngs=rngs)
+            self.last = nnx.Linear(9, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.first(x)))
+
+    net = Own(nnx.Rngs(0))
+    tx = learner().as_optax(like=nnx.state(net, nnx.Param), names={"first": "dense_0", "last": "head"})
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (30, 4))
+    y = (x[:, 0] > 0).astype(jnp.int32)
+
+    def loss(net):
+        return optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
+
+    before = float(loss(net))
+    for _ in range(30):
+        optimizer.update(net, nnx.grad(loss)(net))
+    assert float(loss(net)) < 0.7 * before
