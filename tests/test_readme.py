@@ -64,6 +64,16 @@ def test_the_page_of_your_own_tasks_runs_from_top_to_bottom():
     assert scope["predicted"].shape == (20, 1)
 
 
+def test_the_page_of_your_own_loop_runs_in_jax():
+    page = (ROOT / "docs" / "own_loop.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope = {}
+    with jax.numpy_rank_promotion("allow"):
+        for block in blocks[:2]:  # the third is run by tests/integrations/test_torch.py
+            exec(block.replace("outer_steps=500", "outer_steps=40"), scope)
+    assert scope["params"]["head"]["kernel"].shape == (40, 1)
+
+
 def test_snippet_runs():
     snippet = SNIPPETS[0]
     images, labels = data.bundled().test_images[..., 0], data.bundled().test_labels

@@ -19,6 +19,7 @@ from metalr.models.model import (
     mlp,
     predict,
     rnn,
+    starting_from,
     unit,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "mlp",
     "predict",
     "rnn",
+    "starting_from",
     "unit",
 ]

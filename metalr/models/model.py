@@ -18,6 +18,7 @@ import numpy as np
 
 from metalr.errors import ConfigError
 from metalr.models.convolution import conv_as_patches
+from metalr.trees import path_name
 from metalr.types import Params
 
 Apply = Callable[..., jax.Array]  # (params, x [n, h, w, c] float32, key=None) -> logits [n, way] float32
@@ -429,6 +430,31 @@ def from_function(
 
     check_dtypes(jax.eval_shape(init, jax.random.key(0)), "model")
     return Model(name, init, applied, input_shape, None, head, relu_stack=relu_stack)
+
+
+def starting_from(model: Model, params: Params) -> Model:
+    """The same network, whose every init is these params: to learn rates for somebody's pre-trained weights.
+
+    With outer.learns "rates" the weights stay what they are, and rates are learned for fine-tunes that start there.
+
+    Raises ConfigError for params of another structure, shape or dtype.
+    """
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    given = jax.tree.map(jnp.asarray, params)
+    expected, came = (
+        {path_name(p): (v.shape, str(v.dtype)) for p, v in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (wanted, given)
+    )
+    for name in sorted({*expected, *came}):
+        if expected.get(name) != came.get(name):
+            raise ConfigError(
+                f"params: {name}: expected {expected.get(name, 'none')} as in the model {model.name}, got "
+                f"{came.get(name, 'none')}"
+            )
+    leaves = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(given)}
+    ordered = [leaves[path_name(p)] for p, _ in jax.tree_util.tree_leaves_with_path(wanted)]
+    fixed = jax.tree.unflatten(jax.tree.structure(wanted), ordered)
+    return dataclasses.replace(model, init=lambda key: fixed)
 
 
 def _check_shape(name: str, input_shape: Any, way: Any) -> None:

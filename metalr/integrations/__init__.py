@@ -1,0 +1,1 @@
+"""What was learned, in other libraries. Each module needs its own extra."""
