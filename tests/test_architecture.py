@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import metalr
-from metalr import config, models, outer, tasks
+from metalr import config, models, tasks
 from metalr.inner import hyperparameters
+from metalr.models import heads
 from metalr.outer import algorithms
+from metalr.runs import setup
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metalr"
@@ -85,4 +87,6 @@ def test_choices_on_the_command_line_are_those_of_the_tables():
     assert choices(config.InnerConfig, "adapts") == set(hyperparameters.ADAPTS)
     assert choices(config.InnerConfig, "extend") == set(hyperparameters.EXTENDS)
     assert choices(config.InnerConfig, "base") == set(hyperparameters.BASES)
-    assert choices(config.InnerConfig, "derivative") == {"auto", *outer.DERIVATIVES}
+    assert choices(config.InnerConfig, "derivative") == {"auto", *setup.DERIVATIVES}
+    assert choices(config.InnerConfig, "head_start") == {"learned", *heads.HEAD_STARTS}
+    assert choices(config.TableConfig, "standardise") == {"auto", *tasks.standardisation.CHOICES}

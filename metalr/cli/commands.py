@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
-from metalr.config.files import read_config
+from metalr.config.files import read_config, read_settings
 from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
 from metalr.storage import folders
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import, remove.", given[1:]))
         return
+    if given[:1] == ["runs"]:
+        commands = {"list": runs_list, "show": runs_show, "diff": runs_diff, "path": runs_path, "rm": runs_rm}
+        guard(lambda: _dispatch(commands, "metalr runs", "Runs: list, show, diff, path, rm.", given[1:]))
+        return
     resumable = {"train": _train_command, "search": _search_command}
     made = {
         name: guard(functools.partial(make, given)) if given[:1] == [name] else make([])
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "adapt": adapt,
         "predict": predict,
     }
-    commands |= {"show": show, "search": made["search"], "compare": compare, "data": data}
+    commands |= {"show": show, "search": made["search"], "compare": compare, "runs": runs, "data": data}
     if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
         guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
         return
@@ -64,6 +69,10 @@ def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, a
 
 def data() -> None:
     """List the datasets; prepare, import or remove one: see `metalr data --help`."""
+
+
+def runs() -> None:
+    """List the runs of a folder; show, compare or remove some: see `metalr runs --help`."""
 
 
 def guard(run: Callable[[], Any]) -> Any:
@@ -110,10 +119,19 @@ def quickstart(config: Config = QUICKSTART, json_: Json = False) -> None:
     _train(config, "quickstart", json_)
 
 
+def _given(argv: list[str], flag: str) -> str | None:
+    """The value of a flag, if it is given."""
+    found = next((b for a, b in itertools.pairwise(argv) if a == flag), None)
+    return next((a.partition("=")[2] for a in argv if a.startswith(f"{flag}=")), found)
+
+
 def _default(argv: list[str], kind: Any) -> Any:
-    """A command's default settings: those of the run to resume, if there is one."""
-    resumed = next((b for a, b in itertools.pairwise(argv) if a == "--resume"), None)
-    resumed = next((a.partition("=")[2] for a in argv if a.startswith("--resume=")), resumed)
+    """A command's default settings: those of the run to resume, or to run again, if there is one."""
+    resumed, again = _given(argv, "--resume"), _given(argv, "--config") if kind is TrainConfig else None
+    if resumed is not None and again is not None:
+        raise ConfigError("config: expected --resume RUN or --config RUN, got both")
+    if again is not None:
+        return _found_again(read_settings(Path(again)), Path(again))
     if resumed is None:
         return kind()
     config = read_config(Path(resumed), kind)
@@ -122,16 +140,31 @@ def _default(argv: list[str], kind: Any) -> Any:
     return config
 
 
+def _found_again(config: TrainConfig, path: Path) -> TrainConfig:
+    """A run's settings with its data where it stands now, if that is a file that has moved with the run."""
+    folder = path if path.is_dir() else path.parent
+    if Path(config.data).suffix and not Path(config.data).exists():
+        found = next((p for p in folders.places(folders.data_of(folder), folder) if Path(p).is_file()), None)
+        return config if found is None else dataclasses.replace(config, data=found)
+    return config
+
+
 def _train_command(argv: list[str]) -> Callable[..., None]:
     default = _default(argv, TrainConfig)
 
-    def train(config: Config = default, resume: Path | None = None, json_: Json = False) -> None:
+    def train(
+        config: Config = default,
+        resume: Path | None = None,
+        config_: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+        json_: Json = False,
+    ) -> None:
         """Meta-train and evaluate on held-out tasks; leave a run folder.
 
         Ctrl-C or SIGTERM saves at the next outer step (exit code 75); --resume goes on from there.
 
         Args:
           resume: a run folder: go on with that run, with its own settings.
+          config_: a run folder or a config file: begin a new run with its settings, and what other flags change.
           json_: print the results as JSON instead of a table.
         """
         _train(config, "train", json_, resume)
@@ -343,6 +376,103 @@ def compare(
 
     results = comparing.run(runs, config, pretrained=pretrained) if resume is None else comparing.resume(resume)
     print(json.dumps(results, indent=1) if json_ else report.contest_text(results))
+
+
+def runs_list(folder: tyro.conf.Positional[Path] = Path("runs"), json_: Json = False) -> None:
+    """List runs, searches and comparisons: how they stand, what they found, in which settings they differ.
+
+    Args:
+      folder: where they are, or the folders they are in.
+      json_: print JSON.
+    """
+    from metalr.report import runs as listed
+
+    found = listed.find(folder)
+    if json_:
+        print(json.dumps([run._asdict() | {"folder": str(run.folder)} for run in found]))
+        return
+    print(listed.listing(found))
+
+
+def runs_show(run: tyro.conf.Positional[Path], json_: Json = False) -> None:
+    """Show how a run stands, what began it (command, commit, versions, machine) and its settings.
+
+    Args:
+      run: a run folder.
+      json_: print JSON.
+    """
+    from metalr.report import runs as listed
+
+    found = listed.read(run)
+    kinds = {"search": SearchConfig, "comparison": CompareConfig}
+    facts = listed.details(found, listed.flat(kinds.get(found.kind, TrainConfig)().to_json()))
+    print(json.dumps(facts, indent=1) if json_ else listed.details_text(facts))
+
+
+def runs_diff(
+    first: tyro.conf.Positional[Path], others: tyro.conf.Positional[tuple[Path, ...]], json_: Json = False
+) -> None:
+    """Show the settings in which runs differ, and what each found.
+
+    Args:
+      first: a run folder.
+      others: one or more run folders.
+      json_: print JSON.
+    """
+    from metalr.report import runs as listed
+
+    found = [listed.read(folder) for folder in (first, *others)]
+    if json_:
+        names = listed.differing(found)
+        rows = [
+            {"folder": str(run.folder), "status": run.status, run.metric or "score": run.score}
+            | {name: run.settings.get(name) for name in names}
+            for run in found
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    print(listed.comparison(found))
+
+
+def runs_path(name: tyro.conf.Positional[str], folder: Path = Path("runs")) -> None:
+    """Print the folder of the newest run of a name (NAME, or NAME-2 and so on), for scripts.
+
+    Args:
+      name: the name.
+      folder: where runs are.
+    """
+    from metalr.report import runs as listed
+
+    print(listed.newest(folder, name).folder.resolve())
+
+
+def runs_rm(targets: tyro.conf.Positional[tuple[Path, ...]], yes: bool = False) -> None:
+    """Remove run folders. Asks first on a terminal; refuses one that is running, and folders with files of others.
+
+    Args:
+      targets: run folders.
+      yes: do not ask.
+    """
+    from metalr.report import runs as listed
+
+    found = [listed.read(folder) for folder in targets]
+    if not found:
+        raise ConfigError("targets: expected one or more run folders, got none")
+    for run in found:
+        folders.refuse_if_locked(run.folder)
+        extra = listed.not_its_own(run)
+        if extra:
+            raise ConfigError(f"{run.folder}: expected a run's files only, found {extra}; move them away")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("yes: expected --yes where nobody can be asked")
+        print(listed.listing(found))
+        if input(f"remove {len(found)} folders? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing removed")
+            return
+    for run in found:
+        shutil.rmtree(run.folder)
+        print(f"removed {run.folder}")
 
 
 def data_list(json_: Json = False) -> None:

@@ -65,6 +65,20 @@ def check_literals(config: Any, prefix: str = "") -> None:
             raise ConfigError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 
+def read_settings(path: Path) -> Any:
+    """The settings of a run, for another one: of a run folder, or of a config file. Raises ConfigError."""
+    if path.is_file():
+        try:
+            found = from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{path}: not the config of a run: {one_line(error)}") from error
+    else:
+        found = read_config(path)
+    if found.model.own:
+        raise ConfigError(f"config: {path} has a network of your own, which the command line cannot build")
+    return dataclasses.replace(found, out=None, overwrite=False)
+
+
 def read_config(folder: Path, kind: Any = TrainConfig) -> Any:
     """The config of a run folder. Raises ConfigError: there is none, or it is damaged."""
     file = folder / "config.json"

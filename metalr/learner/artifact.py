@@ -293,9 +293,10 @@ class Learner:
         Args:
           like: your params, or their shapes, as the model's init gives them; with them `names` and `default` count.
           names: which learned tensor each of yours is like. A mapping from your tensors' names (or layers' names, or
-            patterns with *) to learned ones; a function of your tensor's name; "depth": the learned tensor of the same
-            kind (kernel, bias, norm, embedding) at the nearest relative depth; "role": the mean of the learned tensors
-            of the same kind that are in the first, a hidden or the last layer too. None: by the same name.
+            patterns such as `layer_*`) to learned ones; a function of your tensor's name; "depth": the learned tensor
+            of the same kind (kernel, bias, norm, embedding) at the nearest relative depth; "role": the mean of the
+            learned tensors of the same kind that are in the first, a hidden or the last layer too. None: by the same
+            name.
           default: the rate of tensors that are like none: a number, or "mean" of the learned rates. None refuses them.
 
         Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that

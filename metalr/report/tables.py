@@ -83,8 +83,8 @@ def study_text(results: dict[str, Any]) -> str:
             less = shown_difference(h["learned_minus_this"], metric), shown_interval(h["difference_ci95"], metric)
             score = shown(h[metric], metric), shown_interval(h["ci95"], metric)
             longer.append((r["variant"], r["family"], str(h["horizon"]), h["method"], *score, " ".join(less)))
-    lines = [f"\n{results['name']}: means over seeds {results['seeds']}\n", *_aligned(rows, left=(0, 1))]
-    return "\n".join([*lines, *(["", *_aligned(longer, left=(0, 1, 3))] if len(longer) > 1 else [])])
+    lines = [f"\n{results['name']}: means over seeds {results['seeds']}\n", *aligned(rows, left=(0, 1))]
+    return "\n".join([*lines, *(["", *aligned(longer, left=(0, 1, 3))] if len(longer) > 1 else [])])
 
 
 def table(rows: list[dict[str, Any]], metric: str = "accuracy") -> list[str]:
@@ -103,7 +103,7 @@ def table(rows: list[dict[str, Any]], metric: str = "accuracy") -> list[str]:
         )
         for row in rows
     ]
-    return _aligned([head, *body], left=(0, 5))
+    return aligned([head, *body], left=(0, 5))
 
 
 def _cell(cell: dict[str, Any] | list[dict[str, Any]]) -> str:
@@ -131,7 +131,7 @@ def learned_text(facts: dict[str, Any]) -> str:
                 "" if adapts.get(name, True) else "not adapted",
             )
         )
-    lines += _aligned(rows, left=(0, 3, 6))
+    lines += aligned(rows, left=(0, 3, 6))
     if facts["fixed"]:
         lines += ["", f"without a rate, so not adapted: {', '.join(facts['fixed'])}"]
     return "\n".join(lines)
@@ -177,7 +177,7 @@ def contest_text(results: dict[str, Any]) -> str:
         f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
         f"them searched; {results['data']}"
     )
-    return "\n".join([about, "", *_aligned([head, *body], left=(0,))])
+    return "\n".join([about, "", *aligned([head, *body], left=(0,))])
 
 
 def bars(values: list[float]) -> str:
@@ -204,10 +204,13 @@ def curve_lines(curve: list[dict[str, Any]]) -> list[str]:
     """A curve as aligned lines: of accuracy in per cent, of any other metric in its own unit."""
     (metric,) = set(curve[0]) - {"steps", "ci95", "ci95_over_tasks", "lowest_seed", "highest_seed"}
     rows = [(str(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric)) for r in curve]
-    return _aligned([("steps", metric, "95 % CI"), *rows], left=())
+    return aligned([("steps", metric, "95 % CI"), *rows], left=())
 
 
-def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+def aligned(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    """Rows as lines of columns, those in `left` to the left."""
+    if not rows:
+        return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

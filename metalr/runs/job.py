@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from metalr.config.files import differences
-from metalr.errors import ConfigError, StoppedError
+from metalr.errors import ConfigError, MetalrError, StoppedError, StorageError
 from metalr.runs import preemption
+from metalr.runs.provenance import command, provenance
 from metalr.storage import folders
 
 Parts = TypeVar("Parts")
@@ -57,7 +58,8 @@ class Job(NamedTuple):
         parts = make()
         with folders.taken(config.out, name, self.files, overwrite=config.overwrite) as folder:
             folders.write_json(folder / "config.json", config.to_json() if record is None else record(folder))
-            return carry_out(parts, folder)
+            folders.write_json(folder / folders.MADE, {"command": command(), **provenance()})
+            return self._work(folder, parts, carry_out)
 
     def go_on(
         self,
@@ -80,7 +82,20 @@ class Job(NamedTuple):
                 kept = dataclasses.replace(given, out=stored.out, overwrite=stored.overwrite)
                 if kept != stored:  # whoever takes it up next goes by these
                     folders.write_json(folder / "config.json", kept.to_json())
+            return self._work(folder, parts, carry_out)
+
+    def _work(self, folder: Path, parts: Parts, carry_out: Callable[[Parts, Path], Results]) -> Results:
+        """Carry out; an error that ends it is written down, for `metalr runs list`."""
+        with contextlib.suppress(OSError):
+            (folder / folders.FAILED).unlink(missing_ok=True)
+        try:
             return carry_out(parts, folder)
+        except StoppedError:
+            raise
+        except MetalrError as error:
+            with contextlib.suppress(StorageError, OSError):  # the error itself counts
+                folders.write_json(folder / folders.FAILED, {"error": str(error)})
+            raise
 
     def check_changes(self, folder: Path, stored: Any, given: Any) -> None:
         """Raises ConfigError for a changed setting that the result depends on."""

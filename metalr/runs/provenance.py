@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import optax
 
+import metalr
 from metalr.outer.devices import cores
 
 try:
@@ -45,7 +47,9 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit or "not a checkout",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__}
+        | {"metalr": metalr.__version__},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "machine": f"{model}, {cores()} cores, {len(devices)} x {devices[0].device_kind}, {platform.system()}",
     }
 

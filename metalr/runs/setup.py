@@ -30,6 +30,14 @@ TABLE = "tasks of a table"
 CLASSES_START, NUMBERS_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
 
 
+DERIVATIVES: dict[str, Callable[[bool, int], Method]] = {  # (first order?, steps of truncated) -> the way
+    "reverse": lambda simple, last: Reverse(simple),
+    "remat": lambda simple, last: Reverse(simple, remat=True),
+    "truncated": lambda simple, last: Reverse(simple, remat=True, last=last),
+    "forward": lambda simple, last: Forward(simple),
+}
+
+
 class Source(NamedTuple):
     """Where tasks come from, as plain JSON values that travel with every result.
 
@@ -206,13 +214,7 @@ def _method_of(config: TrainConfig, row: algorithms.Algorithm, spec: RatesSpec, 
         return others[row.meta_gradient]
     if inner.derivative == "auto":
         return outer.choose_derivative(spec, model, inner.last, first_order=simple)
-    named: dict[str, Method] = {
-        "reverse": Reverse(simple),
-        "remat": Reverse(simple, remat=True),
-        "truncated": Reverse(simple, remat=True, last=inner.last),
-        "forward": Forward(simple),
-    }
-    return named[inner.derivative]
+    return DERIVATIVES[inner.derivative](simple, inner.last)
 
 
 def load(config: TrainConfig, folder: Path | None = None, where: str | None = None) -> data.Dataset | tasks.Tasks:

@@ -52,7 +52,8 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert first[0].startswith("data    blobs: 600 train + 300 test images")
     assert [line.split()[0] for line in first[1:3]] == ["device", "tasks"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "results.json",
+        "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "provenance.json",
+        "results.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -136,7 +137,7 @@ def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
             "inner.dropout: expected None with the model 'conv4'",
         ),
         (["--outer.multi-step", "0.5", "--inner.derivative", "forward"], "outer.multi_step: expected 0"),
-        (["--outer.multi-step", "1", "--inner.steps", "9000", "--evaluation.steps", "9000"], "forward (what auto"),
+        (["--outer.multi-step", "1", "--inner.steps", "9000", "--evaluation.steps", "9000"], "auto (Forward("),
         (
             ["--model.name", "rnn", *ITS_OWN, "--model.dropout", "0.5"],
             "model.dropout: expected 0.0, because nothing else",
@@ -313,6 +314,46 @@ def test_a_table_of_classes_gives_their_names_back(tmp_path, capsys):
     assert "table.target: expected ()" in refused(capsys, "train", "--data.target", "kind")
     assert "objective: expected cross_entropy with images" in refused(capsys, "train", "--objective", "squared_error")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_again_with_one_thing_changed(blobs_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call("train", "--data", blobs_npz, *SMALL, "--out", "runs/first")
+    call("train", "--config", "runs/first", "--out", "runs/same")
+    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
+        assert (tmp_path / "runs/first" / name).read_bytes() == (tmp_path / "runs/same" / name).read_bytes()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(blobs_npz, tmp_path / "elsewhere" / "moved.npz")
+    call("train", "--config", "runs/first/config.json", "--data", "elsewhere/moved.npz", "--outer.steps", "3",
+         "--out", "runs/short")  # fmt: skip
+    capsys.readouterr()
+    call("runs", "diff", "runs/first", "runs/same", "runs/short")
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert lines["outer.steps"] == ["6", "6", "3"]
+    assert lines["status"] == ["finished"] * 3
+    call("runs", "show", "runs/short", "--json")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["settings"]["outer.steps"] == 3
+    assert len(shown["data_sha256"]) == 64
+    assert {"python", "jax", "optax", "metalr"} == set(shown["versions"])
+    assert "got both" in refused(capsys, "train", "--config", "runs/first", "--resume", "runs/first")
+    assert "expected a run folder" in refused(capsys, "train", "--config", "runs/none")
+    (tmp_path / "runs" / "first" / "notes.txt").write_text("mine")
+    assert "found ['notes.txt']" in refused(capsys, "runs", "rm", "runs/first", "--yes")
+    call("runs", "rm", "runs/same", "runs/short", "--yes")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["first"]
+
+
+def test_a_run_that_failed_says_so(blobs_npz, tmp_path, capsys):
+    flags = ["train", "--data", blobs_npz, *SMALL, "--outer.init-rate", "1e30", "--outer.clip", "None", "--out"]
+    with pytest.raises(SystemExit):
+        call(*flags, tmp_path / "bad")
+    capsys.readouterr()
+    call("runs", "list", tmp_path, "--json")
+    (run,) = json.loads(capsys.readouterr().out)
+    assert run["status"] == "failed"
+    call("runs", "show", tmp_path / "bad")
+    assert "outer step" in capsys.readouterr().out
 
 
 def test_show_needs_no_code_of_a_custom_network(tmp_path, capsys):

@@ -1,0 +1,273 @@
+"""The runs in a folder: which there are, how they stand, and in what they differ. Reads files; imports no jax."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metalr.errors import ConfigError
+from metalr.report.tables import aligned, shown, shown_interval
+from metalr.storage import folders
+
+DEPTH = 3  # folders below the one that is listed
+KINDS = {"trials.jsonl": "search", "searches.jsonl": "comparison"}  # a file that only this kind has
+SKIPPED = {"artifact", "checkpoints"}
+FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
+WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
+Settings = dict[str, Any]  # dotted name -> value
+
+
+class Run(NamedTuple):
+    """One run, search or comparison.
+
+    Attributes:
+      status: "running", "finished", "failed" (with an error that is written down) or "stopped".
+      metric, score, ci95, steps: what a finished run found on held-out tasks after so many inner steps, or None.
+      done: outer steps of a run that is not finished, or None.
+      began: seconds since the epoch; bytes: of all its files.
+    """
+
+    folder: Path
+    kind: str
+    status: str
+    settings: Settings
+    metric: str | None
+    score: float | None
+    ci95: float | None
+    steps: int | None
+    done: int | None
+    began: float
+    bytes: int
+
+
+def find(root: Path) -> list[Run]:
+    """The runs in a folder and in the folders below it, oldest first. Raises ConfigError if there is no such folder."""
+    if not root.is_dir():
+        raise ConfigError(f"{root}: expected a folder with runs, found none")
+    return sorted((read(folder) for folder in _folders(root, DEPTH)), key=lambda run: (run.began, str(run.folder)))
+
+
+def _folders(root: Path, depth: int) -> Iterator[Path]:
+    if (root / "config.json").is_file():
+        yield root
+    if depth:
+        with os.scandir(root) as entries:
+            inside = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and e.name not in SKIPPED]
+        for folder in sorted(inside):
+            if not folder.name.startswith("."):
+                yield from _folders(folder, depth - 1)
+
+
+def read(folder: Path) -> Run:
+    """How a run stands. Raises ConfigError for a folder that holds none."""
+    config = _json(folder / "config.json")
+    if config is None:
+        raise ConfigError(f"{folder}: expected a run with config.json, found none; see: metalr runs list")
+    results = _json(folder / "results.json")
+    kind = next((kind for name, kind in KINDS.items() if (folder / name).exists()), None)
+    kind = kind or ("comparison" if "runs" in config else "search" if "searcher" in config else "run")
+    if folders.holder(folder) is not None:
+        status = "running"
+    elif results is not None:
+        status = "finished"
+    else:
+        status = "failed" if (folder / folders.FAILED).is_file() else "stopped"
+    metric, score, ci95, steps = _found(results or {})
+    done = None if results is not None or kind != "run" else _last_step(folder / "metrics.jsonl")
+    return Run(
+        folder, kind, status, flat(config.get("config", config)), metric, score, ci95, steps, done,
+        (folder / "config.json").stat().st_mtime, _bytes(folder),
+    )  # fmt: skip
+
+
+def newest(root: Path, name: str) -> Run:
+    """The newest run of a name, numbered or not (NAME, NAME-2). Raises ConfigError if there is none."""
+    named = [r for r in find(root) if r.folder.name == name or _unnumbered(r.folder.name) == name]
+    if not named:
+        raise ConfigError(f"{name}: expected a run of that name in {root}, found none; see: metalr runs list {root}")
+    return named[-1]
+
+
+def _unnumbered(name: str) -> str:
+    begin, _, number = name.rpartition("-")
+    return begin if number.isdigit() else name
+
+
+def not_its_own(run: Run) -> list[str]:
+    """Names in a run's folder that no run, search or comparison writes."""
+    return sorted(path.name for path in run.folder.iterdir() if path.name not in WRITTEN)
+
+
+def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | None, int | None]:
+    metric = results.get("metric", {}).get("name", "accuracy")
+    if "curve" in results:
+        trained = results["config"]["inner"]["steps"]
+        point = next((p for p in results["curve"] if p["steps"] == trained), results["curve"][-1])
+        return metric, point.get(metric), point.get("ci95"), point["steps"]
+    if "final_test_score" in results:
+        return metric, results["final_test_score"], None, None
+    if results.get("rows"):
+        row = results["rows"][-1] if not results["rows"][0].get("steps") else results["rows"][0]
+        return metric, row.get(metric), row.get("ci95"), row.get("steps")
+    return None, None, None, None
+
+
+def _last_step(file: Path) -> int:
+    """Outer steps that are logged, by the end of the file alone."""
+    try:
+        with file.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            lines = log.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue  # a line that is being written, or cut by where reading began
+        if isinstance(found, dict) and "step" in found:
+            return int(found["step"]) + ("loss" in found)
+    return 0
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            inside = entry.is_dir(follow_symlinks=False)
+            total += _bytes(Path(entry.path)) if inside else entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> Settings:
+    """Settings by dotted name."""
+    found: Settings = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings in which these runs differ, without where they stand."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: {json.dumps(run.settings.get(name)) for run in runs} for name in names}
+    return [name for name, found in values.items() if len(found) > 1 and name not in ("out", "overwrite")]
+
+
+def listing(runs: Sequence[Run], most: int = 6) -> str:
+    """A line a run: how it stands, what it found, and the settings in which the runs differ.
+
+    most: how many of these settings get a column; the rest are counted.
+    """
+    if not runs:
+        return "no runs"
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(run.kind, []).append(run)
+    now, parts = time.time(), []
+    for kind, same in kinds.items():
+        names = differing(same)
+        head = (kind, "status", "found", "95 % CI", "age", "size", *(name for name in names[:most]))
+        rows = [head]
+        for run in same:
+            score = shown(run.score, run.metric) if run.metric and run.score is not None else ""
+            if run.done is not None and "outer.steps" in run.settings:
+                score = f"{run.done}/{run.settings['outer.steps']}"
+            interval = shown_interval(run.ci95, run.metric) if run.metric and run.ci95 is not None else ""
+            about = run.status, score, interval, age(now - run.began), size(run.bytes)
+            rows.append((str(run.folder), *about, *(_value(run.settings.get(name)) for name in names[:most])))
+        left = (0, 1, *range(6, len(head)))
+        parts.append("\n".join(aligned(rows, left=left)))
+        if len(names) > most:
+            parts.append(f"they also differ in {', '.join(names[most:])}")
+    return "\n\n".join(parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_value(one) for one in value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def age(seconds: float) -> str:
+    """Seconds in words: "3 min", "5 h", "12 d"."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """The settings in which runs differ and what they found, a column a run."""
+    names = differing(runs)
+    rows: list[tuple[str, ...]] = [("", *(str(run.folder) for run in runs)), ("status", *(run.status for run in runs))]
+    if any(run.score is not None for run in runs):
+        metric = next(run.metric for run in runs if run.metric) or ""
+        found = [
+            f"{shown(run.score, run.metric or metric)} {shown_interval(run.ci95, run.metric or metric)}".strip()
+            if run.score is not None
+            else ""
+            for run in runs
+        ]
+        rows.append((metric, *found))
+    rows += [(name, *(_value(run.settings.get(name)) for run in runs)) for name in names]
+    lines = aligned(rows, left=tuple(range(len(runs) + 1)))
+    return "\n".join(lines + ([] if names else ["", "their settings are the same"]))
+
+
+def details(run: Run, defaults: Settings) -> dict[str, Any]:
+    """All that `metalr runs show` says, as JSON values. defaults: the settings that need no mention."""
+    made = _json(run.folder / folders.MADE) or {}
+    results = _json(run.folder / "results.json") or {}
+    data = _json(run.folder / "data.json") or {}
+    failed = _json(run.folder / folders.FAILED) or {}
+    facts: dict[str, Any] = {
+        "folder": str(run.folder),
+        "kind": run.kind,
+        "status": run.status,
+        "outer_steps_done": run.done,
+        "error": failed.get("error"),
+        run.metric or "score": run.score,
+        "ci95": run.ci95,
+        "after_steps": run.steps,
+        "command": made.get("command", results.get("command")),
+        **{k: v for k, v in (made or results.get("provenance", {})).items() if k != "command"},
+        "data_sha256": data.get("sha256"),
+        "bytes": run.bytes,
+        "settings": {n: v for n, v in run.settings.items() if defaults.get(n, v) != v or n not in defaults},
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def details_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    rows: list[tuple[str, ...]] = []
+    for name, value in facts.items():
+        if name == "settings":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        rows.append((name.replace("_", " "), size(value) if name == "bytes" else _value(value)))
+    lines = aligned(rows, left=(0, 1))
+    changed: list[tuple[str, ...]] = [(name, _value(value)) for name, value in facts["settings"].items()]
+    return "\n".join([*lines, "", "settings that differ from the defaults:", *aligned(changed, left=(0, 1))])

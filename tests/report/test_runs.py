@@ -1,0 +1,93 @@
+"""Listing runs: how they stand, in what they differ, many of them, and without jax."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metalr.config import TrainConfig
+from metalr.errors import ConfigError
+from metalr.report import runs
+from metalr.storage import folders
+
+
+def made(folder, status="finished", accuracy=0.9, **settings):
+    folder.mkdir(parents=True)
+    config = TrainConfig().to_json() | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(40)) + '{"st'
+    )
+    curve = [{"steps": n, "accuracy": accuracy * n / 5, "ci95": 0.01} for n in range(11)]
+    if status == "finished":
+        (folder / "results.json").write_text(
+            json.dumps({"config": config, "curve": curve, "metric": {"name": "accuracy"}})
+        )
+    if status == "failed":
+        (folder / "failed.json").write_text('{"error": "loss nan"}')
+    return folder
+
+
+def test_how_runs_stand(tmp_path):
+    made(tmp_path / "a", seed=0)
+    made(tmp_path / "sweep" / "b", accuracy=0.8, seed=1)
+    made(tmp_path / "c", "stopped", seed=2)
+    made(tmp_path / "d", "failed", seed=3)
+    with folders.locked(made(tmp_path / "e", "running", seed=4)):
+        found = {run.folder.name: run for run in runs.find(tmp_path)}
+    assert {name: run.status for name, run in found.items()} == {
+        "a": "finished", "b": "finished", "c": "stopped", "d": "failed", "e": "running",
+    }  # fmt: skip
+    assert (found["a"].score, found["a"].steps, found["b"].score) == (0.9, 5, 0.8)
+    assert found["c"].done == 40  # the line that was cut off does not count
+    text = runs.listing(list(found.values()))
+    head, first = text.splitlines()[:2]
+    assert head.split()[-1] == "seed"  # what differs
+    assert "90.00 %" in first
+    assert "40/2000" in text
+    assert runs.details(found["d"], {})["error"] == "loss nan"
+
+
+def test_what_differs(tmp_path):
+    one = made(tmp_path / "a", inner=TrainConfig().to_json()["inner"] | {"rate": 0.1})
+    other = made(tmp_path / "b", accuracy=0.5, inner=TrainConfig().to_json()["inner"] | {"rate": 0.2})
+    text = runs.comparison([runs.read(one), runs.read(other)])
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["status", "finished", "finished"],
+        ["accuracy", "90.00", "%", "±", "1.00", "50.00", "%", "±", "1.00"],
+        ["inner.rate", "0.1", "0.2"],
+    ]
+    same = runs.comparison([runs.read(one), runs.read(one)])
+    assert same.endswith("their settings are the same")
+
+
+def test_the_newest_of_a_name(tmp_path):
+    for name in ("mine", "mine-2", "mine-too"):
+        made(tmp_path / name)
+        time.sleep(0.01)
+    assert runs.newest(tmp_path, "mine").folder.name == "mine-2"
+    with pytest.raises(ConfigError, match="expected a run of that name"):
+        runs.newest(tmp_path, "other")
+    with pytest.raises(ConfigError, match="expected a folder with runs"):
+        runs.find(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"expected a run with config.json"):
+        runs.read(tmp_path)
+
+
+def test_a_folder_of_a_thousand_runs_is_listed_at_once(tmp_path):
+    for i in range(1000):
+        made(tmp_path / f"run{i}", seed=i)
+    began = time.perf_counter()
+    text = runs.listing(runs.find(tmp_path))
+    assert time.perf_counter() - began < 5  # a tenth of it on a machine with nothing else to do
+    assert len(text.splitlines()) == 1001
+
+
+def test_listing_imports_no_jax(tmp_path):
+    made(tmp_path / "a")
+    script = (
+        "import sys; from metalr import cli; cli.main(['runs', 'list', sys.argv[1]]); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
