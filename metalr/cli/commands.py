@@ -244,6 +244,7 @@ def evaluate(
         "episodes": asked.episodes,
         "split_sha256": setup.source.split_sha256,
         "transductive": learner.model.transductive,
+        "metric": {"name": learner.objective.choose_by, "maximise": learner.objective.maximise},
         "curve": evaluating.curve_rows(curve, learner.objective.choose_by),
         **shown,
         "seconds": round(seconds, 3),

@@ -190,6 +190,25 @@ def unsearched(name: str, init: Params | None, field: Field, runs: Baselines) ->
     )  # fmt: skip
 
 
+def without_search(name: str, init: Params | None, field: Field, model: Model, optimizer: str) -> list[Scores]:
+    """From an init (None: random), an optimizer that nobody chooses a rate for; a row of optimizers.WITHOUT_SEARCH."""
+    row, (pool, sample) = optimizers.without_search(optimizer), field.sampler
+    start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
+
+    @functools.cache
+    def evaluator(length: int) -> protocol.Evaluator:
+        at = [length] if length else list(field.lengths)
+        return protocol.make_baseline(
+            model, sample, lambda _: row.make(at[-1]), at, batch_size=field.minibatch, random_init=init is None,
+            objective=field.objective, evaluated=row.evaluated,
+        )  # fmt: skip
+
+    def run(start: Params, length: int) -> np.ndarray:
+        return evaluator(length)(pool, start, np.float32(0), field.keys).tasks
+
+    return of_lengths(f"{name} init, no search ({optimizer})", [start], field, run, every=not row.of_length)
+
+
 def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
     """From an init (None: random), the optimizer and rate that did best on meta-validation tasks at that very length.
 

@@ -186,11 +186,13 @@ def make_baseline(
     batch_size: int | None = None,
     random_init: bool = False,
     objective: Objective = CROSS_ENTROPY,
+    evaluated: Callable[[Any, Params], Params] | None = None,
 ) -> Evaluator:
     """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for optimizer(learning_rate) as inner loop.
 
     at: after which numbers of steps, ascending, the curve has an entry.
     random_init: ignore `init` and draw a new one for every task. Dropout is active in training if the model has it.
+    evaluated: as in inner.adapt.
     """
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
@@ -205,6 +207,7 @@ def make_baseline(
             batch_size=batch_size,
             key=key,
             dropout=model.dropout,
+            evaluated=evaluated,
         )
 
     return _compiled(model, sample, plain, at, random_init)

@@ -51,9 +51,17 @@ def make_step(
         epochs = jnp.arange(max(1, -(-steps // batches)))  # all orders at once: a sort in every step costs more
         orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(batch_key, epoch), support))(epochs)
 
+    looks = isinstance(optimizer, optax.GradientTransformationExtraArgs)  # at the loss, too
+
     @functools.partial(jax.jit, inline=True)  # so that the steps of an unrolled loop are traced once
-    def gradient(now: Params, x: Any, y: Any, drop: dict[str, Any]) -> Params:
-        return jax.grad(lambda p: loss(apply(p, x, **drop), y))(now)
+    def gradient(now: Params, x: Any, y: Any, drop: dict[str, Any]) -> tuple[dict[str, jax.Array], Params]:
+        def of(params: Params) -> jax.Array:
+            return loss(apply(params, x, **drop), y)
+
+        if not looks:
+            return {}, jax.grad(of)(now)
+        value, grads = jax.value_and_grad(of)(now)
+        return {"value": value}, grads
 
     def step(carry: Carry, number: int | jax.Array) -> Carry:
         now, state = carry
@@ -67,10 +75,10 @@ def make_step(
             drop["key"] = jax.random.fold_in(drop_key, number)
         if not isinstance(dropout, bool):
             drop["dropout"] = dropout
-        grads = gradient(now, x, y, drop)
+        more, grads = gradient(now, x, y, drop)
         if first_order:
             grads = jax.lax.stop_gradient(grads)
-        updates, state = optimizer.update(grads, state, now)
+        updates, state = optimizer.update(grads, state, now, **more)
         return optax.apply_updates(now, updates), state
 
     return step
@@ -97,6 +105,7 @@ def adapt(
     observe: Callable[[Params], Any] | None = None,
     observe_at: Sequence[int] | None = None,
     remat: bool = False,
+    evaluated: Callable[[Any, Params], Params] | None = None,
     **options: Any,
 ) -> tuple[Params, Any]:
     """Take `steps` optimizer steps on the support set.
@@ -105,10 +114,13 @@ def adapt(
       apply: (params, x, key=None) -> outputs.
       params: where to start, a pytree of float arrays.
       support_x, support_y: inputs and targets, any pytrees of arrays with a leading axis [support].
-      optimizer: `descent.optimizer(...)`, or any optax transformation.
+      optimizer: `descent.optimizer(...)`, or any optax transformation. One with extra arguments
+        (optax.GradientTransformationExtraArgs) also gets the loss, update(..., value=loss).
       steps: static number of steps.
       observe: called with the params after some steps; its results are stacked. Default: nothing.
       observe_at: after which numbers of steps, ascending. Default: 0, 1, …, steps.
+      evaluated: (state, params) -> the params that are observed and returned, such as
+        optax.contrib.schedule_free_eval_params. Default: the params themselves.
       remat: recompute each step in the backward pass: memory for one step's activations instead of all steps'.
       loss: (outputs of `apply`, targets) -> [] float.
       batch_size: size of a minibatch; epochs are reshuffled, an incomplete last batch is left out. Default: all.
@@ -125,8 +137,12 @@ def adapt(
     """
     step = make_step(apply, support_x, support_y, optimizer, steps, **options)
     carry = (params, optimizer.init(params))
+
+    def final(carry: Carry) -> Params:
+        return carry[0] if evaluated is None else evaluated(carry[1], carry[0])
+
     if observe is None:
-        return take(step, carry, 0, steps, remat=remat)[0], None
+        return final(take(step, carry, 0, steps, remat=remat)), None
     stops = list(range(steps + 1)) if observe_at is None else [int(at) for at in observe_at]
     dense = len(stops) == steps + 1
     if dense and steps > UNROLLED_STEPS:
@@ -134,17 +150,17 @@ def adapt(
 
         def body(carry: Carry, number: jax.Array) -> tuple[Carry, Any]:
             carry = one(carry, number)
-            return carry, observe(carry[0])
+            return carry, observe(final(carry))
 
-        first = observe(params)
+        first = observe(final(carry))
         carry, rest = jax.lax.scan(body, carry, jnp.arange(steps))
-        return carry[0], jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+        return final(carry), jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
     seen, done = [], 0
     for stop in stops:
         carry, done = take(step, carry, done, stop, remat=remat), stop
-        seen.append(observe(carry[0]))
+        seen.append(observe(final(carry)))
     carry = take(step, carry, done, steps, remat=remat)
-    return carry[0], jax.tree.map(lambda *v: jnp.stack(v), *seen)
+    return final(carry), jax.tree.map(lambda *v: jnp.stack(v), *seen)
 
 
 def adaptation_curve(

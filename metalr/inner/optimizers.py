@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from metalr.errors import ConfigError, one_line
 from metalr.types import Params
@@ -21,6 +22,63 @@ DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: promoting(optax.scale_by_adam()),
     "sgd": optax.identity,
 }
+
+
+class WithoutSearch(NamedTuple):
+    """An optimizer that is used as it comes: nobody chooses a rate for it.
+
+    Attributes:
+      make: number of steps of the fine-tune -> optimizer, at its own defaults.
+      source: paper.
+      evaluated: (state, params) -> the params that predictions are made with; None: the params themselves.
+      of_length: whether `make` looks at the number of steps, so that each length is a run of its own.
+    """
+
+    make: Callable[[int], optax.GradientTransformation]
+    source: str
+    evaluated: Callable[[Any, Params], Params] | None = None
+    of_length: bool = False
+
+
+def _contrib(name: str, **settings: Any) -> Callable[[int], optax.GradientTransformation]:
+    return lambda steps: with_value(getattr(optax.contrib, name)(**settings))
+
+
+WITHOUT_SEARCH = {
+    "adam_cosine": WithoutSearch(
+        lambda steps: promoting(optax.adam(optax.cosine_decay_schedule(1e-3, steps))),
+        "Loshchilov & Hutter 2017, Adam 1e-3 with a cosine to zero", of_length=True,
+    ),
+    "momo_adam": WithoutSearch(_contrib("momo_adam"), "Schaipp et al. 2023"),
+    "momo": WithoutSearch(_contrib("momo"), "Schaipp et al. 2023"),
+    "cocob": WithoutSearch(_contrib("cocob"), "Orabona & Tommasi 2017"),
+    "schedule_free_sgd": WithoutSearch(
+        _contrib("schedule_free_sgd"), "Defazio et al. 2024", optax.contrib.schedule_free_eval_params
+    ),
+    "schedule_free_adamw": WithoutSearch(
+        _contrib("schedule_free_adamw"), "Defazio et al. 2024", optax.contrib.schedule_free_eval_params
+    ),
+    "prodigy": WithoutSearch(_contrib("prodigy"), "Mishchenko & Defazio 2023"),
+    "dadapt_adamw": WithoutSearch(_contrib("dadapt_adamw"), "Defazio & Mishchenko 2023"),
+    "dog": WithoutSearch(_contrib("dog"), "Ivgi et al. 2023"),
+    "mechanize": WithoutSearch(
+        lambda steps: with_value(optax.contrib.mechanize(optax.adam(1.0), weight_decay=0.0)), "Cutkosky et al. 2023"
+    ),
+}  # fmt: skip
+
+
+def without_search(name: str, setting: str = "optimizer") -> WithoutSearch:
+    """The row of that name. Raises ConfigError for an unknown one."""
+    if name not in WITHOUT_SEARCH:
+        raise ConfigError(f"{setting}: expected one of {tuple(WITHOUT_SEARCH)}, got {name!r}")
+    return WITHOUT_SEARCH[name]
+
+
+def with_value(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """As `promoting`, for an optimizer that may look at the loss: the inner loop gives it value=loss."""
+    full = optax.with_extra_args_support(optimizer)
+    plain = promoting(full)
+    return optax.GradientTransformationExtraArgs(plain.init, plain.update)
 
 
 def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -32,6 +32,12 @@ def _metric(results: dict[str, Any]) -> str:
     return results.get("metric", {}).get("name", "accuracy")
 
 
+def _direction(results: dict[str, Any]) -> list[str]:
+    """A line that says so where less is better."""
+    found = results.get("metric", {})
+    return [f"{found['name']}: less is better"] if found.get("maximise") is False else []
+
+
 def text(results: dict[str, Any]) -> str:
     """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
     training = results["training"]
@@ -51,6 +57,7 @@ def text(results: dict[str, Any]) -> str:
         ]
     else:
         lines += curve_lines(results["curve"])
+    lines += _direction(results)
     lines += [
         "",
         f"meta-training {training['seconds']:.0f} s with compilation and validation "
@@ -177,7 +184,7 @@ def contest_text(results: dict[str, Any]) -> str:
         f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
         f"them searched; {results['data']}"
     )
-    return "\n".join([about, "", *aligned([head, *body], left=(0,))])
+    return "\n".join([about, "", *aligned([head, *body], left=(0,)), *_direction(results)])
 
 
 def bars(values: list[float]) -> str:
@@ -190,7 +197,7 @@ def bars(values: list[float]) -> str:
 def curve_text(results: dict[str, Any]) -> str:
     """The adaptation curve of an evaluation."""
     head = f"{results['run']}: {results['episodes']} held-out tasks, split {results['split_sha256'][:12]}"
-    lines = [head, *curve_lines(results["curve"])]
+    lines = [head, *curve_lines(results["curve"]), *_direction(results)]
     if "label_orders" in results:
         found = results["label_orders"]
         lines += [

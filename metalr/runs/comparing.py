@@ -25,7 +25,7 @@ from metalr.config import CompareConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, one_line
 from metalr.evaluation import protocol
-from metalr.inner import Objective, hyperparameters
+from metalr.inner import Objective, hyperparameters, optimizers
 from metalr.learner import artifact
 from metalr.models import Model
 from metalr.runs.job import Job, stoppable
@@ -159,6 +159,8 @@ def _set_up(
     unknown = sorted(set(config.searchers) - {*searchers.SEARCHERS, WARM})
     if unknown or not config.searchers:
         raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, WARM]}, got {unknown or 'none'}")
+    for name in config.rivals:
+        optimizers.without_search(name, "rivals")
     for name in ("batch_size", "shot", "query"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -336,7 +338,7 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
     began = time.perf_counter()
     folders.remember_data(folder, config.data or parts.facts["trained_on"]["data"], parts.facts["data_sha256"])
     with stoppable(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}") as between:
-        rows = _single(parts, reporter, between)
+        rows = _single(parts, config, reporter, between)
         if config.searched:
             rows += _searches(parts, config, folder, between, reporter)
     reference, objective = rows[: len(parts.field.lengths)], parts.field.objective
@@ -356,11 +358,12 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
     return results | {"folder": str(folder)}
 
 
-def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> list[Scores]:
+def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: Callable[[], None]) -> list[Scores]:
     """All methods that take one run a task; learned init and rates first."""
     learners, field = parts.learners, parts.field
     alone = learners[0].facts.get("outer", {}).get("learns") == "rates"
-    runs = rivals.baselines(learners[0].model, field)
+    model = learners[0].model
+    runs = rivals.baselines(model, field)
     inits = {"random": None} | ({} if alone else {"learned": learners[0].init})  # parts by the first seed
     inits |= {"pre-trained": parts.joint[0].init} if parts.joint else {}
     methods: list[tuple[str, Callable[[], list[Scores]]]] = [
@@ -371,6 +374,8 @@ def _single(parts: _Parts, reporter: Reporter, between: Callable[[], None]) -> l
     for name, init in inits.items():
         for baseline in (rivals.unsearched, rivals.tuned):
             methods.append((name, functools.partial(baseline, name, init, field, runs)))
+        for optimizer in config.rivals:
+            methods.append((name, functools.partial(rivals.without_search, name, init, field, model, optimizer)))
     rows: list[Scores] = []
     with reporter.bar("methods without a search", len(methods)) as advance:
         for origin, method in methods:

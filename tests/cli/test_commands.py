@@ -265,7 +265,7 @@ def test_a_table_needs_no_python(tmp_path, capsys):
     flags = ["--data", tmp_path / "t.csv", *TABLE, "--data.target", "sales", "--objective", "squared_error"]
     call("train", *flags, "--out", tmp_path / "run")
     out = capsys.readouterr()
-    assert "mse" in out.out
+    assert "mse: less is better" in out.out
     assert "loss of a random init: train" in out.err  # what tasks.check found
     new = frame[frame.store == 5].drop(columns="store")
     new.loc[new.index[8:], "sales"] = None

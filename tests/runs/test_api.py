@@ -116,6 +116,7 @@ def test_tasks_of_your_own_are_compared_with_everything_else_by_their_own_metric
     space = SpaceConfig((1e-3, 1e-1), (1, 3), (4,))
     config = CompareConfig(
         tasks=6, searched=2, tuning_tasks=4, lengths=(1, 3), space=space, searchers=("grid", "tpe"), budgets=(2,),
+        rivals=("momo", "adam_cosine"),
         out=tmp_path / "compare",
     )  # fmt: skip
     results = comparing.run(folders, config, model=network(), given=LINES, reporter=QUIET)
@@ -126,6 +127,8 @@ def test_tasks_of_your_own_are_compared_with_everything_else_by_their_own_metric
     assert ours["ci95"] >= ours["ci95_over_tasks"]  # over seeds and tasks together
     assert ours["mse"] < tuned["mse"]
     assert tuned["learned_minus_this_at_the_end"][0] == pytest.approx(ours["mse"] - tuned["mse"], abs=2e-6)
+    for name in ("momo", "adam_cosine"):
+        assert rows[f"learned init, no search ({name})", 3]["example_gradients"] == 15
     grid = rows["random init + grid, 4 cells", None]
     flattered = rows["random init + grid, best cell on the test part", None]
     assert flattered["mse"] <= grid["mse"]  # the lowest error is the best

@@ -48,6 +48,7 @@ def trained(blobs, tmp_path_factory):
 
 
 CONFIG = CompareConfig(
+    rivals=("cocob",),
     shot=5, query=3, tasks=4, searched=2, lengths=(1.0, 2.0), batch_size=8, tuning_tasks=2, budgets=(1.0, 3.0),
     space=SpaceConfig(learning_rates=(1e-3, 1e-1), epochs=(1, 2), batch_sizes=(8,)),
 )  # fmt: skip

@@ -260,7 +260,7 @@ def test_a_run_knows_its_data_by_its_content(moved, small, longer, blobs_npz, tm
         given = dataclasses.replace(config_files.read_config(folder), data=str(tmp_path / "new.npz"))
     results = runs.resume(folder, given, reporter=QUIET)
     cli.main(["evaluate", str(folder), "--json"])
-    comparison = dataclasses.replace(CompareConfig(), tasks=2, searched=0, lengths=(1.0,), tuning_tasks=2)
+    comparison = dataclasses.replace(CompareConfig(), tasks=2, searched=0, lengths=(1.0,), tuning_tasks=2, rivals=())
     found = comparing.run([folder], dataclasses.replace(comparison, out=tmp_path / "c"), reporter=QUIET)
     assert found["data_sha256"] == results["data"]["sha256"]
 
@@ -462,7 +462,10 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
     assert runs.resume(folder, given, model=model, reporter=quiet)["curve"] == results["curve"]
 
     compared = comparing.run(
-        [folder], CompareConfig(tasks=2, searched=0, lengths=(1,), tuning_tasks=2), model=model, reporter=quiet
+        [folder],
+        CompareConfig(tasks=2, searched=0, lengths=(1,), tuning_tasks=2, rivals=()),
+        model=model,
+        reporter=quiet,
     )
     assert compared["rows"][0]["method"] == "learned init + learned rates"
     space = SpaceConfig(learning_rates=(1e-2,), epochs=(1,), batch_sizes=(32,))
