@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalr.errors import ArtifactError, ConfigError
+from metalr.errors import ArtifactError, ConfigError, DataError
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -25,6 +25,21 @@ def leaf_names(tree: Any) -> list[str]:
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each leaf, by name."""
     return {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_numbers(value: Any, what: str) -> np.ndarray:
+    """An array as compiled programs take it: floats as float32, integers as int32, bytes and booleans as they are.
+
+    Raises DataError for anything that is no number.
+    """
+    value = np.asarray(value)
+    if value.dtype.kind == "f":
+        return value.astype(np.float32)
+    if value.dtype.kind in "iu" and value.dtype != np.uint8:
+        return value.astype(np.int32)
+    if value.dtype.kind in "bu":
+        return value
+    raise DataError(f"{what}: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
 
 
 def count(tree: Any) -> int:

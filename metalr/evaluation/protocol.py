@@ -54,12 +54,6 @@ def points(steps: int, trained: int) -> list[int]:
     return sorted({0, *(n for n in (*round_ones, trained) if n < steps), steps})
 
 
-def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Mean of a - b over tasks and its 95 % half-width. a, b: [tasks], on the same tasks in the same order."""
-    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    return float(difference.mean()), float(half_width(difference))
-
-
 def rounded(value: float) -> float | None:
     """A number for JSON, which has no NaN and no infinity."""
     return round(float(value), 6) if np.isfinite(value) else None

@@ -495,7 +495,7 @@ def _described(model: Model) -> tuple[str, str]:
 
 def _examples(tree: Any, what: str) -> Any:
     """Inputs or targets of one task, as arrays. Raises DataError unless all have one leading axis and are finite."""
-    arrays = jax.tree.map(lambda v: v if isinstance(v, jax.Array) else _column(np.asarray(v)), tree)
+    arrays = jax.tree.map(lambda v: v if isinstance(v, jax.Array) else trees.as_numbers(v, what), tree)
     leaves = jax.tree.leaves(arrays)
     if not leaves or any(leaf.ndim < 1 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
         shapes = [list(leaf.shape) for leaf in leaves]
@@ -505,10 +505,6 @@ def _examples(tree: Any, what: str) -> Any:
         if not tracer and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise DataError(f"{what}: expected finite values, got others")
     return arrays
-
-
-def _column(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype == np.float64 else value
 
 
 def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path:

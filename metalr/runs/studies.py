@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,18 +144,19 @@ def over_seeds(rows: list[list[dict[str, Any]]], metric: str = "accuracy") -> li
     """
     merged = []
     for same in zip(*rows, strict=True):
-        scores = [row[metric] for row in same]
+        scores = [math.nan if row[metric] is None else row[metric] for row in same]  # None: it diverged
         row: dict[str, Any] = {}
         for name, first in same[0].items():
             values = [row[name] for row in same]
-            if isinstance(first, float):
-                row[name] = round(float(np.mean(values)), 6)
+            if any(isinstance(value, float) for value in values):
+                row[name] = protocol.rounded(np.mean([math.nan if value is None else value for value in values]))
             else:
                 row[name] = first if all(value == first for value in values) else values
         for name, interval in ((metric, "ci95"), ("learned_minus_this", "difference_ci95")):
             if interval in row and len(same) > 1:
                 row[f"{interval}_over_tasks"] = row[interval]
-                both = protocol.over_seeds_and_tasks([r[name] for r in same], [r[interval] for r in same])
-                row[interval] = round(both, 6)
-        merged.append(row | {"lowest_seed": min(scores), "highest_seed": max(scores)})
+                numbers = [[math.nan if r[key] is None else r[key] for r in same] for key in (name, interval)]
+                row[interval] = protocol.rounded(protocol.over_seeds_and_tasks(*numbers))
+        ends = {"lowest_seed": np.min(scores), "highest_seed": np.max(scores)}
+        merged.append(row | {name: protocol.rounded(value) for name, value in ends.items()})
     return merged

@@ -118,12 +118,14 @@ def result_of(trials: Sequence[Trial], objective: Objective = CROSS_ENTROPY) -> 
     chosen = best(ordered, objective=objective)
     scores = np.array([trial.score for trial in ordered])
     seeds = range(len(ordered[0].validation))
+    with np.errstate(invalid="ignore"):  # of runs that diverged: NaN
+        deviations = [float(np.std(trial.validation)) for trial in ordered]
     columns: dict[str, list[Any]] = {
         **{f"param_{name}": [t.params[name] for t in ordered] for name in ordered[0].params},
         "params": [t.params for t in ordered],
         **{f"split{i}_test_score": [t.validation[i] for t in ordered] for i in seeds},
         "mean_test_score": scores.tolist(),
-        "std_test_score": [float(np.std(t.validation)) for t in ordered],
+        "std_test_score": deviations,
         "rank_test_score": [1 + sum(objective.better(other, score) for other in scores) for score in scores],
         "final_test_score": [float(np.mean(t.test)) for t in ordered],
         "mean_fit_time": [t.seconds for t in ordered],

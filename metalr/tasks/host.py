@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from metalr.errors import DataError
+from metalr.trees import as_numbers
 from metalr.types import Episode
 
 Draw = Callable[[np.random.Generator], Episode]  # random numbers -> one episode of numpy arrays; the same for the same
@@ -55,7 +57,7 @@ class Feed:
         drawn = self._draw(np.random.default_rng([self._part, *key.tolist()]))
         if not isinstance(drawn, (tuple, list)) or len(drawn) != len(Episode._fields):
             raise DataError(f"tasks: expected a function that gives an Episode, got {type(drawn).__name__}")
-        episode = jax.tree.map(_as_numpy, Episode(*drawn))
+        episode = jax.tree.map(functools.partial(as_numbers, what="tasks"), Episode(*drawn))
         if hasattr(self, "example"):
             for name, wanted, got in zip(Episode._fields, self.example, episode, strict=True):
                 shapes = [[(v.shape, v.dtype) for v in jax.tree.leaves(tree)] for tree in (wanted, got)]
@@ -64,18 +66,6 @@ class Feed:
                         f"tasks: {name}: expected the same shapes and dtypes each time, {shapes[0]}, got {shapes[1]}"
                     )
         return episode
-
-
-def _as_numpy(value: Any) -> np.ndarray:
-    """As compiled programs take it: floats as float32, integers as int32, bytes and booleans as they are."""
-    value = np.asarray(value)
-    if value.dtype.kind == "f":
-        return value.astype(np.float32)
-    if value.dtype.kind in "iu" and value.dtype != np.uint8:
-        return value.astype(np.int32)
-    if value.dtype.kind in "bu":
-        return value
-    raise DataError(f"tasks: expected arrays of numbers, got {value.dtype}")
 
 
 def sampler(feed: Feed) -> Callable[[jax.Array], Episode]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from metalr.tasks.host import Draw, feeds
 from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import choose, second_key
 from metalr.tasks.standardisation import Standardisation
-from metalr.trees import count, path_name
+from metalr.trees import as_numbers, count, path_name
 from metalr.types import Episode
 
 PARTS = ("train", "validation", "test")
@@ -164,7 +165,7 @@ class Tasks:
             if value < 1:
                 raise ConfigError(f"{what}: expected at least 1, got {value}")
         ids = np.asarray(task)
-        x, y = (jax.tree.map(lambda v: _column(v), tree) for tree in (x, y))
+        x, y = (jax.tree.map(functools.partial(as_numbers, what="x, y"), tree) for tree in (x, y))
         for what, tree in (("x", x), ("y", y)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 column = f"{what} {path_name(path)}".strip()
@@ -273,18 +274,6 @@ class _Rows(NamedTuple):
     y: Any
     first: jax.Array  # [tasks] int32
     size: jax.Array  # [tasks] int32
-
-
-def _column(value: Any) -> np.ndarray:
-    """A column as numpy: bool, integers as int32, floats as float32. Raises DataError for anything else."""
-    value = np.asarray(value)
-    if value.dtype.kind == "f":
-        return value.astype(np.float32)
-    if value.dtype.kind in "iu" and value.dtype != np.uint8:
-        return value.astype(np.int32)
-    if value.dtype.kind in "bu":
-        return value
-    raise DataError(f"x, y: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
 
 
 def _row_sampler(shot: int, query: int) -> Sample:

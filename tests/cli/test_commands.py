@@ -254,6 +254,24 @@ TABLE = ["--data.task-column", "store", "--data.shot", "5", "--data.query", "5",
          "--evaluation.episodes", "20", "--evaluation.validation-episodes", "10"]  # fmt: skip
 
 
+def test_evaluate_says_what_the_order_of_labels_does(blobs_npz, tmp_path, capsys):
+    """Where labels are in random order; not where each class has its own."""
+    random_labels = [*SMALL, "--tasks.family", "digits", "--tasks.way", "3", "--outer.steps", "40"]
+    call("train", "--data", blobs_npz, *random_labels, "--out", tmp_path / "digits")
+    call("train", "--data", blobs_npz, *SMALL, "--out", tmp_path / "permuted")
+    capsys.readouterr()
+    call("evaluate", tmp_path / "digits", "--orders", "3", "--json")
+    found = json.loads(capsys.readouterr().out)["label_orders"]
+    assert (found["orders"], found["episodes"]) == (3, 100)
+    assert 0 < found["spread"] < 0.5
+    call("evaluate", tmp_path / "digits")
+    assert "the order of its labels alone moves a task's accuracy by" in capsys.readouterr().out
+    for flags in (["digits", "--orders", "0"], ["permuted"]):
+        call("evaluate", tmp_path / flags[0], *flags[1:], "--json")
+        assert "label_orders" not in json.loads(capsys.readouterr().out)
+    assert "orders: expected 0, or at least 2" in refused(capsys, "evaluate", tmp_path / "digits", "--orders", "1")
+
+
 def test_a_table_needs_no_python(tmp_path, capsys):
     """Numbers: train, evaluate, adapt to a new store, predict later, compare; the file may move."""
     pandas = pytest.importorskip("pandas")

@@ -64,8 +64,8 @@ def test_more_episodes_keep_the_first_ones():
 
 
 def test_paired_difference():
-    mean, ci95 = protocol.paired(np.array([0.5, 0.7, 0.9]), np.array([0.4, 0.5, 0.6]))
-    np.testing.assert_allclose((mean, ci95), (0.2, 4.3026527 * 0.1 / np.sqrt(3)))
+    mean, ci95 = protocol.difference_of(np.array([0.5, 0.7, 0.9]), np.array([0.4, 0.5, 0.6]))
+    np.testing.assert_allclose((mean, ci95), (0.2, 4.3026527 * 0.1 / np.sqrt(3)), atol=1e-6)
 
 
 def test_an_interval_over_seeds_and_tasks_is_wider_than_either():
@@ -73,3 +73,21 @@ def test_an_interval_over_seeds_and_tasks_is_wider_than_either():
     both = protocol.over_seeds_and_tasks([0.5, 0.6, 0.7], [0.03, 0.04, 0.05])
     assert both == pytest.approx(np.hypot(4.302653 * 0.1 / np.sqrt(3), 0.04), rel=1e-6)
     assert protocol.over_seeds_and_tasks([0.6, 0.6], [0.04, 0.04]) == pytest.approx(0.04)
+
+
+def test_a_row_says_what_its_interval_is_over():
+    scores = np.array([[0.5, 0.7, 0.9], [0.4, 0.6, 0.8]])
+    one, two = protocol.row("x", 5, scores[0], "mse"), protocol.row("x", 5, scores, "mse", reference=scores + 0.1)
+    assert (one["mse"], "ci95_over_tasks" in one) == (0.7, False)
+    assert one["ci95"] == pytest.approx(float(protocol.half_width(scores[0])), abs=1e-6)
+    assert two["mse_of_seeds"] == [0.7, 0.6]
+    between = protocol.half_width(np.array([0.7, 0.6]))
+    assert two["ci95"] == pytest.approx(np.hypot(between, one["ci95"]), abs=1e-5)
+    assert two["ci95_over_tasks"] == pytest.approx(one["ci95"], abs=1e-6)
+    assert two["learned_minus_this"] == pytest.approx(0.1)
+    assert two["difference_ci95"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_runs_that_diverged_are_null_in_json():
+    row = protocol.row("x", 5, np.array([0.5, np.inf, np.nan]), "mse", np.zeros(3))
+    assert [row[name] for name in ("mse", "ci95", "learned_minus_this", "difference_ci95")] == [None] * 4

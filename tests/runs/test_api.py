@@ -193,7 +193,7 @@ def test_host_arrays_resume_to_the_same_bits(tmp_path, monkeypatch):
 def test_host_functions_that_give_no_episode_are_refused():
     with pytest.raises(DataError, match="expected a function that gives an Episode, got float"):
         metalr.Tasks.from_host(lambda rng: rng.random(), drawn, drawn)
-    with pytest.raises(DataError, match="expected arrays of numbers, got <U1"):
+    with pytest.raises(DataError, match="expected numbers, got <U1"):
         metalr.Tasks.from_host(lambda rng: (np.array(["a"]),) * 4, drawn, drawn)
 
 

@@ -37,6 +37,32 @@ def test_one_image_a_class_validates_on_what_it_trains_on(task):
         fit.hold_out(task, 1)
 
 
+def test_hold_out_of_numbers_takes_a_share_of_the_rows():
+    x = {"a": np.arange(20.0, dtype=np.float32), "b": np.arange(40, dtype=np.float32).reshape(20, 2)}
+    y = np.linspace(0, 1, 20, dtype=np.float32)
+    arrays = fit.hold_out(Episode(x, y, x, y), 0.2)
+    assert (len(arrays.train_y), len(arrays.val_y), len(arrays.test_y)) == (16, 4, 20)
+    np.testing.assert_array_equal(np.sort(np.concatenate([arrays.train_y, arrays.val_y])), y)
+    np.testing.assert_array_equal(arrays.val_x["b"][:, 0], 2 * arrays.val_x["a"])  # rows stay together
+    one = fit.hold_out(Episode(x["a"][:1], y[:1], x["a"], y))
+    np.testing.assert_array_equal(one.train_y, one.val_y)
+
+
+def test_a_search_of_numbers_goes_by_its_own_objective():
+    """Squared error, rates side by side in the wide form and apart in the plain one."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3)).astype(np.float32)
+    y = (x @ np.array([1.0, -2.0, 0.5], np.float32))[:, None]
+    arrays = fit.hold_out(Episode(x, y, x, y))
+    model, error = models.mlp(1, (3,), widths=(8,)), inner.OBJECTIVES["squared_error"]
+    keys = jax.random.split(jax.random.key(1), 1)
+    init = jax.vmap(model.init)(keys)
+    programs = [fit.make_programs(model, "sgd", objective=error, plain=plain)(8) for plain in (False, True)]
+    found = [list(fit.trajectory(program, arrays, init, (1e-3, 3e-2), keys, (5,))) for program in programs]
+    np.testing.assert_allclose(found[0][0].test, found[1][0].test, rtol=1e-4)
+    assert found[0][0].test[1, 0] < 0.2 * found[0][0].test[0, 0]
+
+
 @pytest.mark.parametrize("widths", [(16,), ()])
 def test_without_blank_pixels_it_is_the_same(task, widths):
     rng = np.random.default_rng(0)

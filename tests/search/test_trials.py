@@ -1,7 +1,11 @@
 """Finished trials: the best within a budget, and scikit-learn's names."""
 
+import json
+import math
+
 import pytest
 
+from metalr.inner import OBJECTIVES
 from metalr.search import trials as trials_lib
 
 
@@ -24,6 +28,16 @@ def test_epochs_of_a_grid_are_snapshots():
     one, three = trial(0, 0.1, 100), trial(1, 0.2, 300)._replace(epochs=3)
     assert trials_lib.cost([one, three], grid=True) == (300, 400)
     assert trials_lib.cost([one, three], grid=False) == (400, 400)
+
+
+def test_of_an_error_the_lowest_is_best_and_a_diverged_run_is_never_the_best():
+    error = OBJECTIVES["squared_error"]
+    trials = [trial(0, float("nan")), trial(1, 0.6), trial(2, 0.2), trial(3, float("inf"))]
+    assert trials_lib.best(trials, objective=error).number == 2
+    assert trials_lib.result_of(trials, error).cv_results_["rank_test_score"] == [3, 2, 1, 3]
+    again = trials_lib.Trial.from_json(json.loads(json.dumps(trials[0].to_json(), allow_nan=False)))
+    assert math.isnan(again.score)
+    assert math.isnan(again.curve[2])
 
 
 def test_results_have_scikit_learn_names():
