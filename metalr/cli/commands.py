@@ -131,21 +131,12 @@ def _default(argv: list[str], kind: Any) -> Any:
     if resumed is not None and again is not None:
         raise ConfigError("config: expected --resume RUN or --config RUN, got both")
     if again is not None:
-        return _found_again(read_settings(Path(again)), Path(again))
+        return read_settings(Path(again))
     if resumed is None:
         return kind()
     config = read_config(Path(resumed), kind)
     if config.model.own:
         raise ConfigError(f"resume: {resumed} has a network of your own; go on in Python: resume(folder, model=...)")
-    return config
-
-
-def _found_again(config: TrainConfig, path: Path) -> TrainConfig:
-    """A run's settings with its data where it stands now, if that is a file that has moved with the run."""
-    folder = path if path.is_dir() else path.parent
-    if Path(config.data).suffix and not Path(config.data).exists():
-        found = next((p for p in folders.places(folders.data_of(folder), folder) if Path(p).is_file()), None)
-        return config if found is None else dataclasses.replace(config, data=found)
     return config
 
 
@@ -167,12 +158,16 @@ def _train_command(argv: list[str]) -> Callable[..., None]:
           config_: a run folder or a config file: begin a new run with its settings, and what other flags change.
           json_: print the results as JSON instead of a table.
         """
-        _train(config, "train", json_, resume)
+        same_data = config_ is not None and config.data == default.data
+        _train(config, "train", json_, resume, config_ if same_data else None)
 
     return train
 
 
-def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = None) -> None:
+def _train(
+    config: TrainConfig, name: str, as_json: bool, resume: Path | None = None, again: Path | None = None
+) -> None:
+    """again: the run (or its config file) whose data is meant, wherever it stands now."""
     folder = resume or config.out
     if folder is not None:
         folders.refuse_if_locked(folder)  # before the seconds that it takes to start
@@ -181,6 +176,11 @@ def _train(config: TrainConfig, name: str, as_json: bool, resume: Path | None = 
     from metalr.outer import devices
     from metalr.runs import progress
 
+    begun = None if again is None else again if again.is_dir() else again.parent
+    if begun is not None and folders.data_of(begun):
+        from metalr.runs.setup import with_data_of
+
+        config = with_data_of(config, begun)
     if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
         with tempfile.TemporaryDirectory() as temporary:
             config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
@@ -456,9 +456,12 @@ def runs_rm(targets: tyro.conf.Positional[tuple[Path, ...]], yes: bool = False) 
     """
     from metalr.report import runs as listed
 
-    found = [listed.read(folder) for folder in targets]
-    if not found:
+    if not targets:
         raise ConfigError("targets: expected one or more run folders, got none")
+    for folder in targets:
+        if folder.is_symlink():
+            raise ConfigError(f"{folder}: expected a run folder, got a link; remove what it stands for, or the link")
+    found = [listed.read(folder) for folder in dict.fromkeys(folder.resolve() for folder in targets)]
     for run in found:
         folders.refuse_if_locked(run.folder)
         extra = listed.not_its_own(run)
@@ -472,7 +475,10 @@ def runs_rm(targets: tyro.conf.Positional[tuple[Path, ...]], yes: bool = False) 
             print("nothing removed")
             return
     for run in found:
-        shutil.rmtree(run.folder)
+        try:
+            shutil.rmtree(run.folder)
+        except OSError as error:
+            folders.refuse(run.folder, error)
         print(f"removed {run.folder}")
 
 

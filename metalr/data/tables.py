@@ -55,6 +55,7 @@ def read_table(
     features: Sequence[str] = (),
     classes: bool | Sequence[str] = False,
     may_lack_targets: bool = False,
+    ignore_targets: bool = False,
 ) -> Table:
     """Read a .csv or .parquet file.
 
@@ -63,8 +64,9 @@ def read_table(
       task_column: the column that says which task a row is of; None for the rows of one task.
       features: the columns to predict from; default: all others.
       classes: whether the target's values are classes (numbers or names); or the names they have already.
-      may_lack_targets: take rows without a target, which are to be predicted. A file without the columns of `target`
-        is one of such rows only.
+      may_lack_targets: take rows without a target, which are to be predicted. A file without a column of `target` is
+        one of such rows only.
+      ignore_targets: take all rows as such.
 
     Raises:
       ConfigError: a column that is not there. DataError: no such file, a damaged one, a feature that is no number, or
@@ -80,8 +82,12 @@ def read_table(
         raise ConfigError(f"data: {path}: {one_line(error)}; pip install 'metalr[tables]'") from error
     except (OSError, ValueError) as error:  # of pandas: ParserError, EmptyDataError, and pyarrow's, are ValueErrors
         raise DataError(f"data: {path}: not a table: {one_line(error)}") from error
-    names = [str(name) for name in frame.columns]
-    frame.columns = names
+    frame.columns = names = [str(name) for name in frame.columns]
+    if not len(frame):
+        raise DataError(f"data: {path}: expected rows, got none")
+    if ignore_targets:
+        names = [name for name in names if name not in target]
+        frame = frame[names]
     asked: dict[str, list[Any]] = {
         "data.task_column": [task_column] * (task_column is not None),
         "data.features": list(features),
@@ -108,8 +114,8 @@ def read_table(
     else:
         column = frame[task_column]
         ids = column.to_numpy() if pandas.api.types.is_integer_dtype(column) else column.astype(str).to_numpy(str)
-    if may_lack_targets and not set(target) & set(names):
-        frame = frame.assign(**dict.fromkeys(target, np.nan))
+    if may_lack_targets:
+        frame = frame.assign(**dict.fromkeys([name for name in target if name not in names], np.nan))
     y, known = _targets(frame, list(target), path, classes, may_lack_targets)
     return Table(x, y, ids, tuple(chosen), known)
 

@@ -284,6 +284,9 @@ class Learner:
         Args:
           steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
 
+        A learner that was trained on standardised numbers has init and rates for these: give your loop
+        `standardisation.inputs(x)` and `standardisation.targets(y)`.
+
         Under `optax.multi_transform` or `optax.masked` it takes a part of the tree too, but for what needs more than a
         tensor's own gradient: prediction (all layers) and clipping (whole layers) say so.
 
@@ -400,12 +403,19 @@ class Learner:
     def _targets(self, y: Any) -> Any:
         """Targets of any kind, standardised as in training. Raises DataError for labels that the network lacks."""
         y = _examples(y, "support_y")
-        labels = self.objective.name == CROSS_ENTROPY.name and self.model.way is not None and isinstance(y, np.ndarray)
-        if labels and not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
+        if self.objective.name == CROSS_ENTROPY.name and self.model.way is not None:
+            y = self._class_numbers(y)
+        return y if self.standardisation is None else self.standardisation.targets(y)
+
+    def _class_numbers(self, y: Any) -> Any:
+        if isinstance(y, jax.core.Tracer):
+            return y
+        y = np.asarray(y)
+        if not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
             raise DataError(
                 f"support_y: expected integer labels 0..{self.model.classes - 1}, got {y.dtype} {y.min()}..{y.max()}"
             )
-        return y if self.standardisation is None else self.standardisation.targets(y)
+        return y
 
     def _images(self, x: Any, what: str, batched: bool) -> Any:
         height, width, channels = self.model.image_shape
@@ -541,7 +551,9 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
         "objective": learner.objective.name,
         "preprocessing": "uint8 / 255, or float 0..1 as it is; shape [n, height, width, channels]; no centring"
         if learner.classifies_images
-        else "none: inputs as the sampler gave them",
+        else "none: inputs as the sampler gave them"
+        if learner.standardisation is None
+        else f"inputs (and targets, if there) less mean, over deviation: standardisation/* in {TENSORS}",
         "rates": dataclasses.asdict(learner.spec),
         "inner_steps": learner.spec.steps,
         "facts": learner.facts,
@@ -584,6 +596,8 @@ def describe(learner: Learner) -> dict[str, Any]:
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
     rows = "\n".join(f"| {g} | {v} |" for g, v in hyperparameters.summary(learner.spec, learner.rates).items())
     norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
+    if learner.standardisation is not None:
+        norm += "It was trained on standardised numbers; `adapt` and `apply` take and give numbers in your own units.\n"
     alone = learner.facts.get("outer", {}).get("learns") == "rates"
     init = "a random initialization that was not learned" if alone else "a meta-learned initialization"
     return (

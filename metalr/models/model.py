@@ -436,6 +436,7 @@ def starting_from(model: Model, params: Params) -> Model:
     """The same network, whose every init is these params: to learn rates for somebody's pre-trained weights.
 
     With outer.learns "rates" the weights stay what they are, and rates are learned for fine-tunes that start there.
+    It is a network of your own from then on: `metalr.load(path, model=...)` needs it again.
 
     Raises ConfigError for params of another structure, shape or dtype.
     """
@@ -454,7 +455,7 @@ def starting_from(model: Model, params: Params) -> Model:
     leaves = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(given)}
     ordered = [leaves[path_name(p)] for p, _ in jax.tree_util.tree_leaves_with_path(wanted)]
     fixed = jax.tree.unflatten(jax.tree.structure(wanted), ordered)
-    return dataclasses.replace(model, init=lambda key: fixed)
+    return dataclasses.replace(model, name=CUSTOM, settings={}, init=lambda key: fixed)
 
 
 def _check_shape(name: str, input_shape: Any, way: Any) -> None:

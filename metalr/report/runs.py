@@ -99,7 +99,8 @@ def _unnumbered(name: str) -> str:
 
 def not_its_own(run: Run) -> list[str]:
     """Names in a run's folder that no run, search or comparison writes."""
-    return sorted(path.name for path in run.folder.iterdir() if path.name not in WRITTEN)
+    cut_off = {path.name for path in folders.leftovers(run.folder)}
+    return sorted(path.name for path in run.folder.iterdir() if path.name not in WRITTEN | cut_off)
 
 
 def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | None, int | None]:

@@ -110,8 +110,8 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     begun = config.out is not None and (config.out / "config.json").is_file()
     if resume and begun:
         assert config.out is not None
-        finished = (config.out / "results.json").is_file()
-        if finished:
+        if (config.out / "results.json").is_file():
+            training.check_same(config.out, config, model, tasks)
             return load(config.out, model, found)
         results = training.resume(config.out, config, model=model, reporter=reporter, given=tasks, objective=found)
     else:

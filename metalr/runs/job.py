@@ -17,6 +17,7 @@ from metalr.errors import ConfigError, MetalrError, StoppedError, StorageError
 from metalr.runs import preemption
 from metalr.runs.provenance import command, provenance
 from metalr.storage import folders
+from metalr.tasks.host import host_failure
 
 Parts = TypeVar("Parts")
 Results = dict[str, Any]
@@ -92,10 +93,15 @@ class Job(NamedTuple):
             return carry_out(parts, folder)
         except StoppedError:
             raise
-        except MetalrError as error:
+        except (MetalrError, ValueError, RuntimeError) as raised:
+            error = raised if isinstance(raised, MetalrError) else host_failure(raised)
+            if error is None:
+                raise
             with contextlib.suppress(StorageError, OSError):  # the error itself counts
                 folders.write_json(folder / folders.FAILED, {"error": str(error)})
-            raise
+            if error is raised:
+                raise
+            raise error from raised
 
     def check_changes(self, folder: Path, stored: Any, given: Any) -> None:
         """Raises ConfigError for a changed setting that the result depends on."""

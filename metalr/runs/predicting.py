@@ -61,25 +61,26 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
 
 
 def _of_table(learner: Learner, path: Path) -> TaskFile:
-    table, classes = _read_table(learner, path)
+    table, classes = _read_table(learner, path, targets=True)
     known = table.y >= 0 if table.classes else np.isfinite(table.y.reshape(len(table.y), -1)).all(1)
     if not known.any():
         raise DataError(f"{path}: expected rows with a target to fine-tune on, got none")
     names = None
-    if classes:
+    if learner.objective.targets == "classes":
         shown = np.unique(table.y[known])
         names = ClassNames(tuple(classes[i] for i in shown), tuple(int(i) for i in shown))
     return TaskFile(table.x[known], table.y[known], table.x[~known], None, names)
 
 
-def _read_table(learner: Learner, path: Path) -> tuple[data.Table, Sequence[str]]:
+def _read_table(learner: Learner, path: Path, *, targets: bool) -> tuple[data.Table, Sequence[str]]:
+    """The table, and the names of the classes. targets: whether its targets matter."""
     columns = learner.facts.get("table")
     if columns is None:
         raise ConfigError(f"{path}: expected an .npz, because this learner was not trained on a table, got a table")
     classes = columns["classes"]
     return data.read_table(
         path, target=columns["target"], task_column=None, features=columns["features"], classes=classes or False,
-        may_lack_targets=True,
+        may_lack_targets=True, ignore_targets=not targets,
     ), classes  # fmt: skip
 
 
@@ -108,8 +109,7 @@ def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | No
                 hits = [a == b for a, b in zip(result["predictions"], task.query_y.tolist(), strict=True)]
                 result["accuracy"] = float(np.mean(hits))
             else:
-                score = learner.objective.score(outputs, task.query_y)
-                result[learner.objective.choose_by] = float(score)
+                result[learner.objective.choose_by] = _score(learner, outputs, task.query_y)
     if out is not None:
         save_params(learner, out, fast, task.classes)
         result["params"] = str(out)
@@ -126,13 +126,21 @@ def predict(learner: Learner, params: Path, inputs: Path) -> dict[str, Any]:
     fast, classes = load_params(learner, params), read_classes(params)
     support = None
     if data.is_table(str(inputs)):
-        x = _read_table(learner, inputs)[0].x
+        x = _read_table(learner, inputs, targets=False)[0].x
     else:
         given = data.read_npz(inputs)
         if "x" not in given:
             raise ConfigError(f"{inputs}: expected an array x, got {sorted(given)}")
         x, support = given["x"], given.get("support_x")
     return {"predictions": _predictions(learner, np.asarray(learner.apply(fast, x, support)), classes)}
+
+
+def _score(learner: Learner, outputs: np.ndarray, targets: np.ndarray) -> float:
+    """The objective's score of outputs and targets in your own units: it takes them as the episodes had them."""
+    own = learner.standardisation
+    if own is not None:
+        outputs, targets = own.targets(outputs), own.targets(targets)
+    return float(learner.objective.score(outputs, targets))
 
 
 def _predictions(learner: Learner, outputs: np.ndarray, classes: ClassNames | None) -> list[Any]:
@@ -142,5 +150,5 @@ def _predictions(learner: Learner, outputs: np.ndarray, classes: ClassNames | No
         return [classes.names[i] for i in chosen]
     if learner.objective.targets == "binary":
         known = learner.facts.get("table", {}).get("classes") or [0, 1]
-        return [known[int(value > 0)] for value in outputs.reshape(-1)]
+        outputs = np.array(known, dtype=object)[(outputs > 0).astype(int)]
     return (outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs).tolist()

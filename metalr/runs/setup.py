@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,7 +16,7 @@ import optax
 from metalr import data, models, outer, tasks
 from metalr.config import ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, MetalrError
 from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
@@ -235,6 +236,22 @@ def load(config: TrainConfig, folder: Path | None = None, where: str | None = No
             f"resume=True), evaluate with metalr.load({str(folder)!r}, ...).evaluate(tasks)"
         )
     return data.load_recorded(folder, config.data, where, read)
+
+
+def with_data_of(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings with the data that a run was begun with, wherever it stands now: known by its content.
+
+    Raises MetalrError if it is not in any of its places.
+    """
+    recorded = folders.data_of(folder)
+    for place in dict.fromkeys([config.data, *folders.places(recorded, folder)]):
+        moved = dataclasses.replace(config, data=place)
+        with contextlib.suppress(MetalrError):
+            found = load(moved).sha256
+            if recorded.get("sha256", found) == found:
+                return moved
+    load(config, folder)  # says what was found in which place
+    return config
 
 
 def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:

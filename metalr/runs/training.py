@@ -116,11 +116,7 @@ def resume(
     JOB.check_changes(folder, stored, begun)
     JOB.refuse_finished(folder)
     if given is not None:
-        sha256 = folders.data_of(folder).get("sha256", given.sha256)
-        if sha256 != given.sha256:
-            raise ConfigError(
-                f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)"
-            )
+        _check_tasks(folder, given)
 
     def make() -> tuple[Setup, WarmStart | None]:
         where = begun.data if begun.data != stored.data else None
@@ -131,6 +127,18 @@ def resume(
         return _carry_out(begun, parts[0], folder, folder.name, reporter or ConsoleReporter(), parts[1])
 
     return JOB.go_on(folder, make, carry_out, stored, begun)
+
+
+def check_same(folder: Path, config: TrainConfig, model: Model, given: tasks.Tasks) -> None:
+    """Raises ConfigError unless a run is of these settings and tasks, but for what may change."""
+    begun = dataclasses.replace(config, out=folder, model=ModelConfig.of(model))
+    JOB.check_changes(folder, read_config(folder), begun)
+    _check_tasks(folder, given)
+
+
+def _check_tasks(folder: Path, given: tasks.Tasks) -> None:
+    if folders.data_of(folder).get("sha256", given.sha256) != given.sha256:
+        raise ConfigError(f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)")
 
 
 class WarmStart(NamedTuple):

@@ -282,7 +282,7 @@ def places(recorded: dict[str, Any], folder: Path) -> list[str]:
 def remember_data(folder: Path, name: str, sha256: str) -> None:
     """Write down which data a run folder was begun with, and where that stands; once."""
     if not (folder / DATA).is_file():
-        where = place(name, folder) if name.endswith((".npz", ".csv", ".parquet")) else {"given": name}
+        where = place(name, folder) if name.lower().endswith((".npz", ".csv", ".parquet")) else {"given": name}
         write_json(folder / DATA, {"sha256": sha256} | where)
 
 

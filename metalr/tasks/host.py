@@ -68,6 +68,15 @@ class Feed:
         return episode
 
 
+def host_failure(error: BaseException) -> DataError | None:
+    """What a function that draws on the host raised, if that is what ended a compiled program: jax gives its text."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if "callback" not in str(error).lower() or not any("Traceback" in line for line in lines):
+        return None
+    cause = next((line for line in reversed(lines) if not line.startswith(" ") and ": " in line), lines[-1])
+    return DataError(f"tasks: a function that draws episodes on the host failed: {cause.strip()}")
+
+
 def sampler(feed: Feed) -> Callable[[jax.Array], Episode]:
     """key -> Episode, which compiled programs call back to the host for."""
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), feed.example)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.errors import ConfigError, DataError
+from metalr.errors import ConfigError, DataError, MetalrError
 from metalr.inner import Objective
 from metalr.models import Model
-from metalr.tasks.host import Draw, feeds
+from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import choose, second_key
 from metalr.tasks.standardisation import Standardisation
@@ -85,6 +85,11 @@ class Tasks:
             draw = jax.jit(sample)
             try:
                 first, again, other = (draw(pool, jax.random.key(seed)) for seed in (0, 0, 1))
+            except (ValueError, RuntimeError) as error:
+                failed = host_failure(error)
+                if failed is None:
+                    raise
+                raise failed from error
             except jax.errors.JAXTypeError as error:
                 raise DataError(
                     f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): "
@@ -115,11 +120,12 @@ class Tasks:
                 raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
             shapes[part] = jax.tree.map(lambda v: (v.shape, str(v.dtype)), first)
             try:
-                outputs = model.apply(model.init(jax.random.key(0)), first.query_x)
-                losses[part] = float(objective.loss(outputs, first.query_y))
-            except (TypeError, ValueError, KeyError) as error:
-                if isinstance(error, ConfigError):
-                    raise
+                init = model.init(jax.random.key(0))
+                start = model.begin(init, first.support_x, first.support_y)
+                losses[part] = float(objective.loss(model.apply(start, first.query_x), first.query_y))
+            except MetalrError:
+                raise
+            except Exception as error:  # whatever a network or a loss of the user's own makes of them
                 raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {error}") from error
             if not np.isfinite(losses[part]):
                 raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {losses[part]}")
@@ -346,7 +352,12 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
 
         return sample
 
+    def prefetch(keys: jax.Array) -> None:
+        for each in parts:
+            if each.prefetch is not None:
+                each.prefetch(keys)
+
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
     name = " + ".join(each.name for each in parts)
-    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first)
+    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, prefetch)

@@ -49,7 +49,10 @@ class Standardisation:
                         f"standardise: expected {name} as one array or nested dicts of arrays, got {path}"
                     )
         if choice == "both" and any(not np.issubdtype(leaf.dtype, np.floating) for leaf in jax.tree.leaves(y)):
-            raise ConfigError('standardise: expected "inputs" with targets that are classes, got "both"')
+            raise ConfigError(
+                'standardise: expected float targets with "both", got integers; give y as floats if they are numbers, '
+                'or pass "inputs" if they are classes'
+            )
         parts = [_mean_and_deviation(tree) for tree in ((x, y) if choice == "both" else (x,))]
         return cls(*(value for part in parts for value in part))
 

@@ -294,6 +294,12 @@ def test_a_table_needs_no_python(tmp_path, capsys):
     predicted = json.loads(capsys.readouterr().out)["predictions"]
     assert len(predicted) == 4
     assert np.abs(np.array(predicted) - frame[frame.store == 5].sales[8:]).mean() < 60  # in the units of sales
+    own = frame[frame.store == 5]
+    np.savez(tmp_path / "task.npz", support_x=own[["size"]][:8], support_y=own.sales[:8], query_x=own[["size"]][8:],
+             query_y=own.sales[8:])  # fmt: skip
+    call("adapt", tmp_path / "run", tmp_path / "task.npz", "--steps", "20", "--json")
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["mse"] == pytest.approx(np.square(np.array(scored["predictions"]) - own.sales[8:]).mean(), rel=1e-3)
     new[["size"]][8:].to_csv(tmp_path / "later.csv", index=False)
     call("predict", tmp_path / "run", tmp_path / "f.safetensors", tmp_path / "later.csv", "--json")
     assert json.loads(capsys.readouterr().out)["predictions"] == pytest.approx(predicted)
@@ -362,6 +368,33 @@ def test_a_run_again_with_one_thing_changed(blobs_npz, tmp_path, capsys, monkeyp
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["first"]
 
 
+def test_a_run_again_is_of_the_same_data_by_content(blobs, tmp_path, capsys, monkeypatch):
+    for name, images in (("here", blobs.train_images), ("there", 255 - blobs.train_images)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "d.npz", images=images, labels=blobs.train_labels, test_images=blobs.test_images,
+                 test_labels=blobs.test_labels)  # fmt: skip
+    monkeypatch.chdir(tmp_path / "here")
+    call("train", "--data", "d.npz", *SMALL, "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "there")  # where other data has the same name
+    call("train", "--config", tmp_path / "run", "--out", tmp_path / "again")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "again" / "metrics.jsonl").read_bytes()
+    (tmp_path / "here" / "d.npz").unlink()
+    capsys.readouterr()
+    assert "expected the data that" in refused(capsys, "train", "--config", tmp_path / "run", "--out", tmp_path / "no")
+
+
+def test_removing_runs(tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.TrainConfig().to_json()))
+    (tmp_path / "run" / ".artifact-tmp-x").mkdir()  # of a kill
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert "expected a run folder, got a link" in refused(capsys, "runs", "rm", tmp_path / "link", "--yes")
+    assert "expected one or more run folders" in refused(capsys, "runs", "rm", "--yes")
+    monkeypatch.chdir(tmp_path)
+    call("runs", "rm", "run", tmp_path / "run", "--yes")  # the same one twice
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_failed_says_so(blobs_npz, tmp_path, capsys):
     flags = ["train", "--data", blobs_npz, *SMALL, "--outer.init-rate", "1e30", "--outer.clip", "None", "--out"]
     with pytest.raises(SystemExit):
@@ -372,6 +405,37 @@ def test_a_run_that_failed_says_so(blobs_npz, tmp_path, capsys):
     assert run["status"] == "failed"
     call("runs", "show", tmp_path / "bad")
     assert "outer step" in capsys.readouterr().out
+
+
+def test_a_table_of_yes_and_no(tmp_path, capsys):
+    """One output, two names; and a head for any number of classes."""
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    store = np.repeat(np.arange(30), 12)
+    x = rng.normal(size=360)
+    frame = pandas.DataFrame({"store": store, "x": x, "y": np.where(x * (-1) ** store > 0, "yes", "no")})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    flags = ["train", "--data", tmp_path / "t.csv", *TABLE, "--data.target", "y", "--out"]
+    new = frame[frame.store == 4].drop(columns="store")
+    new.loc[new.index[8:], "y"] = None
+    new.to_csv(tmp_path / "new.csv", index=False)
+    later = new[8:].assign(y="never seen")  # what is asked about needs no known target
+    later.to_csv(tmp_path / "later.csv", index=False)
+    for name, own in (
+        ("binary", ["--objective", "binary_cross_entropy"]),
+        ("shared", ["--inner.head-start", "shared"]),
+    ):
+        call(*flags, tmp_path / name, *own)
+        capsys.readouterr()
+        call("adapt", tmp_path / name, tmp_path / "new.csv", "--json", "--out", tmp_path / f"{name}.safetensors")
+        predicted = json.loads(capsys.readouterr().out)["predictions"]
+        assert len(predicted) == 4
+        assert set(predicted) <= {"yes", "no"}
+        call("predict", tmp_path / name, tmp_path / f"{name}.safetensors", tmp_path / "later.csv", "--json")
+        assert json.loads(capsys.readouterr().out)["predictions"] == predicted
+    assert "inner.head_start: expected learned with binary_cross_entropy" in refused(
+        capsys, *flags, tmp_path / "no", "--objective", "binary_cross_entropy", "--inner.head-start", "zero"
+    )
 
 
 def test_show_needs_no_code_of_a_custom_network(tmp_path, capsys):

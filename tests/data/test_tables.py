@@ -73,6 +73,18 @@ def test_what_does_not_fit_is_named(tmp_path, changes, options, error, message):
         data.read_table(path, **settings)
 
 
+def test_a_file_without_some_targets_is_to_be_predicted(tmp_path):
+    path = written(tmp_path / "t.csv")
+    options = {"target": ["price", "cost"], "task_column": None, "features": ["size"]}
+    table = data.read_table(path, **options, may_lack_targets=True)
+    assert np.isnan(table.y).tolist() == [[False, True]] * 4
+    with pytest.raises(ConfigError, match="data.target: expected columns of t.csv"):
+        data.read_table(path, **options)
+    (tmp_path / "head.csv").write_text("shop,size,price\n")
+    with pytest.raises(DataError, match="expected rows, got none"):
+        data.read_table(tmp_path / "head.csv", target=["price"], task_column="shop")
+
+
 def test_no_table_is_told_from_a_damaged_one(tmp_path):
     for name, content, message in (
         ("n.csv", None, "no such file"),

@@ -13,7 +13,7 @@ import pytest
 
 import metalr
 from metalr import models, outer
-from metalr.errors import ConfigError
+from metalr.errors import ArtifactError, ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 
@@ -157,6 +157,8 @@ def test_weights_of_a_torch_module_are_an_init(tmp_path):
         evaluation=EvaluationConfig(episodes=5, validation_episodes=4),
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, dict(learned.init), init)
+    with pytest.raises(ArtifactError, match="holds a custom model"):  # its weights are no random ones
+        metalr.load(tmp_path / "run")
     with pytest.raises(ConfigError, match="params: dense_0/bias: expected .*, got none"):
         models.starting_from(model, {"head": init["head"]})
 

@@ -375,3 +375,12 @@ def test_inner_loop_lowers_for_every_platform(platform, model):
     text = exported.mlir_module()
     if model.name == "conv4":
         assert ("stablehlo.convolution" in text) == (platform == "tpu")  # products elsewhere: see devices.by_platform
+
+
+def test_labels_of_a_table_are_checked_as_jax_arrays_too():
+    model = models.mlp(3, (4,), widths=(5,))
+    learned = learner(model=model)
+    x = np.random.default_rng(0).random((4, 4), np.float32)
+    for labels in (jnp.array([0, 1, 2, 9]), np.array([0, 1, 2, 9]), jnp.array([0.0, 1.0, 2.0, 1.0])):
+        with pytest.raises(DataError, match="support_y: expected integer labels 0..2, got"):
+            learned.adapt(x, labels)

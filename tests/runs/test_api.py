@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import report
+from metalr import inner, report
 from metalr.config import CompareConfig, EvaluationConfig, GridConfig, InnerConfig, OuterConfig, SpaceConfig
 from metalr.errors import ArtifactError, ConfigError, DataError, StoppedError
 from metalr.inner import squared_error
@@ -188,6 +188,37 @@ def test_host_arrays_resume_to_the_same_bits(tmp_path, monkeypatch):
     train(tmp_path / "cut", tasks=plain, resume=True)
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_a_finished_run_is_given_back_only_to_the_same_call(tmp_path):
+    train(tmp_path / "run", outer_steps=2)
+    assert train(tmp_path / "run", outer_steps=2, resume=True).spec.steps == 3
+    with pytest.raises(ConfigError, match="outer.steps: expected 2 as in .*, got 50"):
+        train(tmp_path / "run", outer_steps=50, resume=True)
+    with pytest.raises(ConfigError, match=r"tasks: expected those that .* was begun with, got others \('sinusoid'"):
+        train(tmp_path / "run", outer_steps=2, tasks=metalr.tasks.sinusoid(shot=5, query=5), resume=True)
+
+
+def test_what_a_host_function_raises_is_told_in_one_line(tmp_path):
+    calls = iter(range(10**6))
+
+    def varying(rng):
+        rows = 10 if next(calls) < 3 else 12
+        x = rng.random((rows, 1))
+        return x[:5], x[:5], x[5:], x[5:]
+
+    with pytest.raises(DataError, match="draws episodes on the host failed: .*expected the same shapes"):
+        metalr.Tasks.from_host(varying, drawn, drawn).check(network(), inner.OBJECTIVES["squared_error"])
+    count = iter(range(10**6))
+
+    def breaking(rng):
+        if next(count) > 60:
+            raise OSError("the disk is gone")
+        return drawn(rng)
+
+    with pytest.raises(DataError, match="failed: OSError: the disk is gone"):
+        train(tmp_path / "run", tasks=metalr.Tasks.from_host(breaking, drawn, drawn))
+    assert "the disk is gone" in (tmp_path / "run" / "failed.json").read_text()
 
 
 def test_host_functions_that_give_no_episode_are_refused():

@@ -103,7 +103,7 @@ def test_what_was_learned_keeps_it(learned, tmp_path):
 def test_what_does_not_fit_is_refused(learned):
     with pytest.raises(ConfigError, match="standardise: expected one of"):
         tasks("all")
-    with pytest.raises(ConfigError, match='expected "inputs" with targets that are classes'):
+    with pytest.raises(ConfigError, match='expected float targets with "both", got integers'):
         metalr.Tasks.from_arrays(X, STORE % 2, STORE, standardise="both")
     with pytest.raises(ConfigError, match="their standardisation is another one"):
         learned.evaluate(tasks(seed=5), episodes=5)
