@@ -5,7 +5,8 @@
 5 inner steps with per-layer rates, the adapted params checked against PyTorch's to 1e-3 of the largest (in float32 a
 ReLU whose input rounds to another sign makes larger differences than rounding alone). Beside it what no inner loop
 can save: a compiled call with the same arguments that only doubles the params, and for a thousand tasks filling as much
-new memory as their params take. Cold start: a new process loads an artifact, compiles, adapts; with an empty and with a
+new memory as their params take. Predicting: fine-tuning and the logits of 75 query images, `learned.predictor` beside
+the loop and a forward pass. Cold start: a new process loads an artifact, compiles, adapts; with an empty and with a
 filled compilation cache. Needs the extra `bench`.
 """
 
@@ -46,7 +47,8 @@ import sys, time
 began = time.perf_counter()
 import numpy as np
 import metalr
-from metalr import data, devices
+from metalr import data
+from metalr.outer import devices
 devices.use_all_cores()
 devices.use_compilation_cache(data.cache_dir() / "compiled")
 learned = metalr.load(sys.argv[1])
@@ -114,11 +116,27 @@ def run(name: str, shot: int, repeats: int) -> dict[str, Any]:
     error = max(float(np.abs(ours[f"p/{k}"] - v).max()) for k, v in theirs.items()) / largest
     if not error < 1e-3:
         raise SystemExit(f"{name}: adapted params differ from PyTorch's by {error:.2e}")
+    query, function = arrays["query_x"][0], torch_peers.MODELS[learner.model.name]
+    images = torch.tensor(query)
+
+    def predict_by_torch() -> torch.Tensor:
+        fast = peer()
+        with torch.no_grad():
+            return function(fast, images)
+
+    def predict() -> jax.Array:
+        return learner.predictor(x[0], y[0], steps=STEPS)(query)
+
+    apart = float(np.abs(np.asarray(predict()) - predict_by_torch().numpy()).max())
+    if not apart < 1e-2:
+        raise SystemExit(f"{name}: predictions differ from PyTorch's by {apart:.2e}")
     double = jax.jit(lambda init, rates, x, y: jax.tree.map(lambda leaf: 2 * leaf, init), keep_unused=True)
     seconds = measure.side_by_side(
         {
             "metalr": lambda: jax.block_until_ready(learner.adapt(x[0], y[0], steps=STEPS)),
             "torch": peer,
+            "predict": lambda: jax.block_until_ready(predict()),
+            "torch predict": predict_by_torch,
             "double": lambda: jax.block_until_ready(double(learner.init, learner.rates, x[0], y[0])),
         },
         repeats,
@@ -140,6 +158,9 @@ def run(name: str, shot: int, repeats: int) -> dict[str, Any]:
         "milliseconds_a_task": round(1e3 * seconds["metalr"], 3),
         "torch_milliseconds_a_task": round(1e3 * seconds["torch"], 3),
         "times_faster": round(seconds["torch"] / seconds["metalr"], 2),
+        "predicting_milliseconds": round(1e3 * seconds["predict"], 3),
+        "torch_predicting_milliseconds": round(1e3 * seconds["torch predict"], 3),
+        "times_faster_predicting": round(seconds["torch predict"] / seconds["predict"], 2),
         "doubling_milliseconds": round(1e3 * seconds["double"], 3),
         "thousand_tasks_seconds": round(many, 3),
         "filling_their_memory_seconds": round(float(np.median(fill[1:])), 3),

@@ -90,6 +90,52 @@ def query_logits(
     return jnp.stack(seen) if every_step else stack.forward(layers, on_query)[0]
 
 
+class Factors(NamedTuple):
+    """A fine-tuned stack whose first kernel is not formed: it is the init's less x.T @ errors.
+
+    Attributes:
+      x: [support, inputs], what was fine-tuned on; errors: [support, outputs of the first layer], times the rates.
+      bias: [outputs of the first layer].
+      rest: (kernel, bias) of each later layer, fine-tuned.
+    """
+
+    x: jax.Array
+    errors: jax.Array
+    bias: jax.Array
+    rest: list[tuple[jax.Array, jax.Array]]
+
+
+def factors(
+    params: Params,
+    rates: Rates,
+    spec: RatesSpec,
+    support_x: jax.Array,
+    support_y: jax.Array,
+    steps: int,
+    objective: str = "cross_entropy",
+) -> Factors:
+    """What `adapt` gives, without ever writing a first kernel. Arguments as of `adapt`."""
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, objective)
+    first, rest = stack.start()
+    layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]
+    for step in range(steps):
+        layers = stack.step(layers, step)
+    first, rest = layers
+    bias = first.bias - first.errors.sum(0) if stack.one_rate else first.bias
+    return Factors(stack.x, first.errors, bias, [(layer.kernel, layer.bias) for layer in rest])
+
+
+def outputs(params: Params, found: Factors, x: jax.Array) -> jax.Array:
+    """Outputs [n, outputs] of the fine-tuned stack for inputs [n, …]. params: those that it started from."""
+    names = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
+    x = x.reshape(x.shape[0], -1)
+    kernel = params[[*names, "head"][0]]["kernel"]
+    z = jnp.dot(x, kernel) - jnp.dot(jnp.dot(x, found.x.T), found.errors) + found.bias[None]
+    for kernel, bias in found.rest:
+        z = jnp.dot(jax.nn.relu(z), kernel) + bias[None]
+    return z
+
+
 def adapt(
     params: Params,
     rates: Rates,

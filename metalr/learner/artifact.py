@@ -112,6 +112,56 @@ class Learner:
         y = self._labels(support_y, x.shape[: 1 + batched])
         return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
 
+    def predictor(self, support_x: Any, support_y: Any, steps: int | None = None) -> Callable[[Any], jax.Array]:
+        """Fine-tune on a task's support set; a function from inputs to outputs, as `apply` of `adapt` gives.
+
+        For ReLU stacks on small support sets it never writes a fine-tuned first kernel, which is most of the work: the
+        fastest way if it is predictions that are wanted, and not params.
+
+        Args: of one task, as of `adapt`. Raises as `adapt`.
+        """
+        steps = self.spec.steps if steps is None else steps
+        ways = self._ways_of(support_y)
+        if ways is not None and ways != self.model.way:
+            return self._of_way(ways).predictor(support_x, support_y, steps)
+        hyperparameters.check_steps(self.spec, steps)
+        if np.ndim(jax.tree.leaves(support_y)[0]) == 2 and self.classifies_images:
+            raise DataError("support_y: expected one task, shape [support]; for many tasks: adapt")
+        if self.classifies_images:
+            x = self._images(support_x, "support_x", False)
+            y = self._labels(support_y, x.shape[:1])
+        else:
+            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
+        # With a head that is made for each task, the first layer has to be another one: it is the init's.
+        fits = self.objective.name in factored.OBJECTIVES and (self.model.start is None or len(self.init) > 1)
+        if not fits or not factored.pays(self.model, self.spec, trees.count(y), steps):
+            fast = self.adapt(support_x, support_y, steps)
+            return lambda x: self.apply(fast, x, support_x if self.model.uses_support else None)
+        found, own = self._factors(self.init, self.rates, x, y, steps=int(steps)), self.standardisation
+
+        def predict(x: Any) -> jax.Array:
+            given = self._images(x, "x", False) if self.classifies_images else self._inputs(x, "x")
+            outputs = self._factored_outputs(self.init, found, given)
+            return outputs if own is None else own.outputs(outputs)
+
+        return predict
+
+    @functools.cached_property
+    def _factors(self) -> Callable[..., factored.Factors]:
+        def factors(init: Params, rates: Rates, x: Any, y: Any, *, steps: int) -> factored.Factors:
+            x = self._prepared(x)
+            start = self.model.begin(init, x, y)
+            return factored.factors(start, rates, self.spec, x, y, steps, self.objective.name)
+
+        return jax.jit(factors, static_argnames="steps")
+
+    @functools.cached_property
+    def _factored_outputs(self) -> Callable[..., jax.Array]:
+        def outputs(init: Params, found: factored.Factors, x: Any) -> jax.Array:
+            return factored.outputs(init, found, self._prepared(x))
+
+        return jax.jit(outputs)
+
     def evaluate(self, tasks: Tasks, episodes: int = 600, steps: int | None = None, seed: int = 0) -> Curve:
         """The adaptation curve on held-out tasks: the fixed meta-test episodes of a seed, the same for every method.
 

@@ -384,3 +384,30 @@ def test_labels_of_a_table_are_checked_as_jax_arrays_too():
     for labels in (jnp.array([0, 1, 2, 9]), np.array([0, 1, 2, 9]), jnp.array([0.0, 1.0, 2.0, 1.0])):
         with pytest.raises(DataError, match="support_y: expected integer labels 0..2, got"):
             learned.adapt(x, labels)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mlp", "no hidden layer", "tensor", "conv4", "shared head", "zero head alone", "table", "support"]
+)
+def test_a_predictor_is_apply_of_adapt(kind):
+    table = kind == "table"
+    network = {
+        "no hidden layer": lambda: models.mlp(3, (8, 8, 1), widths=()),
+        "conv4": lambda: models.conv4(3, (8, 8, 1), channels=3, layers=2),
+        "support": lambda: models.conv4(3, (8, 8, 1), channels=3, layers=2, norm="support"),
+        "shared head": lambda: models.build("mlp", 3, (8, 8, 1), widths=(6,), head_start="shared"),
+        "zero head alone": lambda: models.build("mlp", 3, (8, 8, 1), widths=(), head_start="zero"),
+        "table": lambda: models.mlp(1, (20,), widths=(6,)),
+    }.get(kind, lambda: models.mlp(3, (8, 8, 1), widths=(7, 6)))()
+    learned = learner("lslr" if kind == "tensor" else "meta_sgd_layer", model=network)
+    x, y, query = X[:6], Y[:6], X
+    if table:
+        x, query = RNG.random((6, 20), np.float32), RNG.random((9, 20), np.float32)
+        y = x[:, 0]
+        learned = dataclasses.replace(learned, objective=inner.OBJECTIVES["squared_error"])
+    fast = learned.adapt(x, y, steps=3)
+    expected = learned.apply(fast, query, x if kind == "support" else None)
+    np.testing.assert_allclose(learned.predictor(x, y, steps=3)(query), expected, rtol=2e-4, atol=2e-5)
+    if not table:
+        with pytest.raises(DataError, match="expected one task"):
+            learned.predictor(x[None], y[None])
