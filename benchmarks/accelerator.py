@@ -31,10 +31,10 @@ import measure
 import numpy as np
 import throughput
 
+import metalr
 from metalr import data as data_lib
 from metalr import models, outer, tasks
 from metalr.inner import hyperparameters
-from metalr.learner import artifact
 from metalr.runs.provenance import command, provenance
 from metalr.trees import named_arrays
 
@@ -137,7 +137,7 @@ def adaptation_rows() -> Iterator[Row]:
             work = throughput.WORKLOADS[name]
             model, spec = work.model(work.way), hyperparameters.RatesSpec("layer", steps=throughput.STEPS, initial=0.05)
             meta = outer.initial(model, spec, jax.random.key(0))
-            learned = artifact.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates))
+            learned = metalr.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates))
             episode = jax.tree.map(np.asarray, episodes_of(work, min(count, 500)))
             repeats = -(-count // len(episode.support_x))
             x, y = (np.concatenate([v] * repeats)[:count] for v in (episode.support_x, episode.support_y))

@@ -178,7 +178,7 @@ def _train(
 
     begun = None if again is None else again if again.is_dir() else again.parent
     if begun is not None and folders.data_of(begun):
-        from metalr.runs.setup import with_data_of
+        from metalr.runs.sources import with_data_of
 
         config = with_data_of(config, begun)
     if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
@@ -216,7 +216,8 @@ def evaluate(
     from metalr import report
     from metalr.learner import artifact
     from metalr.runs import evaluating, provenance
-    from metalr.runs.setup import load, set_up
+    from metalr.runs.setup import set_up
+    from metalr.runs.sources import load
 
     config = read_config(run)
     if config.model.own:

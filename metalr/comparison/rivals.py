@@ -22,7 +22,7 @@ import numpy as np
 from metalr import models
 from metalr.evaluation import protocol
 from metalr.inner import CROSS_ENTROPY, Objective, hyperparameters, optimizers
-from metalr.learner.artifact import Learner
+from metalr.learner import Learner
 from metalr.models import Model
 from metalr.outer import devices
 from metalr.search import fit, searchers

@@ -1,9 +1,6 @@
 """What meta-training leaves behind: a Learner, and its folder on disk."""
 
-from metalr.learner.artifact import (
-    Learner,
-    load,
-    save,
-)
+from metalr.learner.artifact import load, save
+from metalr.learner.learner import Learner
 
 __all__ = ["Learner", "load", "save"]

@@ -26,12 +26,12 @@ from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, one_line
 from metalr.evaluation import protocol
 from metalr.inner import Objective, hyperparameters, optimizers
-from metalr.learner import artifact
+from metalr.learner import Learner, artifact
 from metalr.models import Model
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.setup import OWN_TASKS, load
+from metalr.runs.sources import OWN_TASKS, load
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.storage import folders, sealed
@@ -47,8 +47,8 @@ FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
 class _Parts(NamedTuple):
     """A comparison's parts, checked. paid_once: name of an init -> example-gradients of its training."""
 
-    learners: list[artifact.Learner]
-    joint: list[artifact.Learner]
+    learners: list[Learner]
+    joint: list[Learner]
     field: Field
     space: searchers.Space
     searchers: list[str]
@@ -228,7 +228,7 @@ class Own(NamedTuple):
     objective: Objective | None = None
 
 
-def load_runs(runs: Sequence[Path], own: Own) -> tuple[list[artifact.Learner], list[dict[str, Any]]]:
+def load_runs(runs: Sequence[Path], own: Own) -> tuple[list[Learner], list[dict[str, Any]]]:
     """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
     if not runs:
         raise ConfigError("runs: expected at least one run folder, got none")
@@ -264,7 +264,7 @@ def _data_sha256(results: dict[str, Any]) -> Any:
 
 
 def _field_of_images(
-    trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, dataset: data.Dataset
+    trained: TrainConfig, config: CompareConfig, learner: Learner, dataset: data.Dataset
 ) -> tuple[Field, dict[str, Any]]:
     """The held-out image tasks, and what a result says of them."""
     shot, query = (getattr(config, name) or getattr(trained.tasks, name) for name in ("shot", "query"))
@@ -291,7 +291,7 @@ def _field_of_images(
 
 
 def _field_of_tasks(
-    trained: TrainConfig, config: CompareConfig, learner: artifact.Learner, given: Tasks
+    trained: TrainConfig, config: CompareConfig, learner: Learner, given: Tasks
 ) -> tuple[Field, dict[str, Any]]:
     """The held-out tasks of a table or of Python, and what a result says of them."""
     for name in ("data", "family", "shot", "query", "label_noise"):
@@ -316,7 +316,7 @@ def _field_of_tasks(
     }
 
 
-def _field(config: CompareConfig, learner: artifact.Learner, test: Any, validation: Any, support: int) -> Field:
+def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, support: int) -> Field:
     """test, validation: (pool, sampler) each; support: examples of a support set."""
     size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
     keys = protocol.episode_keys(config.seed, config.tasks)

@@ -12,14 +12,14 @@ import numpy as np
 
 from metalr.config import TrainConfig
 from metalr.evaluation import protocol, small_grid
-from metalr.learner import artifact
+from metalr.learner import Learner
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
 from metalr.types import Curve, Episode
 
 
 def held_out(
-    learner: artifact.Learner, setup: Setup, episodes: int, steps: int, seed: int, of_steps: int | None = None
+    learner: Learner, setup: Setup, episodes: int, steps: int, seed: int, of_steps: int | None = None
 ) -> tuple[Curve, float]:
     """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation.
 
@@ -42,9 +42,7 @@ def held_out(
     return curve, time.perf_counter() - began
 
 
-def label_orders(
-    learner: artifact.Learner, setup: Setup, seed: int, *, episodes: int = 100, orders: int = 5
-) -> dict[str, Any]:
+def label_orders(learner: Learner, setup: Setup, seed: int, *, episodes: int = 100, orders: int = 5) -> dict[str, Any]:
     """How much the order of labels alone moves a task's score: which class is called 0 says nothing about the task.
 
     The same meta-test tasks with `orders` random orders of their labels, after the trained steps.
@@ -68,7 +66,7 @@ def label_orders(
 
 
 def horizons(
-    learner: artifact.Learner,
+    learner: Learner,
     setup: Setup,
     config: TrainConfig,
     lengths: Sequence[int],
@@ -129,7 +127,7 @@ def curve_rows(curve: Curve, metric: str) -> list[dict[str, float | None]]:
 def compare(
     config: TrainConfig,
     setup: Setup,
-    learner: artifact.Learner,
+    learner: Learner,
     curve: Curve,
     reporter: Reporter,
     known: Sequence[small_grid.Cell] = (),

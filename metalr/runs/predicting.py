@@ -10,7 +10,7 @@ import numpy as np
 
 from metalr import data
 from metalr.errors import ConfigError, DataError
-from metalr.learner.artifact import Learner, load_params, save_params
+from metalr.learner.learner import Learner, load_params, save_params
 from metalr.learner.params import ClassNames, read_classes
 
 

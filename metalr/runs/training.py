@@ -30,14 +30,16 @@ from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol, small_grid
 from metalr.inner import hyperparameters
 from metalr.inner.objective import Objective
-from metalr.learner import artifact
+from metalr.learner import Learner, artifact
+from metalr.learner.learner import LEARNED
 from metalr.models import Model
 from metalr.outer import devices, loop
 from metalr.runs import evaluating, preemption
 from metalr.runs.job import Job
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.setup import OWN_TASKS, TABLE, Setup, describe, load, set_up, task_cost
+from metalr.runs.setup import Setup, describe, set_up, task_cost
+from metalr.runs.sources import OWN_TASKS, TABLE, load
 from metalr.storage import checkpoints, folders
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
@@ -159,7 +161,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
 
-    takes_rates = learner.kind_of_rates == artifact.LEARNED
+    takes_rates = learner.kind_of_rates == LEARNED
     for part, wanted, found in (("init", shapes.init, learner.init), ("rates", shapes.rates, learner.rates)):
         if part == "rates" and not takes_rates:
             continue
@@ -212,7 +214,7 @@ def _carry_out(
         )
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
-        learner = artifact.Learner(
+        learner = Learner(
             setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
             setup.standardisation,
         )  # fmt: skip

@@ -1,0 +1,553 @@
+"""A learned init and learned rates, ready to fine-tune: adapting, predicting, evaluating, taking the rates along."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalr import data, inner, models, trees
+from metalr.errors import ArtifactError, ConfigError, DataError, MetalrWarning
+from metalr.evaluation import protocol
+from metalr.inner import descent, factored, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import CROSS_ENTROPY, Objective
+from metalr.learner import params as params_file
+from metalr.learner.matching import Matching, Names, match, rates_for
+from metalr.learner.params import ClassNames
+from metalr.models import Model
+from metalr.outer import devices
+from metalr.tasks import Standardisation, Tasks
+from metalr.types import Curve, Episode, Params, Rates
+
+FEW_IMAGES_A_CLASS = 2  # below, a transductive network's statistics say too little
+LEARNED, FIXED = "learned rates", "fixed rates"  # what reports call hyperparameters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learner:
+    """A learned init and learned rates, ready to fine-tune on a new task.
+
+    Attributes:
+      model: the network.
+      spec: the static choices about the rates.
+      init: the learned initialization, the model's params pytree.
+      rates: the learned hyperparameters (actual, not logarithms), name -> array; see metalr.inner.hyperparameters.
+      facts: where it comes from: tasks, data, split hash, training settings. Plain JSON values.
+      objective: what the inner loop minimises and evaluation measures.
+      standardisation: of the tasks that it was trained on: `adapt` and `apply` take and give numbers in your own units.
+    """
+
+    model: Model
+    spec: RatesSpec
+    init: Params
+    rates: Rates
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: Objective = CROSS_ENTROPY
+    standardisation: Standardisation | None = None
+
+    def adapt(self, support_x: Any, support_y: Any, steps: int | None = None, *, init: Params | None = None) -> Params:
+        """Fine-tune on a task's support set; compiled once a shape.
+
+        Args:
+          support_x: [support, height, width] or [support, height, width, channels]; uint8 0..255 or float 0..1.
+            A further leading axis adapts many tasks at once. A network of other inputs takes what its sampler gave in
+            training: any pytree of arrays with a leading axis [support], one task at a time.
+          support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
+            present in every task. With inner.head_start other than "learned" there may be any number of
+            classes. A network of other outputs takes targets as in training.
+          steps: inner steps; default: as many as were trained.
+          init: params to start from; default: the learned init. Rates that were learned alone (outer.learns "rates")
+            hold for any random init, `model.init(key)`; the one stored beside them is such a one.
+
+        A schedule with knots is stretched over the steps. Minibatches, if training had them, and dropout, if the
+        model has it, are drawn in every step as they were in training, with a fixed key.
+
+        Returns:
+          Params as in `init` (with a leading axis [tasks] for many tasks).
+
+        Raises:
+          DataError: a wrong shape, dtype, label or pixel. ConfigError: steps that spec.extend forbids, or an init of
+            another network.
+        """
+        if init is not None:
+            expected, came = (jax.tree.map(np.shape, tree) for tree in (self.init, init))
+            if came != expected:
+                raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
+        start = self.init if init is None else init
+        steps = self.spec.steps if steps is None else steps
+        ways = self._ways_of(support_y)
+        if ways is not None and ways != self.model.way:
+            return self._of_way(ways).adapt(support_x, support_y, steps, init=start)
+        hyperparameters.check_steps(self.spec, steps)
+        if not self.classifies_images:
+            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
+            if trees.count(x) != trees.count(y):
+                raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
+            return self._adapt(start, self.rates, x, y, steps=int(steps), batched=False)
+        batched = np.ndim(support_y) == 2
+        x = self._images(support_x, "support_x", batched)
+        y = self._labels(support_y, x.shape[: 1 + batched])
+        return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
+
+    def predictor(self, support_x: Any, support_y: Any, steps: int | None = None) -> Callable[[Any], jax.Array]:
+        """Fine-tune on a task's support set; a function from inputs to outputs, as `apply` of `adapt` gives.
+
+        For ReLU stacks on small support sets it never writes a fine-tuned first kernel, which is most of the work: the
+        fastest way if it is predictions that are wanted, and not params.
+
+        Args: of one task, as of `adapt`. Raises as `adapt`.
+        """
+        steps = self.spec.steps if steps is None else steps
+        ways = self._ways_of(support_y)
+        if ways is not None and ways != self.model.way:
+            return self._of_way(ways).predictor(support_x, support_y, steps)
+        hyperparameters.check_steps(self.spec, steps)
+        if np.ndim(jax.tree.leaves(support_y)[0]) == 2 and self.classifies_images:
+            raise DataError("support_y: expected one task, shape [support]; for many tasks: adapt")
+        if self.classifies_images:
+            x = self._images(support_x, "support_x", False)
+            y = self._labels(support_y, x.shape[:1])
+        else:
+            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
+        # With a head that is made for each task, the first layer has to be another one: it is the init's.
+        fits = self.objective.name in factored.OBJECTIVES and (self.model.start is None or len(self.init) > 1)
+        if not fits or not factored.pays(self.model, self.spec, trees.count(y), steps):
+            fast = self.adapt(support_x, support_y, steps)
+            return lambda x: self.apply(fast, x, support_x if self.model.uses_support else None)
+        found, own = self._factors(self.init, self.rates, x, y, steps=int(steps)), self.standardisation
+
+        def predict(x: Any) -> jax.Array:
+            given = self._images(x, "x", False) if self.classifies_images else self._inputs(x, "x")
+            outputs = self._factored_outputs(self.init, found, given)
+            return outputs if own is None else own.outputs(outputs)
+
+        return predict
+
+    @functools.cached_property
+    def _factors(self) -> Callable[..., factored.Factors]:
+        def factors(init: Params, rates: Rates, x: Any, y: Any, *, steps: int) -> factored.Factors:
+            x = self._prepared(x)
+            start = self.model.begin(init, x, y)
+            return factored.factors(start, rates, self.spec, x, y, steps, self.objective.name)
+
+        return jax.jit(factors, static_argnames="steps")
+
+    @functools.cached_property
+    def _factored_outputs(self) -> Callable[..., jax.Array]:
+        def outputs(init: Params, found: factored.Factors, x: Any) -> jax.Array:
+            return factored.outputs(init, found, self._prepared(x))
+
+        return jax.jit(outputs)
+
+    def evaluate(self, tasks: Tasks, episodes: int = 600, steps: int | None = None, seed: int = 0) -> Curve:
+        """The adaptation curve on held-out tasks: the fixed meta-test episodes of a seed, the same for every method.
+
+        Args:
+          tasks: their `test` sampler is drawn from.
+          steps: length of the curve; default: 10, or as many as were trained if those are more.
+
+        Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
+        """
+        length = max(10, self.spec.steps) if steps is None else steps
+        pool, sample = tasks.sampler("test")
+        own = self.standardisation
+        if tasks.standardisation is None and own is not None:
+            given = sample
+
+            def sample(pool: Any, key: jax.Array) -> Episode:
+                x, y, query_x, query_y = given(pool, key)
+                return Episode(own.inputs(x), own.targets(y), own.inputs(query_x), own.targets(query_y))
+
+        elif tasks.standardisation is not None and not tasks.standardisation.same_as(own):
+            raise ConfigError(
+                "tasks: expected those that this was trained on, or tasks that are not standardised; their "
+                "standardisation is another one"
+            )
+        run = protocol.make_evaluator(self.model, self.spec, sample, length, objective=self.objective)
+        return run(pool, self.init, self.rates, protocol.episode_keys(seed, episodes))
+
+    def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
+        """Outputs for inputs in any of the forms that `adapt` takes, of images logits [n, way] float32.
+
+        Differentiable in params.
+
+        Params with a leading axis [tasks], as from `adapt` on many tasks, take images with one too.
+
+        Args:
+          support_x: the images that the params were adapted to; needed by a network that normalises by their
+            statistics (conv4 with norm "support"), and by no other.
+
+        Warns (MetalrWarning) where a transductive network is given few images: it normalises by the statistics of the
+        images that are given together, which then say little.
+
+        Raises:
+          ConfigError: params of another network. DataError: a wrong shape, dtype or pixel.
+        """
+        batched, tasks = self._check_params(params)
+        ways = self._outputs_of(trees.leaf_shapes(params))
+        if ways != self.model.way and self.model.of_way is not None:
+            return self._of_way(ways).apply(params, x, support_x)
+        if not self.classifies_images:
+            if batched or support_x is not None:
+                raise ConfigError(
+                    "params: expected those of one task, and no support_x, with a network of other inputs"
+                )
+            outputs = self._apply(params, self._inputs(x, "x"))
+            return outputs if self.standardisation is None else self.standardisation.outputs(outputs)
+        images = self._images(x, "x", batched)
+        if batched and images.shape[0] != tasks:
+            raise DataError(f"x: expected images for {tasks} tasks, as params are, got {images.shape[0]}")
+        if self.model.uses_support != (support_x is not None):
+            expected = "the task's support images" if self.model.uses_support else "None with this network"
+            raise ConfigError(f"support_x: expected {expected}, got {'None' if support_x is None else 'images'}")
+        if support_x is not None:
+            return self._apply(params, images, self._images(support_x, "support_x", batched))
+        count = images.shape[1 if batched else 0]
+        if self.model.transductive and count < FEW_IMAGES_A_CLASS * self.model.classes:
+            warnings.warn(
+                f"x: {count} images for {self.model.way} classes: this network normalises by the statistics of the "
+                "images "
+                "given together (transductive), so predictions are good for many images of all classes only; give "
+                "more, or train a network with model.norm support",
+                MetalrWarning,
+                stacklevel=2,
+            )
+        return self._apply(params, images)
+
+    def save_params(self, path: Path | str, params: Params, classes: Sequence[Any] | None = None) -> None:
+        """Write fine-tuned params of one task to a .safetensors file, with a hash; `load_params` reads it.
+
+        Args:
+          classes: what the outputs 0, 1, … are called, for `metalr predict`; default: nothing.
+
+        Raises:
+          ConfigError: params of another network, or of many tasks. StorageError: it cannot be written.
+        """
+        names = None if classes is None else ClassNames(tuple(classes), tuple(range(len(classes))))
+        save_params(self, path, params, names)
+
+    def load_params(self, path: Path | str) -> Params:
+        """Params that `save_params` (or `metalr adapt --out`) wrote, as `apply` takes them.
+
+        Raises:
+          ArtifactError: no such file, a damaged one, or params of another network.
+        """
+        return load_params(self, path)
+
+    def _check_params(self, params: Params) -> tuple[bool, int]:
+        """(whether params have a leading axis [tasks], how many). Raises ConfigError for those of another network."""
+        came = trees.leaf_shapes(params)
+        expected = self._fast_shapes(came)
+        leading = {shape[: len(shape) - len(expected[name])] for name, shape in came.items() if name in expected}
+        lead = leading.pop() if len(leading) == 1 else ()
+        for name in sorted({*expected, *came}):
+            wanted = (*lead, *expected[name]) if name in expected else None
+            if came.get(name) != wanted or len(lead) > 1:
+                raise ConfigError(
+                    f"params: expected {name} of shape {'absent' if wanted is None else list(wanted)}, as in `init`, "
+                    "got "
+                    f"{list(came[name]) if name in came else 'none'}"
+                )
+        return bool(lead), lead[0] if lead else 0
+
+    def _ways_of(self, y: Any) -> int | None:
+        """How many classes a support set has, for a network that takes any number; None for others."""
+        if self.model.of_way is None or isinstance(y, jax.core.Tracer):
+            return None
+        y = np.asarray(y)
+        return int(y.max()) + 1 if y.size and np.issubdtype(y.dtype, np.integer) else None
+
+    def _of_way(self, ways: int) -> Learner:
+        """The same learner for tasks with another number of classes; made once."""
+        assert self.model.of_way is not None
+        if ways not in self._other_ways:
+            self._other_ways[ways] = dataclasses.replace(self, model=self.model.of_way(ways))
+        return self._other_ways[ways]
+
+    @functools.cached_property
+    def _other_ways(self) -> dict[int, Learner]:
+        return {}
+
+    def _outputs_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many outputs params of these shapes have."""
+        of_head = [shape[-1] for name, shape in shapes.items() if name.startswith(f"{self.model.head}/") and shape]
+        return of_head[0] if of_head else 0
+
+    def _fast_shapes(self, came: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of fine-tuned params: those of the init, and of any number of classes where that is free."""
+        shapes = trees.leaf_shapes(self.init)
+        if self.model.of_way is None:
+            return shapes
+        ways = self._outputs_of(came)
+        of_head = {name: shape for name, shape in shapes.items() if name.startswith(f"{self.model.head}/")}
+        return shapes | {name: (*shape[:-1], ways) for name, shape in of_head.items()}
+
+    def __repr__(self) -> str:
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.init))
+        inputs, outputs = described(self.model)
+        tasks = self.facts.get("tasks", {})
+        trained = f", trained on {tasks['family']!r} tasks" if "family" in tasks else ""
+        return (
+            f"Learner({self.model.name} with {count:,} params, {inputs}, {outputs}; "
+            f"{self.kind_of_rates} ({self.spec.granularity}, {self.spec.steps} steps){trained})"
+        )
+
+    def as_optax(
+        self,
+        steps: int | None = None,
+        *,
+        like: Params | None = None,
+        names: Names = None,
+        default: float | str | None = None,
+    ) -> optax.GradientTransformation:
+        """Gradient descent with the learned hyperparameters, for any training loop.
+
+        On params named as `init` nothing else is needed (Flax's outer level "params" may stand around them). For
+        another network, of other names, width or depth, say what its tensors are like; `matching` shows the outcome.
+
+        Give params to its update(grads, state, params). What is not part of an update stays with your loop:
+        minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
+
+        Args:
+          steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
+
+        A learner that was trained on standardised numbers has init and rates for these: give your loop
+        `standardisation.inputs(x)` and `standardisation.targets(y)`.
+
+        Under `optax.multi_transform` or `optax.masked` it takes a part of the tree too, but for what needs more than a
+        tensor's own gradient: prediction (all layers) and clipping (whole layers) say so.
+
+        Beyond the trained steps, per-step rates go on by spec.extend ("error" cannot be raised in a compiled loop: it
+        holds).
+
+        Args:
+          like: your params, or their shapes, as the model's init gives them; with them `names` and `default` count.
+          names: which learned tensor each of yours is like. A mapping from your tensors' names (or layers' names, or
+            patterns such as `layer_*`) to learned ones; a function of your tensor's name; "depth": the learned tensor
+            of the same kind (kernel, bias, norm, embedding) at the nearest relative depth; "role": the mean of the
+            learned tensors of the same kind that are in the first, a hidden or the last layer too. None: by the same
+            name.
+          default: the rate of tensors that are like none: a number, or "mean" of the learned rates. None refuses them.
+
+        Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that
+        are predicted, which are for their own network only.
+        """
+        if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
+            raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
+        if like is None:
+            if names is not None or default is not None:
+                raise ConfigError("like: expected your params beside names and default, got None")
+            own = descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
+            return _within_params(own)
+        found = self.matching(like, names=names, default=default)
+        spec, rates = rates_for(self.spec, self.rates, self.init, like, found)
+        return descent.optimizer(spec, rates, steps, tensors=trees.leaf_names(like))
+
+    def matching(self, like: Params, *, names: Names = None, default: float | str | None = None) -> Matching:
+        """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
+        return match(self.spec, self.rates, self.init, like, names, default)
+
+    @property
+    def classifies_images(self) -> bool:
+        """Whether it takes images in all forms, uint8 too, and labels; others take what their sampler gave."""
+        return self.model.takes_images and self.objective.name == CROSS_ENTROPY.name
+
+    @property
+    def kind_of_rates(self) -> str:
+        """What reports call them: "learned rates", or "fixed rates" as of MAML."""
+        return LEARNED if self.facts.get("learned_rates", True) else FIXED
+
+    @functools.cached_property
+    def _adapt(self) -> Callable[..., Params]:
+        model, spec, objective = self.model, self.spec, self.objective
+
+        def adapt(init: Params, rates: Rates, x: Any, y: Any, *, steps: int, batched: bool) -> Params:
+            support = jax.tree.leaves(y)[0].shape[int(batched)]
+            fast = objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
+
+            def one(apply: models.Apply, init: Params, rates: Rates, task: tuple[Any, Any]) -> Params:
+                init = model.begin(init, *task)
+                if fast:
+                    return factored.adapt(init, rates, spec, *task, steps, objective.name)
+                optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout, of_steps=steps)
+                options |= {"key": jax.random.key(0), "loss": objective.loss}
+                return inner.adapt(apply, init, *task, optimizer, steps, **options)[0]
+
+            def tasks(apply: models.Apply, group: int, init: Params, rates: Rates, x: Any, y: Any) -> Params:
+                if not batched:
+                    return one(apply, init, rates, (x, y))
+                return devices.map_tasks(functools.partial(one, apply, init, rates), (x, y), group)
+
+            def here(init: Params, rates: Rates, x: Any, y: Any) -> Params:
+                x, group = self._prepared(x), 1
+                if batched:
+                    alone = functools.partial(one, model.cpu_apply or model.apply, init, rates)
+                    group = devices.fitting_group(alone, (x, y))
+                return devices.by_platform(model, tasks, init, rates, x, y, accelerator_group=group)
+
+            if not batched:
+                return here(init, rates, x, y)
+            mesh = devices.task_mesh(trees.count(y))
+            return devices.split_tasks(here, mesh, 2, mean=False)(init, rates, x, y)
+
+        return jax.jit(adapt, static_argnames=("steps", "batched"))
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        many = 5 if self.classifies_images else None  # axes of the images of many tasks
+
+        def outputs(params: Params, x: Any, support_x: Any = None) -> Any:
+            def forward(apply: models.Apply, _: int, params: Params, x: Any, *support: Any) -> Any:
+                def one(params: Params, x: Any, *support: Any) -> Any:
+                    return models.predict(apply, params, support[0], x) if support else apply(params, x)
+
+                return jax.vmap(one)(params, x, *support) if many and x.ndim == many else one(params, x, *support)
+
+            support = () if support_x is None else (self._prepared(support_x),)
+            return devices.by_platform(self.model, forward, params, self._prepared(x), *support)
+
+        return jax.jit(outputs)
+
+    def _prepared(self, x: Any) -> Any:
+        """Inputs as the network takes them: images as float32 0..1, others as they are."""
+        return models.unit(x) if self.classifies_images else x
+
+    def _inputs(self, x: Any, what: str) -> Any:
+        """Inputs of any kind, standardised as in training. Raises DataError for another structure or shape."""
+        x = _examples(x, what)
+        shape = self.model.input_shape
+        if shape is not None and [leaf.shape[1:] for leaf in jax.tree.leaves(x)] != [shape]:
+            got = [list(leaf.shape) for leaf in jax.tree.leaves(x)]
+            raise DataError(f"{what}: expected shape [n, {', '.join(map(str, shape))}], got {got}")
+        if self.standardisation is None:
+            return x
+        wanted: Any = jax.tree.structure(self.standardisation.x_mean)
+        came: Any = jax.tree.structure(x)
+        if wanted != came:
+            raise DataError(f"{what}: expected the structure {wanted} as in training, got {came}")
+        return self.standardisation.inputs(x)
+
+    def _targets(self, y: Any) -> Any:
+        """Targets of any kind, standardised as in training. Raises DataError for labels that the network lacks."""
+        y = _examples(y, "support_y")
+        if self.objective.name == CROSS_ENTROPY.name and self.model.way is not None:
+            y = self._class_numbers(y)
+        return y if self.standardisation is None else self.standardisation.targets(y)
+
+    def _class_numbers(self, y: Any) -> Any:
+        if isinstance(y, jax.core.Tracer):
+            return y
+        y = np.asarray(y)
+        if not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
+            raise DataError(
+                f"support_y: expected integer labels 0..{self.model.classes - 1}, got {y.dtype} {y.min()}..{y.max()}"
+            )
+        return y
+
+    def _images(self, x: Any, what: str, batched: bool) -> Any:
+        height, width, channels = self.model.image_shape
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        lead = x.shape[: 1 + batched]
+        if x.shape[1 + batched :] not in ((height, width), (height, width, channels)) or (
+            x.ndim == 2 + len(lead) and channels != 1
+        ):
+            axes = "[tasks, n, " if batched else "[n, "
+            raise DataError(
+                f"{what}: expected shape {axes}{height}, {width}, {channels}] (channel axis optional if 1), "
+                f"got {list(x.shape)}"
+            )
+        if not all(lead):
+            raise DataError(f"{what}: expected at least one image, got shape {list(x.shape)}")
+        if isinstance(x, jax.core.Tracer):
+            if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
+                raise DataError(f"{what}: expected dtype uint8 (0..255) or float (0..1), got {x.dtype}")
+        else:
+            data.check_pixels(np.asarray(x), what)
+        return x.reshape(*lead, height, width, channels)
+
+    def _labels(self, y: Any, shape: tuple[int, ...]) -> Any:
+        y = y if isinstance(y, jax.Array) else np.asarray(y)
+        if y.shape != shape or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(f"support_y: expected integers of shape {list(shape)}, got {y.dtype} {list(y.shape)}")
+        if not isinstance(y, jax.core.Tracer):
+            values = np.asarray(y)
+            if values.min() < 0 or values.max() >= self.model.classes:
+                raise DataError(
+                    f"support_y: expected labels 0..{self.model.classes - 1} (trained {self.model.way}-way), "
+                    f"got {values.min()}..{values.max()}"
+                )
+            counts = (np.atleast_2d(values)[..., None] == np.arange(values.max() + 1)).any(1)
+            if not counts.all():
+                missing = int(np.argwhere(~counts)[0, 1])
+                raise DataError(f"support_y: expected at least one image of each class, got none of {missing}")
+        return y.astype(np.int32)
+
+
+def save_params(learner: Learner, path: Path | str, params: Params, classes: ClassNames | None = None) -> None:
+    """As `Learner.save_params`, with the outputs that the names of classes belong to."""
+    if learner._check_params(params)[0]:
+        raise ConfigError("params: expected those of one task, got a leading axis of tasks")
+    params_file.write(path, params, classes)
+
+
+def load_params(learner: Learner, path: Path | str) -> Params:
+    """As `Learner.load_params`."""
+    tensors = params_file.read(path)
+    dtypes = {trees.path_name(p): v.dtype for p, v in jax.tree_util.tree_leaves_with_path(learner.init)}
+    shapes = learner._fast_shapes({name: value.shape for name, value in tensors.items()})
+    expected = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}
+    for name in sorted({*expected, *tensors}):
+        want, got = (
+            f"{v.dtype} {list(v.shape)}" if (v := of.get(name)) is not None else "none" for of in (expected, tensors)
+        )
+        if want != got:
+            raise ArtifactError(f"{path}: {name}: expected {want} as in the learned init, got {got}")
+    return jax.tree.unflatten(jax.tree.structure(learner.init), [jnp.asarray(tensors[name]) for name in expected])
+
+
+def _within_params(own: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same on a tree with Flax's outer level, {"params": tree}."""
+
+    def init(params: Params) -> Any:
+        return own.init(_inside(params))
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = own.update(_inside(grads), state, None if params is None else _inside(params))
+        return ({"params": updates} if _inside(grads) is not grads else updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _inside(tree: Params) -> Params:
+    return tree["params"] if isinstance(tree, Mapping) and set(tree) == {"params"} else tree
+
+
+def described(model: Model) -> tuple[str, str]:
+    """Inputs and outputs of a network in words."""
+    if model.takes_images:
+        return f"{'x'.join(map(str, model.image_shape))} images", f"{model.classes} classes"
+    shape = "inputs of any kind" if model.input_shape is None else f"inputs of shape {list(model.input_shape)}"
+    return shape, "outputs of its own"
+
+
+def _examples(tree: Any, what: str) -> Any:
+    """Inputs or targets of one task, as arrays. Raises DataError unless all have one leading axis and are finite."""
+    arrays = jax.tree.map(lambda v: v if isinstance(v, jax.Array) else trees.as_numbers(v, what), tree)
+    leaves = jax.tree.leaves(arrays)
+    if not leaves or any(leaf.ndim < 1 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
+        shapes = [list(leaf.shape) for leaf in leaves]
+        raise DataError(f"{what}: expected arrays with one leading axis of examples, got shapes {shapes}")
+    for leaf in leaves:
+        tracer = isinstance(leaf, jax.core.Tracer)
+        if not tracer and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            raise DataError(f"{what}: expected finite values, got others")
+    return arrays
