@@ -32,6 +32,7 @@ from metalr.trees import count
 from metalr.types import Params
 
 UNSEARCHED_RATE = 1e-3  # Adam as most people start it
+WIDENINGS, WIDER = 6, 10**0.5  # how often, and by what factor, the range of a tuned rate grows
 TUNED = {"adam": (3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-2, 3e-2, 1e-1, 3e-1)}
 
 
@@ -212,13 +213,25 @@ def without_search(name: str, init: Params | None, field: Field, model: Model, o
 def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
     """From an init (None: random), the optimizer and rate that did best on meta-validation tasks at that very length.
 
-    The cost of the tuning is in paid_once, as that of meta-training.
+    An optimizer's best rate at an end of its range widens the range, until none is (or WIDENINGS times). The cost of
+    the tuning is in paid_once, as that of meta-training.
     """
-    cells = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
-    found = [runs(optimizer, init is None, True)(init, rate).tasks.mean(0) for optimizer, rate in cells]
-    scores = [dict(zip(cells, column, strict=True)) for column in np.stack(found, axis=1)]  # at each length
-    best = [field.objective.best(cells, each.__getitem__) for each in scores]
-    cost = len(cells) * len(field.val_keys) * field.lengths[-1] * field.batch_size
+    found: dict[tuple[str, float], np.ndarray] = {}  # (optimizer, rate) -> score at each length
+    wanted = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
+    for _ in range(WIDENINGS + 1):
+        found |= {(o, rate): runs(o, init is None, True)(init, rate).tasks.mean(0) for o, rate in wanted}
+        cells = sorted(found)
+        by_length = [{cell: float(found[cell][at]) for cell in cells} for at in range(len(field.lengths))]
+        best = [field.objective.best(cells, scores.__getitem__) for scores in by_length]
+        of_each = {
+            field.objective.best([cell for cell in cells if cell[0] == optimizer], scores.__getitem__)
+            for scores in by_length
+            for optimizer in TUNED
+        }
+        wanted = [beyond for cell in sorted(of_each) if (beyond := _beyond(cell, cells)) is not None]
+        if not wanted:
+            break
+    cost = len(found) * len(field.val_keys) * field.lengths[-1] * field.batch_size
 
     def score(init: Params | None, _: int) -> np.ndarray:
         curves = {cell: runs(cell[0], init is None, False)(init, cell[1]).tasks for cell in sorted(set(best))}
@@ -233,6 +246,15 @@ def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list
         )
         for row, cell in zip(rows, best, strict=True)
     ]
+
+
+def _beyond(cell: tuple[str, float], cells: Sequence[tuple[str, float]]) -> tuple[str, float] | None:
+    """The next rate beyond a cell that stands at an end of its optimizer's range; None for one inside."""
+    optimizer, rate = cell
+    rates = [other for name, other in cells if name == optimizer]
+    if min(rates) < rate < max(rates):
+        return None
+    return optimizer, rate * (WIDER if rate == max(rates) else 1 / WIDER)
 
 
 Key = tuple[str, str, int]  # (name of the init, searcher, number of the task)

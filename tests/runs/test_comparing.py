@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -190,3 +192,29 @@ def test_what_a_search_found_within_a_budget():
     again = rivals.best_of("x", searches, choose="again")
     assert again.tasks.tolist() == [0.45, 0.75]
     assert again.example_gradients == 32
+
+
+def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():
+    """The best rate of Adam here is 0.3 after one step and 1e-5 after two; both are beyond the range."""
+    targets = np.log10([0.3, 1e-5])
+    seen = []
+
+    def runs(optimizer, random_init, val):
+        def run(init, rate):
+            seen.append((optimizer, rate)) if val else None
+            score = -np.abs(np.log10(rate) - targets) - (optimizer == "sgd")
+            return types.SimpleNamespace(tasks=np.tile(score, (3, 1)))
+
+        return run
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    field = rivals.Field(((), None), ((), None), keys, keys, support=8, train=6, lengths=(1, 2), batch_size=8)
+    one, two = rivals.tuned("random", None, field, runs)
+    assert one.chosen["optimizer"] == two.chosen["optimizer"] == "adam"
+    assert one.chosen["learning_rate"] == pytest.approx(0.316, rel=1e-2)
+    assert two.chosen["learning_rate"] == pytest.approx(9.5e-6, rel=1e-2)
+    rates = [rate for optimizer, rate in seen if optimizer == "adam"]
+    assert min(rates) < two.chosen["learning_rate"]
+    assert max(rates) > one.chosen["learning_rate"]
+    assert one.paid_once == len(seen) * 3 * 2 * 8
+    assert len(seen) == len(set(seen))
