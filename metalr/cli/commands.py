@@ -55,7 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "adapt": adapt,
         "predict": predict,
     }
-    commands |= {"show": show, "search": made["search"], "compare": compare, "runs": runs, "data": data}
+    commands |= {
+        "report": report,
+        "show": show,
+        "search": made["search"],
+        "compare": compare,
+        "runs": runs,
+        "data": data,
+    }
     if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
         guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
         return
@@ -187,7 +194,8 @@ def _train(
             runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
         return
     results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
-    print(json.dumps(results, indent=1) if as_json else report.text(results))
+    written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
+    print(json.dumps(results, indent=1) if as_json else f"{report.text(results)}\nreport     {written}")
 
 
 def evaluate(
@@ -326,6 +334,21 @@ def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:
     print(json.dumps(facts, indent=1) if json_ else report.learned_text(facts))
 
 
+def report(
+    targets: tyro.conf.Positional[tuple[Path, ...]],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
+) -> None:
+    """Write runs and comparisons as one HTML page, which needs no network and no other file.
+
+    Args:
+      targets: run folders (side by side, whatever they differ in) and folders of comparisons.
+      out: the file.
+    """
+    from metalr.report import page
+
+    print(page.write(out, targets))
+
+
 def _search_command(argv: list[str]) -> Callable[..., None]:
     default = _default(argv, SearchConfig)
 
@@ -377,7 +400,8 @@ def compare(
     from metalr.runs import comparing
 
     results = comparing.run(runs, config, pretrained=pretrained) if resume is None else comparing.resume(resume)
-    print(json.dumps(results, indent=1) if json_ else report.contest_text(results))
+    written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
+    print(json.dumps(results, indent=1) if json_ else f"{report.contest_text(results)}\nreport {written}")
 
 
 def runs_list(folder: tyro.conf.Positional[Path] = Path("runs"), json_: Json = False) -> None:

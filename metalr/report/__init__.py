@@ -1,5 +1,6 @@
-"""Results as text for people. Reads results only; never trains."""
+"""Results for people, as text and as one HTML page. Reads files only; never trains."""
 
+from metalr.report import page
 from metalr.report.tables import (
     bars,
     contest_text,
@@ -20,6 +21,7 @@ __all__ = [
     "curve_lines",
     "curve_text",
     "learned_text",
+    "page",
     "search_text",
     "seeds_text",
     "shown",

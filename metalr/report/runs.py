@@ -112,7 +112,7 @@ def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | N
     if "final_test_score" in results:
         return metric, results["final_test_score"], None, None
     if results.get("rows"):
-        row = results["rows"][-1] if not results["rows"][0].get("steps") else results["rows"][0]
+        row = [row for row in results["rows"] if row["method"] == results["rows"][0]["method"]][-1]  # the longest
         return metric, row.get(metric), row.get("ci95"), row.get("steps")
     return None, None, None, None
 
@@ -260,15 +260,20 @@ def details(run: Run, defaults: Settings) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def in_words(name: str, value: Any) -> str:
+    """One of the `details` for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return size(value) if name == "bytes" else _value(value)
+
+
 def details_text(facts: dict[str, Any]) -> str:
     """The same for people."""
     rows: list[tuple[str, ...]] = []
     for name, value in facts.items():
         if name == "settings":
             continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
-        rows.append((name.replace("_", " "), size(value) if name == "bytes" else _value(value)))
+        rows.append((name.replace("_", " "), in_words(name, value)))
     lines = aligned(rows, left=(0, 1))
     changed: list[tuple[str, ...]] = [(name, _value(value)) for name, value in facts["settings"].items()]
     return "\n".join([*lines, "", "settings that differ from the defaults:", *aligned(changed, left=(0, 1))])

@@ -31,7 +31,8 @@ except ImportError:  # Windows, where msvcrt locks bytes instead
 LOCK = "lock"
 DATA = "data.json"  # which data a run folder was begun with
 FAILED, MADE = "failed.json", "provenance.json"  # the error that ended a job; by what it was begun
-OWN = {LOCK, DATA, FAILED, MADE}
+REPORT = "report.html"
+OWN = {LOCK, DATA, FAILED, MADE, REPORT}
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so it is one after the end of the file
 OLD = "-old"  # the end of the name that a replaced folder has for a moment, where two cannot change places

@@ -53,7 +53,7 @@ def test_train_evaluate_adapt(blobs, blobs_npz, tmp_path, capsys):
     assert [line.split()[0] for line in first[1:3]] == ["device", "tasks"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "artifact", "checkpoints", "config.json", "data.json", "grid.jsonl", "metrics.jsonl", "provenance.json",
-        "results.json",
+        "report.html", "results.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

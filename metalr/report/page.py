@@ -1,0 +1,291 @@
+"""`metalr report`: runs and comparisons as one HTML file that needs nothing else. Reads files only; imports no jax."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metalr.errors import ConfigError
+from metalr.report import runs as listed
+from metalr.report.figures import Series, chart, heat_map, number, table
+from metalr.report.tables import shown, shown_interval
+from metalr.storage import folders
+
+MOST_POINTS = 300  # of a line over outer steps
+
+STYLE = """
+:root{--ink:#1d1f23;--soft:#5c6470;--paper:#fff;--line:#dfe3e8;--card:#f6f7f9;
+--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;--c6:#7a6a00;--c7:#444}
+@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a3abb6;--paper:#15171a;--line:#343a42;--card:#1e2125;
+--c0:#4ea8de;--c1:#ff8c42;--c2:#3ecfa0;--c3:#e39ac4;--c4:#f2bc4a;--c5:#8fd0f5;--c6:#d8c84a;--c7:#c8c8c8}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:860px;margin:0 auto;padding:24px 16px 64px}h1{font-size:1.5rem;margin:0 0 .2em}
+h2{margin:2.2em 0 .4em;font-size:1.2rem}h3{margin:0 0 .2em;font-size:1rem}.answer{font-size:1.2rem;margin:.4em 0 1em}
+.soft,.axis{color:var(--soft)}.axis{margin:0;font-size:.85rem}figure{margin:1.2em 0;padding:14px;background:var(--card);
+border-radius:8px}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:13px}
+svg text.on-dark{fill:var(--paper)}svg text.on-light{fill:var(--ink)}svg .grid{stroke:var(--line)}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;margin:.4em 0;padding:0;font-size:.9rem}
+@media (max-width:600px){svg text{font-size:20px}}
+.key{display:inline-block;border:2px solid;width:12px;height:12px;border-radius:3px;margin-right:6px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;margin:.5em 0}
+th,td{padding:3px 10px 3px 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+summary{cursor:pointer;color:var(--soft);font-size:.9rem}code{overflow-wrap:anywhere}
+"""
+
+
+def write(path: Path, targets: Sequence[Path]) -> Path:
+    """Write a report of runs and comparisons; its path.
+
+    Raises:
+      ConfigError: no folder, or one that holds neither a run nor a comparison. StorageError: it cannot be written.
+    """
+    folders.make(path.parent, parents=True)
+    folders.write_file(path, page(targets).encode())
+    return path
+
+
+def page(targets: Sequence[Path]) -> str:
+    """The HTML of a report. Raises ConfigError as `write`."""
+    if not targets:
+        raise ConfigError("targets: expected one or more run folders, got none")
+    found = [listed.read(folder) for folder in targets]
+    searches = [str(run.folder) for run in found if run.kind == "search"]
+    if searches:
+        raise ConfigError(
+            f"targets: expected runs and comparisons, got a search: {searches[0]}; see its cv_results.csv"
+        )
+    runs = [run for run in found if run.kind == "run"]
+    parts = []
+    if runs:
+        parts += _runs(runs)
+    for run in found:
+        if run.kind == "comparison":
+            parts += _comparison(run)
+    title = "metalr: " + ", ".join(run.folder.name for run in found)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _results(run: listed.Run) -> dict[str, Any] | None:
+    file = run.folder / "results.json"
+    return json.loads(file.read_text()) if run.status == "finished" and file.is_file() else None
+
+
+def _runs(runs: Sequence[listed.Run]) -> list[str]:
+    finished = [(run, results) for run in runs if (results := _results(run)) is not None]
+    parts = [_answer(run, results) for run, results in finished]
+    for run in runs:
+        if run.status != "finished":
+            parts.append(f"<p>{_code(run.folder)} is {run.status}: it has no results yet.</p>")
+    if len(runs) > 1:
+        parts.append("<h2>In what they differ</h2>" + _differences(runs))
+    names = _names([run for run, _ in finished])
+    if finished:
+        metric = finished[0][1]["metric"]["name"]
+        alike = [
+            (name, results)
+            for name, (_, results) in zip(names, finished, strict=True)
+            if results["metric"]["name"] == metric
+        ]
+        curves = [_curve(name, results) for name, results in alike]
+        parts.append("<h2>On new tasks</h2>")
+        parts.append(
+            chart(
+                f"{metric} over inner steps", f"{metric} on held-out tasks after each inner step, with 95 % intervals.",
+                curves, x_label="inner steps", y_label=f"{metric}, mean over held-out tasks, 95 % interval",
+                percent=metric == "accuracy",
+            )
+        )  # fmt: skip
+        for name, results in alike:
+            if results.get("comparison"):
+                parts.append(_methods(f"{name}: beside a grid search on the same tasks", results["comparison"], metric))
+        parts.append("<h2>What was learned</h2>")
+        parts += [_rates(name, results) for name, results in zip(names, (r for _, r in finished), strict=True)]
+    parts.append("<h2>Meta-training</h2>")
+    parts += [_training(name, run) for name, run in zip(_names(runs), runs, strict=True)]
+    parts.append("<h2>What was run</h2>")
+    parts += [_made(run) for run in runs]
+    return parts
+
+
+def _names(runs: Sequence[listed.Run]) -> list[str]:
+    short = [run.folder.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
+
+
+def _code(text: Any) -> str:
+    return f"<code>{html.escape(str(text))}</code>"
+
+
+def _answer(run: listed.Run, results: dict[str, Any]) -> str:
+    """The first sentence: what a new task gets after how many steps, and what a grid search gets for how much more."""
+    metric, curve = results["metric"]["name"], results["curve"]
+    start, end = curve[0], next((p for p in curve if p["steps"] == run.steps), curve[-1])
+    text = (
+        f"<b>{html.escape(run.folder.name)}</b>: after {end['steps']} steps on a new task, {metric} is "
+        f"{shown(end[metric], metric)} {shown_interval(end['ci95'], metric)} (before: {shown(start[metric], metric)})."
+    )
+    rows = results.get("comparison") or []
+    grid = next((r for r in rows if r["method"].startswith("random init + grid, best cell of all")), None)
+    if grid is not None:
+        ours = rows[0]["example_gradients"]
+        text += (
+            f" The best of all cells of a grid search from a random init reaches {shown(grid[metric], metric)}, at "
+            f"{grid['example_gradients'] / ours:,.0f} times the cost."
+        )
+    tasks = f"{results['config']['evaluation']['episodes']} held-out tasks: {html.escape(results['tasks'])}"
+    return f'<p class="answer">{text}</p><p class="soft">{tasks}. The intervals are over tasks, of this one run.</p>'
+
+
+def _differences(runs: Sequence[listed.Run]) -> str:
+    names = listed.differing(runs)
+    if not names:
+        return "<p>Their settings are the same.</p>"
+    rows = [[name, *(_plain(run.settings.get(name)) for run in runs)] for name in names]
+    return table(["setting", *_names(runs)], rows)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _curve(name: str, results: dict[str, Any]) -> Series:
+    metric = results["metric"]["name"]
+    points = [p for p in results["curve"] if p[metric] is not None]
+    y, ci = [p[metric] for p in points], [p["ci95"] or 0.0 for p in points]
+    return Series(
+        name, [p["steps"] for p in points], y, [a - b for a, b in zip(y, ci, strict=True)],
+        [a + b for a, b in zip(y, ci, strict=True)],
+    )  # fmt: skip
+
+
+def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """Score against cost, a colour a method, and all rows as a table."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row[metric] is not None:
+            series.setdefault(row["method"], []).append((float(np.mean(row["example_gradients"])), row[metric]))
+    drawn = [
+        Series(name, [x for x, _ in sorted(found)], [y for _, y in sorted(found)], points=len(found) == 1)
+        for name, found in series.items()
+    ]
+    head = ["method", "steps", metric, "95 %", "cost of a task"]
+    body = [
+        [r["method"], _plain(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric),
+         number(float(np.mean(r["example_gradients"])))]
+        for r in rows
+    ]  # fmt: skip
+    return (
+        chart(
+            title, f"{metric} of each method against what it costs to fine-tune one task, in example-gradients.", drawn,
+            x_label="cost of one task, example-gradients (one forward and backward pass of one example)",
+            y_label=metric, log_x=True, percent=metric == "accuracy",
+        )
+        + table(head, body)
+    )  # fmt: skip
+
+
+def _rates(name: str, results: dict[str, Any]) -> str:
+    """Learned rates, a row a group and a column a step; what is negative or dead is said."""
+    rates = {k: v if isinstance(v, list) else [v] for k, v in results["rates"].items() if ":" not in k}
+    others = {k: v for k, v in results["rates"].items() if ":" in k}
+    longest = max((len(v) for v in rates.values()), default=0)
+    rows = [(k, v) for k, v in rates.items() if len(v) == longest]
+    columns = "knot" if results["config"]["inner"]["knots"] else "step"
+    drawn = heat_map(
+        f"{name}: learning rates",
+        "A row for each group of parameters; the darker, the larger the rate.",
+        rows,
+        columns=columns,
+    )
+    health = results.get("rates_health", {})
+    said = [
+        f"{_code(group)}: {100 * share:.0f} % of its rates are {what}"
+        for group, shares in health.items()
+        for what, share in (("negative", shares["negative"]), ("dead (hardly adapt)", shares["dead"]))
+        if share
+    ]
+    text = f"<p>{'; '.join(said)}.</p>" if said else ""
+    if others:
+        text += table(
+            ["also learned", "value"],
+            [[k, f"{v:.4g}" if isinstance(v, float) else _plain(v)] for k, v in others.items()],
+        )
+    return drawn + text
+
+
+def _training(name: str, run: listed.Run) -> str:
+    """Loss and validation over outer steps."""
+    rows = folders.read_rows(run.folder / "metrics.jsonl")
+    steps = [row for row in rows if row.get("loss") is not None]
+    validations = [
+        (row["step"], k, v) for row in rows for k, v in row.items() if k.startswith("validation_") and v is not None
+    ]
+    if not steps:
+        return f"<p>{_code(run.folder)} has no steps yet.</p>"
+    size = max(1, math.ceil(len(steps) / MOST_POINTS))
+    groups = [steps[i : i + size] for i in range(0, len(steps), size)]
+    loss = Series("loss", [g[-1]["step"] + 1 for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups])
+    drawn = chart(
+        f"{name}: loss of meta-training", "Loss on query sets of meta-training tasks over outer steps.", [loss],
+        x_label="outer steps", y_label=f"loss, means of {size} steps" if size > 1 else "loss",
+    )  # fmt: skip
+    if validations:
+        metric = validations[0][1].removeprefix("validation_")
+        found = Series(f"validation {metric}", [s for s, _, _ in validations], [v for _, _, v in validations])
+        drawn += chart(
+            f"{name}: validation", f"{metric} on meta-validation tasks over outer steps; the best is kept.", [found],
+            x_label="outer steps", y_label=metric, percent=metric == "accuracy",
+        )  # fmt: skip
+    return drawn
+
+
+def _made(run: listed.Run) -> str:
+    facts = listed.details(run, {})
+    settings = facts.pop("settings")
+    again = f"<p>Again: {_code(f'metalr train --config {run.folder}')}</p>" if run.kind == "run" else ""
+    known = [[name.replace("_", " "), _plain(listed.in_words(name, value))] for name, value in facts.items()]
+    every = table(["setting", "value"], [[k, _plain(v)] for k, v in settings.items()])
+    return (
+        f"<h3>{html.escape(str(run.folder))}</h3>{table(['', ''], known)}{again}"
+        f"<details><summary>All settings</summary>{every}</details>"
+    )
+
+
+def _comparison(run: listed.Run) -> list[str]:
+    results = _results(run)
+    if results is None:
+        return [f"<p>{_code(run.folder)} is {run.status}: it has no results yet.</p>"]
+    metric, rows = results.get("metric", {}).get("name", "accuracy"), results["rows"]
+    best = rows[max(i for i, row in enumerate(rows) if row["method"] == rows[0]["method"])]
+    text = (
+        f"{html.escape(best['method'])}: {metric} {shown(best[metric], metric)} "
+        f"{shown_interval(best['ci95'], metric)} after {best['steps']} steps, mean over {len(results['seeds'])} seeds."
+    )
+    ends = [
+        [c["method"], _plain(c["steps"]), shown(c.get(metric), metric), number(c["learned_reaches_it_with"]),
+         "" if c.get("break_even_tasks") is None else f"{c['break_even_tasks']:,}"]
+        for c in results["conclusions"]
+        if c["learned_reaches_it_with"] is not None
+    ]  # fmt: skip
+    tasks = f"{results['tasks']} held-out tasks, {results['searched_tasks']} searched"
+    about = f"{results['family']}, {results['regime']}: {tasks}."
+    head = ["method", "steps", metric, "the learned method reaches it at", "paid back after tasks"]
+    return [
+        f"<h2>Comparison {html.escape(run.folder.name)}</h2>",
+        f'<p class="answer">{text}</p><p class="soft">{html.escape(about)}</p>',
+        _methods("Score against the cost of one task", rows, metric),
+        "<h3>Who is reached, at what cost</h3>"
+        + (table(head, ends) if ends else "<p>The learned method reaches none.</p>"),
+        _made(run),
+    ]
