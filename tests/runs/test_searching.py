@@ -35,7 +35,7 @@ def test_stopped_and_gone_on_with_is_never_stopped(config, tmp_path, monkeypatch
     config = dataclasses.replace(config, searcher=searcher, seeds=2)
     whole = searching.run(config, reporter=QUIET)
     assert sorted(p.name for p in config.out.iterdir()) == [
-        "config.json", "cv_results.csv", "data.json", "results.json", "trials.jsonl",
+        "config.json", "cv_results.csv", "data.json", "provenance.json", "results.json", "trials.jsonl",
     ]  # fmt: skip
     with (config.out / "cv_results.csv").open() as file:
         rows = list(csv.DictReader(file))
