@@ -48,8 +48,8 @@ def stop_after(folder: str, step: str) -> None:
 
     real = loop.run_chunks
 
-    def until(chunk: Any, state: Any, pool: Any, key: Any, steps: int, every: Any, *, stop: Any) -> Any:
-        return real(chunk, state, pool, key, int(step), every, stop=stop)
+    def until(chunk: Any, state: Any, pool: Any, key: Any, steps: int, every: Any, **options: Any) -> Any:
+        return real(chunk, state, pool, key, int(step), every, **options)
 
     loop.run_chunks = until
     run(folder)
