@@ -117,7 +117,7 @@ def factors(
     """What `adapt` gives, without ever writing a first kernel. Arguments as of `adapt`."""
     stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, objective)
     first, rest = stack.start()
-    layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]
+    layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
     for step in range(steps):
         layers = stack.step(layers, step)
     first, rest = layers
@@ -127,9 +127,8 @@ def factors(
 
 def outputs(params: Params, found: Factors, x: jax.Array) -> jax.Array:
     """Outputs [n, outputs] of the fine-tuned stack for inputs [n, …]. params: those that it started from."""
-    names = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
     x = x.reshape(x.shape[0], -1)
-    kernel = params[[*names, "head"][0]]["kernel"]
+    kernel = params[_layer_names(params)[0]]["kernel"]
     z = jnp.dot(x, kernel) - jnp.dot(jnp.dot(x, found.x.T), found.errors) + found.bias[None]
     for kernel, bias in found.rest:
         z = jnp.dot(jax.nn.relu(z), kernel) + bias[None]
@@ -149,16 +148,17 @@ def adapt(
 
     A schedule with knots is spread over these steps.
     """
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, objective)
-    first, rest = stack.start()
-    layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
-    for step in range(steps):
-        layers = stack.step(layers, step)
-    first, rest = layers
-    kernel = params[stack.names[0]]["kernel"] - jnp.dot(stack.x.T, first.errors)
-    bias = first.bias - first.errors.sum(0) if stack.one_rate else first.bias
-    formed = [(kernel, bias), *((layer.kernel, layer.bias) for layer in rest)]
-    return {name: {"kernel": kernel, "bias": bias} for name, (kernel, bias) in zip(stack.names, formed, strict=True)}
+    found = factors(params, rates, spec, support_x, support_y, steps, objective)
+    names = _layer_names(params)
+    first = params[names[0]]["kernel"] - jnp.dot(found.x.T, found.errors), found.bias
+    formed = zip(names, [first, *found.rest], strict=True)
+    return {name: {"kernel": kernel, "bias": bias} for name, (kernel, bias) in formed}
+
+
+def _layer_names(params: Params) -> list[str]:
+    """dense_0, dense_1, …, head."""
+    body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
+    return [*body, "head"]
 
 
 class _Stack:
@@ -176,8 +176,7 @@ class _Stack:
         of_steps: int | None,
         objective: str,
     ) -> None:
-        body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
-        self.names = [*body, "head"]
+        self.names = _layer_names(params)
         self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
         self.of_steps = of_steps
         self.one_rate = spec.granularity != "tensor"  # for a layer's kernel and bias
