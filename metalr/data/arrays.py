@@ -420,7 +420,14 @@ def names() -> list[str]:
 
 
 def load_recorded(folder: Path, name: str, given: str | None = None, read: Callable[[str], Any] | None = None) -> Any:
-    """The data that a run folder was begun with, wherever it stands now: known by its content, not by its path.
+    """As `find_recorded`, without the place."""
+    return find_recorded(folder, name, given, read)[1]
+
+
+def find_recorded(
+    folder: Path, name: str, given: str | None = None, read: Callable[[str], Any] | None = None
+) -> tuple[str, Any]:
+    """(place, data) that a run folder was begun with, wherever it stands now: known by its content, not by its path.
 
     Args:
       name: what the run's config calls it.
@@ -433,7 +440,7 @@ def load_recorded(folder: Path, name: str, given: str | None = None, read: Calla
     recorded = folders.data_of(folder)
     begun = recorded.get("sha256")
     if begun is None:
-        return (read or load)(given or name)
+        return given or name, (read or load)(given or name)
     missing: list[str] = []
     others: list[str] = []
     for place in [given] if given else list(dict.fromkeys([name, *folders.places(recorded, folder)])):
@@ -443,7 +450,7 @@ def load_recorded(folder: Path, name: str, given: str | None = None, read: Calla
             missing.append(one_line(error))
             continue
         if found.sha256 == begun:
-            return found
+            return place, found
         others.append(f"{place} (sha256 {found.sha256[:12]})")
     wanted = f"data: expected the data that {folder} was begun with (sha256 {begun[:12]})"
     if others:

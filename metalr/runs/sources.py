@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax
 
 from metalr import data, models, tasks
 from metalr.config import TrainConfig
-from metalr.errors import ConfigError, MetalrError
+from metalr.errors import ConfigError
 from metalr.inner.objective import objective_of
 from metalr.models import Model
 from metalr.storage import folders
@@ -51,7 +51,7 @@ def load(config: TrainConfig, folder: Path | None = None, where: str | None = No
 
     Raises MetalrError: it is not there, damaged, or has other content.
     """
-    read = functools.partial(table_tasks, config) if data.is_table(config.data) else data.load
+    read = _reader(config)
     if folder is None:
         return read(where or config.data)
     if folders.data_of(folder).get("given") == OWN_TASKS:
@@ -67,15 +67,11 @@ def with_data_of(config: TrainConfig, folder: Path) -> TrainConfig:
 
     Raises MetalrError if it is not in any of its places.
     """
-    recorded = folders.data_of(folder)
-    for place in dict.fromkeys([config.data, *folders.places(recorded, folder)]):
-        moved = dataclasses.replace(config, data=place)
-        with contextlib.suppress(MetalrError):
-            found = load(moved).sha256
-            if recorded.get("sha256", found) == found:
-                return moved
-    load(config, folder)  # says what was found in which place
-    return config
+    return dataclasses.replace(config, data=data.find_recorded(folder, config.data, None, _reader(config))[0])
+
+
+def _reader(config: TrainConfig) -> Callable[[str], Any]:
+    return functools.partial(table_tasks, config) if data.is_table(config.data) else data.load
 
 
 def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
