@@ -208,7 +208,7 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
     config = dataclasses.replace(case.compare, out=out)
     if (out / "config.json").is_file():
         return comparing.resume(out, model=network)
-    return comparing.run(seeded, config, pretrained=pretrained, model=network)
+    return comparing.run(seeded, config, pretrained=[pretrained], model=network)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -381,7 +381,8 @@ def _search_command(argv: list[str]) -> Callable[..., None]:
 def compare(
     runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     config: Annotated[CompareConfig, tyro.conf.arg(name="")] = COMPARISON,
-    pretrained: Path | None = None,
+    pretrained: tuple[Path, ...] = (),
+    choosing: tuple[Path, ...] = (),
     resume: Path | None = None,
     json_: Json = False,
 ) -> None:
@@ -389,17 +390,22 @@ def compare(
 
     Args:
       runs: run folders that differ in their seed only.
-      pretrained: run folder of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
+      pretrained: run folders of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
+      choosing: runs of other settings that were tried before these were chosen; their cost is charged to break-even.
       resume: the folder of a comparison that was stopped: go on with that one, with its own settings.
       json_: print the results as JSON instead of a table.
     """
-    if resume is not None and (runs or pretrained or config != COMPARISON):
+    if resume is not None and (runs or pretrained or choosing or config != COMPARISON):
         raise ConfigError(f"resume: expected no runs and no settings beside it ({resume} has its own), got some")
     start_jax()
     from metalr import report
     from metalr.runs import comparing
 
-    results = comparing.run(runs, config, pretrained=pretrained) if resume is None else comparing.resume(resume)
+    results = (
+        comparing.run(runs, config, pretrained=pretrained, choosing=choosing)
+        if resume is None
+        else comparing.resume(resume)
+    )
     written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
     print(json.dumps(results, indent=1) if json_ else f"{report.contest_text(results)}\nreport {written}")
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,14 @@ from metalr.types import Params
 
 UNSEARCHED_RATE = 1e-3  # Adam as most people start it
 WIDENINGS, WIDER = 6, 10**0.5  # how often, and by what factor, the range of a tuned rate grows
-TUNED = {"adam": (3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-2, 3e-2, 1e-1, 3e-1)}
+TUNED = {  # optimizer -> the rates that its range begins with; adam_cosine goes down to zero over the fine-tune
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2),
+    "adam_cosine": (3e-4, 1e-3, 3e-3, 1e-2),
+    "sgd": (1e-2, 3e-2, 1e-1, 3e-1),
+}
+PORTFOLIOS = {"portfolio of 1": 1, "portfolio of 4": 4}  # searchers that try so many cells, in their order
+GRID_OF_VALIDATION = "grid, meta-validation"  # on the tasks that portfolios are made from
+Inits = Sequence[Params | None]  # one for each seed of what made them; None: a random init for each task
 
 
 class Field(NamedTuple):
@@ -159,67 +166,80 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not stretched)
 
 
-Baselines = Callable[[str, bool, bool], protocol.Evaluator]
+Baselines = Callable[[str, bool, bool], Callable[[Params | None, float], np.ndarray]]
 
 
 def baselines(model: Model, field: Field) -> Baselines:
-    """(optimizer, from random inits?, on meta-validation tasks?) -> fixed-rate fine-tunes at the field's lengths.
+    """(optimizer, from random inits?, on meta-validation tasks?) -> (init, rate) -> [tasks, lengths], fixed-rate runs.
 
     Each is compiled once; share it between the inits of one network.
     """
 
     @functools.cache
-    def evaluator(optimizer: str, random_init: bool, val: bool) -> protocol.Evaluator:
+    def evaluator(optimizer: str, random_init: bool, val: bool) -> Callable[[Params | None, float], np.ndarray]:
         pool, sample = field.val_sampler if val else field.sampler
         keys = field.val_keys if val else field.keys
-        run = protocol.make_baseline(
-            model, sample, optimizers.by_name(optimizer), field.lengths,
-            batch_size=field.minibatch, random_init=random_init, objective=field.objective,
-        )  # fmt: skip
+        of_length = optimizer == "adam_cosine"
+        groups: list[tuple[int, ...]] = [(length,) for length in field.lengths] if of_length else [field.lengths]
+        evaluators = [
+            protocol.make_baseline(
+                model, sample,
+                functools.partial(optimizers.adam_cosine, steps=at[-1]) if of_length else optimizers.by_name(optimizer),
+                at, batch_size=field.minibatch, random_init=random_init, objective=field.objective,
+            )
+            for at in groups
+        ]  # fmt: skip
         unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
-        return lambda init, rate: run(pool, unused if random_init else init, np.float32(rate), keys)
+
+        def run(init: Params | None, rate: float) -> np.ndarray:
+            start = unused if random_init else init
+            return np.concatenate([of(pool, start, np.float32(rate), keys).tasks for of in evaluators], axis=1)
+
+        return run
 
     return evaluator
 
 
-def unsearched(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
-    """Adam at 1e-3 from an init (None: random)."""
-    run = runs("adam", init is None, False)
+def unsearched(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores]:
+    """Adam at 1e-3 from every init."""
+    run = runs("adam", inits[0] is None, False)
     return of_lengths(
-        f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", [init], field,
-        lambda init, _: run(init, UNSEARCHED_RATE).tasks, every=True,
+        f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", inits, field,
+        lambda init, _: run(init, UNSEARCHED_RATE), every=True,
     )  # fmt: skip
 
 
-def without_search(name: str, init: Params | None, field: Field, model: Model, optimizer: str) -> list[Scores]:
-    """From an init (None: random), an optimizer that nobody chooses a rate for; a row of optimizers.WITHOUT_SEARCH."""
+def without_search(name: str, inits: Inits, field: Field, model: Model, optimizer: str) -> list[Scores]:
+    """From every init, an optimizer that nobody chooses a rate for; a row of optimizers.WITHOUT_SEARCH."""
     row, (pool, sample) = optimizers.without_search(optimizer), field.sampler
-    start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
+    random_init = inits[0] is None
+    starts = [jax.jit(model.init)(jax.random.key(0))] if random_init else inits
 
     @functools.cache
     def evaluator(length: int) -> protocol.Evaluator:
         at = [length] if length else list(field.lengths)
         return protocol.make_baseline(
-            model, sample, lambda _: row.make(at[-1]), at, batch_size=field.minibatch, random_init=init is None,
+            model, sample, lambda _: row.make(at[-1]), at, batch_size=field.minibatch, random_init=random_init,
             objective=field.objective, evaluated=row.evaluated,
         )  # fmt: skip
 
     def run(start: Params, length: int) -> np.ndarray:
         return evaluator(length)(pool, start, np.float32(0), field.keys).tasks
 
-    return of_lengths(f"{name} init, no search ({optimizer})", [start], field, run, every=not row.of_length)
+    return of_lengths(f"{name} init, no search ({optimizer})", starts, field, run, every=not row.of_length)
 
 
-def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list[Scores]:
-    """From an init (None: random), the optimizer and rate that did best on meta-validation tasks at that very length.
+def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores]:
+    """From every init, the optimizer and rate that did best on meta-validation tasks at that very length.
 
-    An optimizer's best rate at an end of its range widens the range, until none is (or WIDENINGS times). The cost of
-    the tuning is in paid_once, as that of meta-training.
+    They are chosen from the first init. An optimizer's best rate at an end of its range widens the range, until none
+    is (or WIDENINGS times). The cost of the tuning is in paid_once, as that of meta-training.
     """
+    first = inits[0]
     found: dict[tuple[str, float], np.ndarray] = {}  # (optimizer, rate) -> score at each length
     wanted = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
     for _ in range(WIDENINGS + 1):
-        found |= {(o, rate): runs(o, init is None, True)(init, rate).tasks.mean(0) for o, rate in wanted}
+        found |= {(o, rate): runs(o, first is None, True)(first, rate).mean(0) for o, rate in wanted}
         cells = sorted(found)
         by_length = [{cell: float(found[cell][at]) for cell in cells} for at in range(len(field.lengths))]
         best = [field.objective.best(cells, scores.__getitem__) for scores in by_length]
@@ -231,13 +251,15 @@ def tuned(name: str, init: Params | None, field: Field, runs: Baselines) -> list
         wanted = [beyond for cell in sorted(of_each) if (beyond := _beyond(cell, cells)) is not None]
         if not wanted:
             break
-    cost = len(found) * len(field.val_keys) * field.lengths[-1] * field.batch_size
+    whole, each = field.lengths[-1], sum(field.lengths)
+    steps = sum(each if optimizer == "adam_cosine" else whole for optimizer, _ in found)
+    cost = steps * len(field.val_keys) * field.batch_size
 
     def score(init: Params | None, _: int) -> np.ndarray:
-        curves = {cell: runs(cell[0], init is None, False)(init, cell[1]).tasks for cell in sorted(set(best))}
+        curves = {cell: runs(cell[0], init is None, False)(init, cell[1]) for cell in sorted(set(best))}
         return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
 
-    rows = of_lengths(f"{name} init + one tuned rate", [init], field, score, every=True)
+    rows = of_lengths(f"{name} init + one tuned rate", inits, field, score, every=True)
     return [
         row._replace(
             paid_once=float(cost),
@@ -272,10 +294,10 @@ def searched(
     model: Model,
     field: Field,
     space: searchers.Space,
-    wanted: dict[str, Sequence[str]],
-    inits: dict[str, Params | None],
+    wanted: Mapping[str, Sequence[str]],
+    inits: Mapping[str, Inits],
     *,
-    first: Sequence[dict[str, Any]],
+    first: Mapping[str, Sequence[dict[str, Any]]],
     cells: float,
     known: dict[Key, Searched],
     keep: Callable[[Key, Searched], None] = lambda key, found: None,
@@ -285,8 +307,9 @@ def searched(
 
     Args:
       space: batches larger than a task's training part become all of it.
-      wanted: name of an init -> searchers from it; "tpe+" is TPE that tries `first` first.
-      inits: name -> params; None draws a random init for each task.
+      wanted: name of an init -> searchers from it; "tpe+" is TPE that tries `first` first, a portfolio tries no more.
+      inits: name -> params, of which tasks take turns; None draws a random init for each task.
+      first: searcher -> hyperparameters that it tries first.
       cells: budget of a search that is not a grid, in mean cells of the grid.
       known, keep: searches of an earlier call; called with each search that ends, by one thread at a time.
       between: called before every epoch; what it raises ends everything.
@@ -312,19 +335,19 @@ def searched(
         origin, searcher, task = job
         episode = draw(pool, field.keys[task])
         init_key, key = jax.random.split(second_key(field.keys[task]))  # as in `evaluate`: its random init too
-        start = inits[origin]
+        start = inits[origin][task % len(inits[origin])]
         x = models.unit(episode.support_x) if model.takes_images else episode.support_x
         begun = model.begin(model.init(init_key) if start is None else start, x, episode.support_y)
         init = jax.tree.map(lambda v: jnp.asarray(v)[None], begun)
         arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
         train = count(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
         fitting = space.fitting(train)
-        given = [one | {"batch_size": min(fitting.batch_sizes)} for one in first] if searcher.endswith("+") else []
+        given = [one | {"batch_size": fitting.nearest(one["batch_size"])} for one in first.get(searcher, ())]
+        limit = {"trials": len(given)} if searcher in PORTFOLIOS else {"budget": cells * mean_cost(fitting, train)}
         arrays, init, keys = jax.device_put((arrays, init, key[None]), device)
         problem = searchers.Problem(arrays, init, keys, program, field.objective)
         trials = searchers.search(
-            searcher.rstrip("+"), fitting, problem, devices=[device], seed=task, between=go_on,
-            budget=cells * mean_cost(fitting, train), first=given,
+            _engine(searcher), fitting, problem, devices=[device], seed=task, between=go_on, first=given, **limit,
         )  # fmt: skip
         best = trials_lib.best(trials, objective=field.objective)
         whole = jax.device_put(arrays._replace(train_x=episode.support_x, train_y=episode.support_y), device)
@@ -337,6 +360,36 @@ def searched(
 
     devices.spread(run, jobs, jax.local_devices(), between)
     return done
+
+
+def _engine(searcher: str) -> str:
+    """The key of searchers.SEARCHERS that carries out one of a comparison's searchers."""
+    if searcher in PORTFOLIOS:
+        return "random"  # of which only what is given first is tried
+    return "grid" if searcher == GRID_OF_VALIDATION else searcher.rstrip("+")
+
+
+def portfolio(found: Sequence[Searched], size: int, objective: Objective) -> list[dict[str, Any]]:
+    """The cells of a grid that together did best on tasks of meta-validation, greedily: the best one for all first.
+
+    Feurer et al. 2022 (auto-sklearn 2.0, section 3.1): each cell is added whose portfolio has the best mean over tasks,
+    where a task's score is that of its best member.
+
+    Args:
+      found: the grid of each task.
+      size: how many cells at most.
+    """
+    cells = [trial.params for trial in trials_lib.in_order(found[0].trials)]
+    sign = 1.0 if objective.maximise else -1.0
+    scores = sign * np.array([[np.mean(trial.test) for trial in trials_lib.in_order(one.trials)] for one in found])
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    best, chosen = np.full(len(found), -np.inf), list[int]()
+    for _ in range(min(size, len(cells))):
+        means = np.maximum(best[:, None], scores).mean(0)
+        means[chosen] = -np.inf
+        chosen.append(int(means.argmax()))
+        best = np.maximum(best, scores[:, chosen[-1]])
+    return [cells[i] for i in chosen]
 
 
 def mean_cost(space: searchers.Space, train: int) -> float:

@@ -338,14 +338,18 @@ class CompareConfig:
     space: SpaceConfig = SpaceConfig()
     """What is searched, in epochs."""
     searchers: tuple[str, ...] = ("grid", "random", "tpe", "asha", "tpe+")
-    """From the random init; tpe+ is TPE that tries the learned rates first (only where they scale Adam's direction)."""
+    """From the random init; tpe+ is TPE that tries the learned rates first (only where they scale Adam's direction);
+    portfolio: cells of the grid that did best on meta-validation tasks, tried in turn."""
     budgets: tuple[float, ...] = (1.0, 3.0, 10.0, 27.0)
     """Budgets of the searches, in mean cells of the grid."""
     rivals: tuple[str, ...] = ("momo_adam", "cocob", "schedule_free_sgd")
     """Optimizers that need no learning rate, at their own defaults, from each init: also momo, schedule_free_adamw,
     prodigy, dadapt_adamw, dog, mechanize, adam_cosine."""
     tuning_tasks: int = 8
-    """Meta-validation tasks that the one tuned rate is tuned on."""
+    """Meta-validation tasks that the one tuned rate and the portfolios are tuned on."""
+    part: Literal["test", "validation"] = "test"
+    """Which held-out tasks all methods meet. Choose between settings of meta-training on validation, and look at test
+    once."""
     seed: int = 0
     """Seed of the tasks."""
     out: Path | None = None

@@ -46,7 +46,7 @@ def _contrib(name: str, **settings: Any) -> Callable[[int], optax.GradientTransf
 
 WITHOUT_SEARCH = {
     "adam_cosine": WithoutSearch(
-        lambda steps: promoting(optax.adam(optax.cosine_decay_schedule(1e-3, steps))),
+        lambda steps: adam_cosine(1e-3, steps),
         "Loshchilov & Hutter 2017, Adam 1e-3 with a cosine to zero", of_length=True,
     ),
     "momo_adam": WithoutSearch(_contrib("momo_adam"), "Schaipp et al. 2023"),
@@ -65,6 +65,12 @@ WITHOUT_SEARCH = {
         lambda steps: with_value(optax.contrib.mechanize(optax.adam(1.0), weight_decay=0.0)), "Cutkosky et al. 2023"
     ),
 }  # fmt: skip
+
+
+def adam_cosine(rate: Any, steps: int) -> optax.GradientTransformation:
+    """Adam whose rate goes from `rate` to zero over `steps` steps, as half a cosine (Loshchilov & Hutter 2017)."""
+    decay = optax.cosine_decay_schedule(1.0, steps)
+    return promoting(optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -rate * decay(count))))
 
 
 def without_search(name: str, setting: str = "optimizer") -> WithoutSearch:

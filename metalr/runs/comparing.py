@@ -38,17 +38,24 @@ from metalr.storage import folders, sealed
 from metalr.tasks import Tasks
 from metalr.trees import count
 
-FILES = {"config.json", "searches.jsonl", "results.json", *folders.OWN}
+SEARCHES = "searches.jsonl"
+FILES = {"config.json", SEARCHES, "results.json", *folders.OWN}
 JOB = Job("comparison", frozenset(FILES))
 WARM = "tpe+"  # TPE that tries the learned rates first
+PORTFOLIO = "portfolio"  # rivals.PORTFOLIOS
 FEW_SHOTS = 20  # images a class, up to which a result calls itself few-shot
 
 
 class _Parts(NamedTuple):
-    """A comparison's parts, checked. paid_once: name of an init -> example-gradients of its training."""
+    """A comparison's parts, checked.
+
+    choosing: example-gradients of the runs by which the settings of meta-training were chosen.
+    paid_once: name of an init -> example-gradients of its training.
+    """
 
     learners: list[Learner]
     joint: list[Learner]
+    choosing: float
     field: Field
     space: searchers.Space
     searchers: list[str]
@@ -60,7 +67,8 @@ def run(
     runs: Sequence[Path],
     config: CompareConfig,
     *,
-    pretrained: Path | None = None,
+    pretrained: Sequence[Path] = (),
+    choosing: Sequence[Path] = (),
     model: Model | None = None,
     given: Tasks | None = None,
     objective: Objective | None = None,
@@ -70,7 +78,10 @@ def run(
 
     Args:
       runs: run folders; scores are averaged over them.
-      pretrained: the run folder of a jointly pre-trained init of the same network (--inner.algorithm joint).
+      pretrained: run folders of a jointly pre-trained init of the same network (--inner.algorithm joint), which differ
+        in their seed only.
+      choosing: run folders of other settings that were tried, on meta-validation tasks, before these were chosen. What
+        they cost is charged to the break-even count, which is given with and without it.
       model, given, objective: the network, the tasks and the objective of your own that the runs are of, if they are.
 
     Raises:
@@ -78,12 +89,12 @@ def run(
     """
 
     def make() -> _Parts:
-        return _set_up(runs, config, pretrained, Own(model, given, objective))
+        return _set_up(runs, config, pretrained, choosing, Own(model, given, objective))
 
     def record(folder: Path) -> dict[str, Any]:
-        of = [_record(path, folder) for path in runs]
-        joint = None if pretrained is None else _record(pretrained, folder)
-        return {"runs": of, "pretrained": joint, "config": config.to_json()}
+        of = {"runs": runs, "pretrained": pretrained, "choosing": choosing}
+        places = {name: [_record(path, folder) for path in paths] for name, paths in of.items()}
+        return places | {"config": config.to_json()}
 
     def carry_out(parts: _Parts, folder: Path) -> dict[str, Any]:
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
@@ -108,15 +119,17 @@ def resume(
     try:
         stored = json.loads((folder / "config.json").read_text())
         config = from_json(stored["config"], CompareConfig)
-        recorded_runs, recorded_pretrained = list(stored["runs"]), stored["pretrained"]
+        recorded = {name: stored.get(name) or [] for name in ("runs", "pretrained", "choosing")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
-    runs = [_locate(recorded, folder) for recorded in recorded_runs]
-    pretrained = None if recorded_pretrained is None else _locate(recorded_pretrained, folder)
+    runs, pretrained, choosing = (
+        [_locate(place, folder) for place in ([places] if isinstance(places, dict) else places)]  # of a former version
+        for places in recorded.values()
+    )
     JOB.refuse_finished(folder)
 
     def make() -> _Parts:
-        return _set_up(runs, config, pretrained, Own(model, given, objective), folder)
+        return _set_up(runs, config, pretrained, choosing, Own(model, given, objective), folder)
 
     def carry_out(parts: _Parts, folder: Path) -> dict[str, Any]:
         return _carry_out(parts, config, folder, reporter or ConsoleReporter())
@@ -142,7 +155,8 @@ def _locate(recorded: dict[str, str], folder: Path) -> Path:
 def _set_up(
     runs: Sequence[Path],
     config: CompareConfig,
-    pretrained: Path | None,
+    pretrained: Sequence[Path],
+    choosing: Sequence[Path],
     own: Own,
     resumed: Path | None = None,
 ) -> _Parts:
@@ -156,9 +170,10 @@ def _set_up(
             "tasks, tuning_tasks, searched: expected at least 2, at least 2, and 0 or 2..tasks, got "
             f"{config.tasks}, {config.tuning_tasks}, {config.searched}"
         )
-    unknown = sorted(set(config.searchers) - {*searchers.SEARCHERS, WARM})
+    names = [*searchers.SEARCHERS, WARM, PORTFOLIO]
+    unknown = sorted(set(config.searchers) - set(names))
     if unknown or not config.searchers:
-        raise ConfigError(f"searchers: expected some of {[*searchers.SEARCHERS, WARM]}, got {unknown or 'none'}")
+        raise ConfigError(f"searchers: expected some of {names}, got {unknown or 'none'}")
     for name in config.rivals:
         optimizers.without_search(name, "rivals")
     for name in ("batch_size", "shot", "query"):
@@ -170,14 +185,14 @@ def _set_up(
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
     learners, trained = load_runs(runs, own)
-    joint, joint_trained = load_runs([pretrained], own) if pretrained else ([], [])
+    joint, joint_trained = load_runs(pretrained, own, "pretrained") if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
-        raise ConfigError(f"pretrained: {pretrained}: expected the same network as in {runs[0]}, found another")
+        raise ConfigError(f"pretrained: {pretrained[0]}: expected the same network as in {runs[0]}, found another")
     made = from_json(trained[0]["config"])
-    for found in joint_trained:
-        _check_pretrained(f"pretrained: {pretrained}", from_json(found["config"]), made)
+    for path, found in zip(pretrained, joint_trained, strict=True):
+        _check_pretrained(f"pretrained: {path}", from_json(found["config"]), made)
         if _data_sha256(found) != _data_sha256(trained[0]):
-            raise ConfigError(f"pretrained: {pretrained}: expected the data of the runs, {made.data!r}, got other data")
+            raise ConfigError(f"pretrained: {path}: expected the data of the runs, {made.data!r}, got other data")
     if own.given is not None:
         loaded: Tasks | data.Dataset = own.given
     elif config.data is None:
@@ -196,13 +211,14 @@ def _set_up(
     space = searchers.Space(**dataclasses.asdict(config.space))
     warm = rivals.as_trial(learners[0], space) is not None
     paid_once = {
-        name: float(np.mean([results["training"]["example_gradients"] for results in of]))
+        name: float(np.mean([_paid(results) for results in of]))
         for name, of in (("learned", trained), ("pre-trained", joint_trained))
         if of
     }
     return _Parts(
         [dataclasses.replace(learner, spec=spec) for learner in learners],
         joint,
+        sum(_paid(_results(path, "choosing")) for path in choosing),
         field,
         space,
         [name for name in config.searchers if warm or name != WARM],
@@ -228,33 +244,46 @@ class Own(NamedTuple):
     objective: Objective | None = None
 
 
-def load_runs(runs: Sequence[Path], own: Own) -> tuple[list[Learner], list[dict[str, Any]]]:
+def _results(path: Path, setting: str) -> dict[str, Any]:
+    """What a finished run found. Raises ConfigError for one that is not finished."""
+    try:
+        return json.loads((path / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: {path}: expected a finished run: {one_line(error)}") from error
+
+
+def _paid(results: dict[str, Any]) -> float:
+    """Example-gradients of a run's meta-training, validations and what it started from among them."""
+    return float(results["training"]["example_gradients"])
+
+
+def load_runs(runs: Sequence[Path], own: Own, setting: str = "runs") -> tuple[list[Learner], list[dict[str, Any]]]:
     """The learners of finished runs and their results. Raises ConfigError unless they differ in their seed only."""
     if not runs:
-        raise ConfigError("runs: expected at least one run folder, got none")
+        raise ConfigError(f"{setting}: expected at least one run folder, got none")
     if len({Path(path).resolve() for path in runs}) < len(runs):
-        raise ConfigError(f"runs: expected different run folders, got {[str(path) for path in runs]}")
+        raise ConfigError(f"{setting}: expected different run folders, got {[str(path) for path in runs]}")
     configs = [read_config(path) for path in runs]
     for path, config in zip(runs, configs, strict=True):
         free = ("seed", "out", "overwrite", "grid.", "evaluation.", "data")
         changed = [name for name in differences(configs[0], config) if not name.startswith(free)]
+        changed = [
+            name for name in changed if name != "init" or not (config.init and configs[0].init)
+        ]  # each seed's own
         if changed:
-            raise ConfigError(f"runs: expected runs that differ in their seed only, {path} also in {sorted(changed)}")
-    results = []
-    for path in runs:
-        try:
-            results.append(json.loads((path / "results.json").read_text()))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"runs: {path}: expected a finished run: {one_line(error)}") from error
+            raise ConfigError(
+                f"{setting}: expected runs that differ in their seed only, {path} also in {sorted(changed)}"
+            )
+    results = [_results(path, setting) for path in runs]
     for path, found in zip(runs, results, strict=True):
         if (found.get("data", {}).get("source") == OWN_TASKS) != (own.given is not None):
             whose = "data that it names" if own.given is not None else "tasks of your own; pass them as given=..."
-            raise ConfigError(f"runs: {path} is of {whose}")
+            raise ConfigError(f"{setting}: {path} is of {whose}")
         if own.given is not None and own.given.sha256 != _data_sha256(found):
             raise ConfigError(f"given: expected the tasks of {path}, got others ({own.given.name!r}, by facts)")
         if _data_sha256(found) != _data_sha256(results[0]):
             raise ConfigError(
-                f"runs: expected runs that differ in their seed only, {path} has other data than {runs[0]}"
+                f"{setting}: expected runs that differ in their seed only, {path} has other data than {runs[0]}"
             )
     return [artifact.load(path / "artifact", own.model, own.objective) for path in runs], results
 
@@ -320,12 +349,16 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
     """test, validation: (pool, sampler) each; support: examples of a support set."""
     size = min(config.batch_size or learner.spec.minibatch(support) or support, support)
     keys = protocol.episode_keys(config.seed, config.tasks)
+    tuning = protocol.episode_keys(config.seed, config.tuning_tasks)
+    if config.part == "validation":  # all methods meet tasks of meta-validation, other ones than those tuned on
+        both = protocol.episode_keys(config.seed, config.tasks + config.tuning_tasks)
+        test, tuning = validation, both[config.tasks :]
     pool, sample = test
     return Field(
         test,
         validation,
         keys,
-        protocol.episode_keys(config.seed, config.tuning_tasks),
+        tuning,
         support,
         count(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
         tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
@@ -348,9 +381,11 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
         "provenance": provenance(),
         "seeds": [learner.facts.get("seed") for learner in parts.learners],
         **parts.facts,
+        "part": config.part,
+        "choosing_example_gradients": round(parts.choosing),
         "metric": {"name": objective.choose_by, "maximise": objective.maximise},
         "rows": [_row(row, reference, objective) for row in rows],
-        "conclusions": [_conclusion(row, reference, objective) for row in rows[len(reference) :]],
+        "conclusions": [_conclusion(row, reference, objective, parts.choosing) for row in rows[len(reference) :]],
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": peak_memory(),
     }
@@ -364,18 +399,19 @@ def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: C
     alone = learners[0].facts.get("outer", {}).get("learns") == "rates"
     model = learners[0].model
     runs = rivals.baselines(model, field)
-    inits = {"random": None} | ({} if alone else {"learned": learners[0].init})  # parts by the first seed
-    inits |= {"pre-trained": parts.joint[0].init} if parts.joint else {}
+    inits: dict[str, rivals.Inits] = {"random": [None]}
+    inits |= {} if alone else {"learned": [learner.init for learner in learners]}
+    inits |= {"pre-trained": [learner.init for learner in parts.joint]} if parts.joint else {}
     methods: list[tuple[str, Callable[[], list[Scores]]]] = [
         ("learned", lambda: rivals.learned(learners, field, random_init=alone))
     ]
     if not alone:
-        methods.append(("learned", lambda: rivals.learned(learners[:1], field, random_init=True)))
-    for name, init in inits.items():
+        methods.append(("learned", lambda: rivals.learned(learners, field, random_init=True)))
+    for name, of in inits.items():
         for baseline in (rivals.unsearched, rivals.tuned):
-            methods.append((name, functools.partial(baseline, name, init, field, runs)))
+            methods.append((name, functools.partial(baseline, name, of, field, runs)))
         for optimizer in config.rivals:
-            methods.append((name, functools.partial(rivals.without_search, name, init, field, model, optimizer)))
+            methods.append((name, functools.partial(rivals.without_search, name, of, field, model, optimizer)))
     rows: list[Scores] = []
     with reporter.bar("methods without a search", len(methods)) as advance:
         for origin, method in methods:
@@ -390,12 +426,58 @@ def _searches(
     parts: _Parts, config: CompareConfig, folder: Path, between: Callable[[], None], reporter: Reporter
 ) -> list[Scores]:
     """What every task's own searches find at every budget."""
-    file = folder / "searches.jsonl"
-    wanted: dict[str, Sequence[str]] = {"random": parts.searchers}
-    inits: dict[str, Any] = {"random": None}
-    if parts.joint and "grid" in parts.searchers:
-        wanted, inits = wanted | {"pre-trained": ["grid"]}, inits | {"pre-trained": parts.joint[0].init}
+    inits: dict[str, rivals.Inits] = {"random": [None]}
+    inits |= {"pre-trained": [learner.init for learner in parts.joint]} if parts.joint else {}
     warm = rivals.as_trial(parts.learners[0], parts.space)
+    own = {"random": [name for name in parts.searchers if name != PORTFOLIO]}
+    own |= {origin: [name for name in own["random"] if name == "grid"] for origin in inits if origin != "random"}
+    portfolios = [*rivals.PORTFOLIOS] if PORTFOLIO in parts.searchers else []
+    known = _read_searches(folder / SEARCHES)
+    total = config.searched * sum(len(names) + len(portfolios) for names in own.values())
+    total += config.tuning_tasks * len(inits) if portfolios else 0
+    with reporter.bar("searches", total, len(known)) as advance:
+
+        def keep(key: Key, found: Searched) -> None:
+            row = dict(zip(("init", "searcher", "task"), key, strict=True)) | found._asdict()
+            folders.append_rows(folder / SEARCHES, [row | {"trials": [trial.to_json() for trial in found.trials]}])
+            advance(1, f"task {key[2]}, {key[1]} from the {key[0]} init")
+
+        def search(
+            field: Field, wanted: dict[str, list[str]], first: dict[str, list[dict[str, Any]]]
+        ) -> dict[Key, Searched]:
+            return rivals.searched(
+                parts.learners[0].model, field, parts.space, wanted, inits, first=first, cells=max(config.budgets),
+                known=known, keep=keep, between=between,
+            )  # fmt: skip
+
+        field = parts.field._replace(keys=parts.field.keys[: config.searched])
+        found = search(field, own, {WARM: [warm]} if warm else {})
+        tuned: dict[str, list[Searched]] = {}
+        if portfolios:
+            validation = field._replace(sampler=field.val_sampler, keys=field.val_keys)
+            grids = search(validation, {origin: [rivals.GRID_OF_VALIDATION] for origin in inits}, {})
+            for origin in inits:
+                numbers = range(config.tuning_tasks)
+                tuned[origin] = [grids[(origin, rivals.GRID_OF_VALIDATION, task)] for task in numbers]
+                cells = rivals.portfolio(tuned[origin], max(rivals.PORTFOLIOS.values()), field.objective)
+                first = {name: cells[:size] for name, size in rivals.PORTFOLIOS.items()}
+                found |= search(field, {origin: portfolios}, first)
+    rows: list[Scores] = []
+    for origin, names in own.items():
+        for name in [*names, *portfolios]:
+            each = [found[(origin, name, task)] for task in range(config.searched)]
+            extra = parts.paid_once["learned"] if name == WARM else parts.paid_once[origin]
+            if name in portfolios:
+                new = _rows_of_portfolio(f"{origin} init + {name}", each, field.objective)
+                extra += sum(trials_lib.cost(one.trials, grid=True)[0] for one in tuned[origin])
+            else:
+                new = _rows_of_search(f"{origin} init + ", name, each, parts, config.budgets)
+            rows += [row._replace(paid_once=extra) for row in new]
+    return rows
+
+
+def _read_searches(file: Path) -> dict[Key, Searched]:
+    """The finished searches of a comparison. Raises ConfigError for a file of something else."""
     known = {}
     try:
         for row in folders.read_rows(file):
@@ -404,34 +486,31 @@ def _searches(
             known[(row["init"], row["searcher"], row["task"])] = Searched(trials, *again)
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{file}: not the searches of a comparison: {one_line(error)}") from error
-    with reporter.bar("searches", config.searched * sum(map(len, wanted.values())), len(known)) as advance:
+    return known
 
-        def keep(key: Key, found: Searched) -> None:
-            row = dict(zip(("init", "searcher", "task"), key, strict=True)) | found._asdict()
-            folders.append_rows(file, [row | {"trials": [trial.to_json() for trial in found.trials]}])
-            advance(1, f"task {key[2]}, {key[1]} from the {key[0]} init")
 
-        found = rivals.searched(
-            parts.learners[0].model, parts.field._replace(keys=parts.field.keys[: config.searched]), parts.space,
-            wanted, inits, first=[warm] if warm else [], cells=max(config.budgets), known=known, keep=keep,
-            between=between,
-        )  # fmt: skip
-    rows, cell = [], rivals.mean_cost(parts.space.fitting(parts.field.train), parts.field.train)
-    for origin, names in wanted.items():
-        for name in names:
-            each, grid = [found[(origin, name, task)] for task in range(config.searched)], name == "grid"
-            title = f"{origin} init + " + {WARM: "tpe, learned rates first"}.get(name, name)
-            budgets = {f"{title}, {len(each[0].trials)} cells": np.inf} if grid else {
-                f"{title}, cost of {budget:g} cells": budget * cell for budget in config.budgets
-            }  # fmt: skip
-            best_of = functools.partial(rivals.best_of, grid=grid, objective=parts.field.objective)
-            new = [best_of(text, each, budget) for text, budget in budgets.items()]
-            new.append(best_of(f"{[*budgets][-1]}, trained again on all", each, choose="again"))
-            if grid:
-                new.append(best_of(f"{title}, best cell on the test part", each, choose="test"))
-            extra = parts.paid_once["learned"] if name == WARM else parts.paid_once[origin]
-            rows += [row._replace(paid_once=extra) for row in new]
-    return rows
+def _rows_of_search(
+    title: str, name: str, found: Sequence[Searched], parts: _Parts, budgets: Sequence[float]
+) -> list[Scores]:
+    """A search at every budget, its winner trained again on all, and of a grid the best cell on the test part."""
+    grid, title = name == "grid", title + {WARM: "tpe, learned rates first"}.get(name, name)
+    cell = rivals.mean_cost(parts.space.fitting(parts.field.train), parts.field.train)
+    within = {f"{title}, {len(found[0].trials)} cells": np.inf} if grid else {
+        f"{title}, cost of {budget:g} cells": budget * cell for budget in budgets
+    }  # fmt: skip
+    best_of = functools.partial(rivals.best_of, grid=grid, objective=parts.field.objective)
+    rows = [best_of(text, found, budget) for text, budget in within.items()]
+    rows.append(best_of(f"{[*within][-1]}, trained again on all", found, choose="again"))
+    return [*rows, best_of(f"{title}, best cell on the test part", found, choose="test")] if grid else rows
+
+
+def _rows_of_portfolio(title: str, found: Sequence[Searched], objective: Objective) -> list[Scores]:
+    """The best of a portfolio's cells, and trained again on all; of one cell, where nothing is chosen, that alone."""
+    again = rivals.best_of(f"{title}, trained again on all", found, choose="again", objective=objective)
+    if len(found[0].trials) > 1:
+        return [rivals.best_of(title, found, objective=objective), again]
+    cost = float(np.mean([one.again_example_gradients for one in found]))
+    return [again._replace(method=title, example_gradients=cost, naive_example_gradients=cost)]
 
 
 def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str, Any]:
@@ -452,8 +531,11 @@ def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str
     return facts
 
 
-def _conclusion(row: Scores, reference: list[Scores], objective: Objective) -> dict[str, Any]:
-    """The cost at which the learned method is as good as this row, and the tasks after which it has paid."""
+def _conclusion(row: Scores, reference: list[Scores], objective: Objective, choosing: float) -> dict[str, Any]:
+    """The cost at which the learned method is as good as this row, and the tasks after which it has paid.
+
+    choosing: what was spent on choosing the settings of meta-training, charged in one of the two break-even counts.
+    """
     number = row.scores.shape[1]
     first = next(
         (one for one in reference if not objective.better(row.mean, float(one.scores[:, :number].mean()))), None
@@ -462,10 +544,15 @@ def _conclusion(row: Scores, reference: list[Scores], objective: Objective) -> d
     if first is None:
         return facts | {"learned_reaches_it_with": None}
     saved = row.example_gradients - first.example_gradients
-    owed = max(0.0, first.paid_once - row.paid_once)
+
+    def break_even(extra: float) -> int | None:
+        owed = max(0.0, first.paid_once + extra - row.paid_once)
+        return None if saved <= 0 else int(np.ceil(owed / saved))
+
     return facts | {
         "learned_reaches_it_with": round(first.example_gradients),
         "share_of_its_cost": round(first.example_gradients / row.example_gradients, 5),
         "share_of_its_naive_cost": round(first.example_gradients / row.naive_example_gradients, 5),
-        "break_even_tasks": None if saved <= 0 else int(np.ceil(owed / saved)),
+        "break_even_tasks": break_even(0.0),
+        "break_even_tasks_with_choosing": break_even(choosing),
     }

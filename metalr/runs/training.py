@@ -417,6 +417,8 @@ def meta_train(
 def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
     warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
     own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
+    minibatch = min(config.inner.batch_size or setup.support, setup.support)
+    validated = len(facts["validations"]) * config.evaluation.validation_episodes * config.inner.steps * minibatch
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
     return {
         "name": facts["name"],
@@ -431,7 +433,9 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
             config.outer.steps * config.outer.meta_batch / (facts["seconds"] + facts["compile_seconds"]), 1
         ),
         "skipped_updates": facts["skipped"],
-        "example_gradients": own + (earlier["example_gradients"] if earlier else 0),
+        # With its validations, and what it started from.
+        "example_gradients": own + validated + (earlier["example_gradients"] if earlier else 0),
+        "validation_example_gradients": validated,
     } | ({"warm_start": earlier} if earlier else {})
 
 

@@ -71,6 +71,10 @@ class Space:
         sizes = tuple(dict.fromkeys(min(size, support) for size in self.batch_sizes))
         return dataclasses.replace(self, batch_sizes=sizes)
 
+    def nearest(self, batch_size: int) -> int:
+        """The batch size of this space that another one, of a task with more or fewer examples, stands for."""
+        return min((size for size in self.batch_sizes if size >= batch_size), default=max(self.batch_sizes))
+
 
 class Problem(NamedTuple):
     """One task to search hyperparameters for.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from metalr.config import (
     TrainConfig,
 )
 from metalr.errors import ConfigError
+from metalr.inner import CROSS_ENTROPY, OBJECTIVES
 from metalr.runs import comparing
 from metalr.runs.progress import ConsoleReporter
 from metalr.search import trials
@@ -59,7 +59,7 @@ CONFIG = CompareConfig(
 def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     *seeds, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
-    results = comparing.run(seeds, config, pretrained=joint, reporter=QUIET)
+    results = comparing.run(seeds, config, pretrained=[joint], reporter=QUIET)
     methods = {row["method"] for row in results["rows"]}
     assert methods >= {
         "learned init + learned rates",
@@ -156,7 +156,7 @@ def test_refusals(trained, tmp_path):
             comparing.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
         assert not config.out.exists()
     with pytest.raises(ConfigError, match="pretrained: .*: expected a run of --inner.algorithm joint, got"):
-        comparing.run([a], config, pretrained=b, reporter=QUIET)
+        comparing.run([a], config, pretrained=[b], reporter=QUIET)
     assert not config.out.exists()
     with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
         comparing.resume(tmp_path / "nothing", reporter=QUIET)
@@ -194,6 +194,56 @@ def test_what_a_search_found_within_a_budget():
     assert again.example_gradients == 32
 
 
+def test_a_portfolio_is_of_cells_that_do_well_together():
+    """Cell 1 is best on average; 2 is the best where 1 fails, though its own mean is the worst."""
+
+    def grid(scores):
+        made = [trials.Trial(i, 0.1 * (i + 1), 8, 1, (0.0,), (s,), {1: 0.0}, 10, 1.0) for i, s in enumerate(scores)]
+        return rivals.Searched(made, 0.0, 0)
+
+    found = [grid([0.7, 0.9, 0.1]), grid([0.7, 0.8, 0.2]), grid([0.5, 0.5, 0.9])]
+    chosen = rivals.portfolio(found, 2, CROSS_ENTROPY)
+    assert [cell["learning_rate"] for cell in chosen] == pytest.approx([0.2, 0.3])
+    assert len(rivals.portfolio(found, 9, CROSS_ENTROPY)) == 3
+    errors = rivals.portfolio(found, 1, OBJECTIVES["squared_error"])
+    assert errors[0]["learning_rate"] == pytest.approx(0.3)
+
+
+def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
+    *seeds, joint = trained
+    base = dataclasses.replace(CONFIG, searchers=("portfolio",), rivals=())
+    config = dataclasses.replace(base, out=tmp_path / "portfolio")
+    results = comparing.run(seeds, config, pretrained=[joint], choosing=[joint], reporter=QUIET)
+    rows = {row["method"]: row for row in results["rows"] if row["steps"] is None}
+    assert set(rows) == {
+        f"{init} init + portfolio of {text}"
+        for init in ("random", "pre-trained")
+        for text in ("1", "4", "4, trained again on all")
+    }
+    one, four = rows["random init + portfolio of 1"], rows["random init + portfolio of 4"]
+    assert one["example_gradients"] in (48, 96)  # one run of one or two epochs on all 50, in batches of 8
+    assert four["example_gradients"] == four["naive_example_gradients"] == 2 * (1 + 2) * 40
+    assert one["paid_once_example_gradients"] == 2 * 2 * 2 * 40  # the grid on two tasks, epochs as snapshots
+    of_joint = json.loads((joint / "results.json").read_text())["training"]
+    assert results["choosing_example_gradients"] == of_joint["example_gradients"]
+    assert of_joint["validation_example_gradients"] == len(of_joint["validations"]) * 2 * 4 * 40 > 0
+    for end in results["conclusions"]:
+        if end.get("break_even_tasks") is not None:
+            assert end["break_even_tasks_with_choosing"] >= end["break_even_tasks"]
+
+    lines = (config.out / "searches.jsonl").read_text().splitlines()
+    (config.out / "results.json").unlink()
+    (config.out / "searches.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    again = comparing.resume(config.out, reporter=QUIET)
+    assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in results["rows"]]
+
+    validated = comparing.run(
+        seeds, dataclasses.replace(base, part="validation", searched=0, out=tmp_path / "val"), reporter=QUIET
+    )
+    assert validated["part"] == "validation"
+    assert validated["rows"][0]["accuracy_of_seeds"] != results["rows"][0]["accuracy_of_seeds"]
+
+
 def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():
     """The best rate of Adam here is 0.3 after one step and 1e-5 after two; both are beyond the range."""
     targets = np.log10([0.3, 1e-5])
@@ -202,19 +252,19 @@ def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():
     def runs(optimizer, random_init, val):
         def run(init, rate):
             seen.append((optimizer, rate)) if val else None
-            score = -np.abs(np.log10(rate) - targets) - (optimizer == "sgd")
-            return types.SimpleNamespace(tasks=np.tile(score, (3, 1)))
+            return np.tile(-np.abs(np.log10(rate) - targets) - (optimizer != "adam"), (3, 1))
 
         return run
 
     keys = jax.random.split(jax.random.key(0), 3)
     field = rivals.Field(((), None), ((), None), keys, keys, support=8, train=6, lengths=(1, 2), batch_size=8)
-    one, two = rivals.tuned("random", None, field, runs)
+    one, two = rivals.tuned("random", [None], field, runs)
     assert one.chosen["optimizer"] == two.chosen["optimizer"] == "adam"
     assert one.chosen["learning_rate"] == pytest.approx(0.316, rel=1e-2)
     assert two.chosen["learning_rate"] == pytest.approx(9.5e-6, rel=1e-2)
     rates = [rate for optimizer, rate in seen if optimizer == "adam"]
     assert min(rates) < two.chosen["learning_rate"]
     assert max(rates) > one.chosen["learning_rate"]
-    assert one.paid_once == len(seen) * 3 * 2 * 8
+    of_length = sum(optimizer == "adam_cosine" for optimizer, _ in seen)  # a run for each length
+    assert one.paid_once == (len(seen) * 2 + of_length) * 3 * 8
     assert len(seen) == len(set(seen))
