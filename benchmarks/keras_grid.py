@@ -33,16 +33,15 @@ import measure
 import numpy as np
 
 from metalr import data, models
-from metalr.config import SearchConfig
+from metalr.config import SearchConfig, SpaceConfig
 from metalr.runs import searching
 from metalr.runs.progress import ConsoleReporter
 from metalr.search import (
     fit,
-    searchers,
 )
 from metalr.types import Episode
 
-SPACE = searchers.Space()
+SPACE = SpaceConfig()
 CHECKED = 1e-3, 128, 10  # the cell whose accuracy both must agree on
 
 

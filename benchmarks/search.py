@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import torch_peers
 
 from metalr import data, inner, models, tasks
+from metalr.config import GridConfig
 from metalr.evaluation import (
     protocol,
     small_grid,
@@ -40,7 +41,7 @@ from metalr.inner import optimizers
 from metalr.trees import named_arrays
 from metalr.types import Episode
 
-GRID = small_grid.Grid(steps=(1, 5, 20), batch_sizes=(10, 50))
+GRID = GridConfig(steps=(1, 5, 20), batch_sizes=(10, 50))
 WAY, SHOT, ALONE = 10, 5, 3  # tasks of the one-cell-at-a-time loops
 Cell = tuple[str, int, float, int]  # optimizer, batch size, learning rate, steps
 Alone = Callable[[Cell, Episode, int], float]

@@ -35,9 +35,9 @@ class MetalrWarning(UserWarning):
     """Something that works and is probably not what was meant."""
 
 
-def check_choices(setting: str, values: Collection[object]) -> None:
-    """Raises ConfigError if a setting that lists what to try has no value, or one twice."""
-    if not values:
+def check_choices(setting: str, values: Collection[object], *, empty: bool = False) -> None:
+    """Raises ConfigError if a setting that lists what to try has no value (unless `empty` may be), or one twice."""
+    if not values and not empty:
         raise ConfigError(f"{setting}: expected at least one value, got none")
     if len(set(values)) < len(values):
         raise ConfigError(f"{setting}: expected different values, got {values}")

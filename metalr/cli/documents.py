@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from metalr.cli.commands import Config, guard, start_jax
-from metalr.config import TrainConfig
+from metalr.config import GridConfig, TrainConfig
 
 
 def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -57,11 +57,10 @@ def study(variants: dict[str, TrainConfig], name: str, seeds: tuple[int, ...] = 
         """
         start_jax()
         from metalr import report
-        from metalr.evaluation import small_grid
         from metalr.runs.studies import run_study
 
         if "grid" in options:
-            options["grid"] = small_grid.Grid(**options["grid"])
+            options["grid"] = GridConfig(**options["grid"])
         folder = Path(sys.argv[0]).parent if seeds == document else Path("runs") / name
         print(report.study_text(run_study(variants, name, seeds, folder, **options)))
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr import models
+from metalr.config import SpaceConfig
 from metalr.evaluation import protocol
 from metalr.inner import CROSS_ENTROPY, Objective, hyperparameters, optimizers
 from metalr.learner import Learner
@@ -149,7 +150,7 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     """The learned rates from the learned init, or from a random one; a schedule is stretched over each length."""
     pool, sample = field.sampler
     start = "random" if random_init else "learned"
-    stretched = learners[0].spec.knots > 0
+    of_length = learners[0].spec.of_length
 
     @functools.cache
     def evaluator(length: int) -> protocol.Evaluator:
@@ -163,7 +164,7 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     def run(learner: Learner, length: int) -> np.ndarray:
         return evaluator(length)(pool, learner.init, learner.rates, field.keys).tasks
 
-    return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not stretched)
+    return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not of_length)
 
 
 Baselines = Callable[[str, bool, bool], Callable[[Params | None, float], np.ndarray]]
@@ -293,7 +294,7 @@ class Searched(NamedTuple):
 def searched(
     model: Model,
     field: Field,
-    space: searchers.Space,
+    space: SpaceConfig,
     wanted: Mapping[str, Sequence[str]],
     inits: Mapping[str, Inits],
     *,
@@ -392,7 +393,7 @@ def portfolio(found: Sequence[Searched], size: int, objective: Objective) -> lis
     return [cells[i] for i in chosen]
 
 
-def mean_cost(space: searchers.Space, train: int) -> float:
+def mean_cost(space: SpaceConfig, train: int) -> float:
     """Example-gradients of a cell of the grid, on average."""
     return float(np.mean(space.epochs) * np.mean([train // size * size for size in space.batch_sizes]))
 
@@ -440,7 +441,7 @@ def best_of(
     )
 
 
-def as_trial(learner: Learner, space: searchers.Space) -> dict[str, Any] | None:
+def as_trial(learner: Learner, space: SpaceConfig) -> dict[str, Any] | None:
     """The learned rates as hyperparameters of a search: their geometric mean, the middle epochs, the smallest batch.
 
     None where they scale something else than Adam's direction, which is what is searched.

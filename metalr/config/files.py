@@ -40,7 +40,7 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
         if isinstance(default, tuple):
             if not isinstance(value, list):
                 raise ConfigError(f"{name}: expected a list, got {value!r}")
-            return tuple(convert(default[0] if default else "", each, name) for each in value)
+            return tuple(convert(default[0] if default else kinds[0](), each, name) for each in value)
         wanted = type(default)
         if default is None:  # then the annotation says what else it may be
             wanted = next((k for k in kinds if k in (bool, int, float, str)), object)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagConversionOff, Positional, arg
+
+from metalr.errors import ConfigError, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,11 @@ class InnerConfig:
     """Start of a learned dropout rate (mlp, as Gaussian noise)."""
     proximal: float | None = None
     """Start of a learned pull towards the init (imaml: fixed)."""
+    horizons: tuple[int, ...] = ()
+    """Train at these numbers of inner steps: every outer step draws one. None: always inner.steps."""
+    horizon_power: float | None = None
+    """Start of a learned power a layer: rates of a fine-tune of N steps are multiplied by (inner.steps / N) ** power,
+    so that one schedule serves short and long ones; with inner.horizons."""
     predicted: bool | None = None
     """Predict rates and decay of each step from the task's gradients and weights."""
     batch_size: int | None = None
@@ -212,6 +220,15 @@ class GridConfig:
     optimizers: tuple[str, ...] = ("adam", "sgd")
     """Inner optimizers."""
 
+    def check(self) -> None:
+        """Raises ConfigError for a grid that is empty or contradictory; the optimizers' names are not looked at."""
+        for name in ("learning_rates", "steps", "batch_sizes", "optimizers"):
+            check_choices(f"grid.{name}", getattr(self, name))
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
+        if min(self.steps) < 1 or min(self.batch_sizes) < 1:
+            raise ConfigError(f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}")
+
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
@@ -270,7 +287,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpaceConfig:
-    """What is searched; the defaults are the reference grid of 27 cells."""
+    """What is searched; the defaults are the reference grid of 27 cells.
+
+    The grid takes every combination; the other searchers draw the learning rate log-uniformly between the smallest and
+    the largest, and the others from the list. ASHA always aims at the most epochs, and stops most runs before.
+    """
 
     learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     """Learning rates; all but the grid draw log-uniformly between the smallest and the largest."""
@@ -278,6 +299,27 @@ class SpaceConfig:
     """Epochs over the training part."""
     batch_sizes: tuple[int, ...] = (32, 64, 128)
     """Minibatch sizes."""
+
+    def check(self) -> None:
+        """Raises ConfigError if it is empty or contradictory."""
+        for name, values in dataclasses.asdict(self).items():
+            check_choices(f"space.{name}", values)
+            if not all(0 < value < math.inf for value in values):
+                raise ConfigError(f"space.{name}: expected positive numbers, got {values}")
+
+    @property
+    def cells(self) -> int:
+        """How many combinations there are."""
+        return len(self.learning_rates) * len(self.epochs) * len(self.batch_sizes)
+
+    def fitting(self, support: int) -> SpaceConfig:
+        """The space for `support` training examples: batches above that become the whole set, each size once."""
+        sizes = tuple(dict.fromkeys(min(size, support) for size in self.batch_sizes))
+        return dataclasses.replace(self, batch_sizes=sizes)
+
+    def nearest(self, batch_size: int) -> int:
+        """The batch size of this space that another one, of a task with more or fewer examples, stands for."""
+        return min((size for size in self.batch_sizes if size >= batch_size), default=max(self.batch_sizes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metalr.errors import ConfigError, check_choices
+from metalr.config import GridConfig
+from metalr.errors import ConfigError
 from metalr.evaluation import protocol
 from metalr.inner import optimizers
 from metalr.inner.objective import CROSS_ENTROPY, Objective
@@ -20,24 +20,11 @@ from metalr.tasks import Pool, Sampler
 from metalr.types import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The cells of a small grid: every combination. batch_sizes larger than the support set become the whole set."""
-
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    steps: tuple[int, ...] = (1, 5, 10, 50)
-    batch_sizes: tuple[int, ...] = (8, 32, 128)
-    optimizers: tuple[str, ...] = ("adam", "sgd")
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_choices(f"grid.{field.name}", getattr(self, field.name))
-        if not all(0 < rate < np.inf for rate in self.learning_rates):
-            raise ConfigError(f"grid.learning_rates: expected positive numbers, got {self.learning_rates}")
-        if min(self.steps) < 1 or min(self.batch_sizes) < 1:
-            raise ConfigError(f"grid.steps, grid.batch_sizes: expected 1 or more, got {self.steps}, {self.batch_sizes}")
-        for name in self.optimizers:
-            optimizers.by_name(name, "grid.optimizers")
+def check(grid: GridConfig) -> None:
+    """Raises ConfigError for a grid that is empty or contradictory, or has an optimizer that optax does not have."""
+    grid.check()
+    for name in grid.optimizers:
+        optimizers.by_name(name, "grid.optimizers")
 
 
 class Cell(NamedTuple):
@@ -68,7 +55,7 @@ class Cell(NamedTuple):
 
 
 def run_grid(
-    grid: Grid,
+    grid: GridConfig,
     model: Model,
     pool: Pool,
     sample: Sampler,
@@ -87,6 +74,7 @@ def run_grid(
     than its cells alone; both costs are given.
 
     Args:
+      grid: every combination; batch sizes larger than the support set become the whole set.
       support: number of support examples of a task.
       init: start every task from these params; None draws a new random init for every task.
       objective: what is minimised, and what a cell's score is.
@@ -98,6 +86,7 @@ def run_grid(
       (cells, cost): cost has, for one task, "naive_example_gradients" (each cell alone), "example_gradients" (as
       done), and for all tasks "seconds" with compilation.
     """
+    check(grid)
     cells: list[Cell] = []
     began = time.perf_counter()
     origin = "random" if init is None else "learned"

@@ -59,6 +59,9 @@ class RatesSpec:
         gradients flow (Srivastava et al. 2014, section 10; Kingma et al. 2015, section 3), or None.
       proximal: start of a learned pull a layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
         (iMAML, Rajeswaran et al. 2019, eq. 3), or None.
+      horizon_power: start of a learned power a layer: rates of a fine-tune of another length are multiplied by
+        (steps / its steps) ** power, so that one learned schedule serves short and long ones, or None. It takes
+        meta-training at several lengths.
       predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the
         layers' gradients and weights (ALFA, Baik et al. 2020, section 3.2).
       batch_size: images of the support set in one step, reshuffled every epoch; None (or a smaller support set): all.
@@ -81,6 +84,7 @@ class RatesSpec:
     clip: float | None = None
     dropout: float | None = None
     proximal: float | None = None
+    horizon_power: float | None = None
     predicted: bool = False
     batch_size: int | None = None
 
@@ -127,6 +131,11 @@ class RatesSpec:
     def chosen(self) -> tuple[str, ...]:
         """The rows of HYPERPARAMETERS that are learned beside the rates, in the order of that table."""
         return tuple(name for name in HYPERPARAMETERS if getattr(self, name) is not None)
+
+    @property
+    def of_length(self) -> bool:
+        """Whether the rate of a step depends on how many steps the whole fine-tune has."""
+        return self.knots > 0 or self.horizon_power is not None
 
     @property
     def times(self) -> int:
@@ -250,9 +259,9 @@ def project(spec: RatesSpec, raw: RawRates) -> RawRates:
 def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | None = None) -> Rates:
     """The actual values of one step (0-based; may be traced), without the time axis.
 
-    of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
+    of_steps: how many steps the fine-tune has, over which a schedule with knots is spread; default: spec.steps.
     """
-    if not spec.times:
+    if not spec.times and spec.horizon_power is None:
         return rates
 
     def pick(value: jax.Array) -> jax.Array:
@@ -267,8 +276,16 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
         one, other = value[before], value[before + 1]
         return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
 
-    at = between if spec.knots else pick
-    return Rates({name: at(value) if kind_of(name) == "rate" else value for name, value in rates.items()})
+    at = between if spec.knots else pick if spec.times else lambda value: value
+    longer = (of_steps or spec.steps) / spec.steps
+
+    def rate(name: str, value: jax.Array) -> jax.Array:
+        if spec.horizon_power is None or longer == 1:
+            return at(value)
+        own = f"horizon_power:{name}"
+        return at(value) * longer ** -rates[own if own in rates else f"horizon_power:{layer_name(name)}"]
+
+    return Rates({name: rate(name, value) if kind_of(name) == "rate" else value for name, value in rates.items()})
 
 
 def check_steps(spec: RatesSpec, steps: int) -> None:

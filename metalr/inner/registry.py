@@ -150,5 +150,8 @@ HYPERPARAMETERS = {
     "decay": Hyperparameter(
         LOGARITHM, 1.0, "decoupled, Loshchilov & Hutter 2019", "update", Link(_nothing, _shrink, True)
     ),
+    "horizon_power": Hyperparameter(
+        LOGARITHM, np.inf, "rates that fall with the square root of the number of steps have 1/2: Zinkevich 2003"
+    ),
     "dropout": Hyperparameter(LOGIT, 1.0, "Gaussian, Srivastava et al. 2014, section 10", of_layers=False),
 }  # fmt: skip

@@ -35,6 +35,7 @@ class Problem(NamedTuple):
       objective: its loss is that of support and query set alike.
       dropout: whether the model has some; a learned rate replaces it.
       begin: (init, support_x, support_y) -> where the inner steps start; default: from the init.
+      horizon: how many inner steps are taken; default: spec.steps.
     """
 
     apply: Apply
@@ -42,6 +43,12 @@ class Problem(NamedTuple):
     objective: Objective = CROSS_ENTROPY
     dropout: bool = False
     begin: Callable[[Params, Any, Any], Params] = lambda init, x, y: init
+    horizon: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Inner steps of the fine-tune."""
+        return self.horizon or self.spec.steps
 
     def begun(self, meta: MetaParams, episode: Episode) -> MetaParams:
         """Meta-parameters whose init is where this episode's inner steps start."""
@@ -55,9 +62,10 @@ def steps_of(
     spec = problem.spec
     x, y = episode.support_x, episode.support_y
     rates = hyperparameters.actual(spec, raw)
-    optimizer, options = descent.fine_tune(spec, rates, count(y), dropout=problem.dropout)
+    steps = problem.steps
+    optimizer, options = descent.fine_tune(spec, rates, count(y), dropout=problem.dropout, of_steps=steps)
     step = inner.make_step(
-        problem.apply, x, y, optimizer, spec.steps, key=key, loss=problem.objective.loss, first_order=first_order,
+        problem.apply, x, y, optimizer, steps, key=key, loss=problem.objective.loss, first_order=first_order,
         **options,
     )  # fmt: skip
     return step, optimizer.init
@@ -66,9 +74,9 @@ def steps_of(
 def adapted(
     problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array | None, way: Reverse | None = None
 ) -> Params:
-    """Params after spec.steps steps from meta.init; `way` says what a derivative through them keeps."""
-    way, spec, meta = way or Reverse(), problem.spec, problem.begun(meta, episode)
-    before = 0 if way.last is None else max(spec.steps - way.last, 0)
+    """Params after problem.steps steps from meta.init; `way` says what a derivative through them keeps."""
+    way, steps, meta = way or Reverse(), problem.steps, problem.begun(meta, episode)
+    before = 0 if way.last is None else max(steps - way.last, 0)
     step, start = steps_of(problem, meta.rates, episode, key, first_order=way.first_order)
     carry = meta.init, start(meta.init)
     if before:  # move the params as if by a constant, so that the init still gets a gradient, of first order
@@ -77,7 +85,7 @@ def adapted(
         params, state = inner.take(constant_step, (stopped.init, start(stopped.init)), 0, before)
         moved = jax.tree.map(lambda now, then, init: init + (now - then), params, stopped.init, meta.init)
         carry = moved, jax.lax.stop_gradient(state)
-    return inner.take(step, carry, before, spec.steps, remat=way.remat)[0]
+    return inner.take(step, carry, before, steps, remat=way.remat)[0]
 
 
 def _of_init(direction: Params, meta: MetaParams) -> MetaParams:
@@ -124,7 +132,7 @@ class Reverse:
         step, start = steps_of(problem, meta.rates, episode, key, first_order=self.first_order)
         carry = meta.init, start(meta.init)
         seen = [predict(problem.apply, meta.init, episode.support_x, episode.query_x)]
-        for number in range(problem.spec.steps):
+        for number in range(problem.steps):
             carry = inner.take(step, carry, number, number + 1, remat=self.remat)
             seen.append(predict(problem.apply, carry[0], episode.support_x, episode.query_x))
         return jnp.stack(seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -45,12 +46,14 @@ class Phases(NamedTuple):
       multi_step_until: up to this outer step the query losses after all inner steps count, with weights that fade into
         the last one's.
       fresh_init: draw a new random init for every outer step instead of learning one, so that the rates stand alone.
+      horizons: numbers of inner steps, of which every outer step draws one; none: always spec.steps.
       fixed: the fields of MetaParams that do not learn; what does not learn has no part in the gradient's norm.
     """
 
     first_order_until: int = 0
     multi_step_until: int = 0
     fresh_init: bool = False
+    horizons: tuple[int, ...] = ()
     fixed: tuple[str, ...] = ()
 
 
@@ -255,7 +258,14 @@ def make_gradient(
 
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             options: dict[str, Any] = {"step_weights": weights, "objective": objective}
-            return meta_gradients.meta_gradient(model, spec, meta, episodes, inner_keys, method, **options)
+            of_horizon = functools.partial(
+                meta_gradients.meta_gradient, model, spec, meta, episodes, inner_keys, method, **options
+            )
+            if not phases.horizons:
+                return of_horizon()
+            branches = [functools.partial(of_horizon, horizon=horizon) for horizon in phases.horizons]
+            drawn = jax.random.randint(jax.random.fold_in(jax.random.key(0), number), (), 0, len(branches))
+            return jax.lax.switch(drawn, branches)
 
         def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             if not phases.first_order_until or not isinstance(method, (Reverse, Forward)) or method.first_order:

@@ -72,6 +72,7 @@ def meta_gradient(
     *,
     objective: Objective = CROSS_ENTROPY,
     step_weights: jax.Array | None = None,
+    horizon: int | None = None,
     plain: bool = False,
 ) -> tuple[MetaParams, dict[str, jax.Array]]:
     """The mean meta-gradient over a batch of episodes.
@@ -85,6 +86,7 @@ def meta_gradient(
       objective: its loss is that of support and query set alike.
       step_weights: [steps] float: the loss is the sum of these times the query losses after 1, 2, … steps, instead of
         that after the last one (Antoniou et al. 2019, section 4).
+      horizon: how many inner steps are taken; default: spec.steps.
       plain: never use the factored form (it gives the same gradients; tests compare).
 
     Returns:
@@ -92,7 +94,8 @@ def meta_gradient(
     """
     support = jax.tree.leaves(episodes.support_y)[0].shape[1]
     fast = isinstance(method, Reverse) and method.last is None and objective.name in factored.OBJECTIVES and not plain
-    fast = fast and factored.pays(model, spec, support, spec.steps)
+    steps = horizon or spec.steps
+    fast = fast and factored.pays(model, spec, support, steps)
     loss, every = objective.loss, step_weights is not None
     if isinstance(method, Forward):
         model = dataclasses.replace(model, cpu_apply=None)  # that form may have no forward mode: conv4's has not
@@ -104,7 +107,7 @@ def meta_gradient(
             rates = hyperparameters.actual(spec, meta.rates)
             data = episode.support_x, episode.support_y, episode.query_x
             outputs = factored.query_logits(
-                problem.begun(meta, episode).init, rates, spec, *data, spec.steps,
+                problem.begun(meta, episode).init, rates, spec, *data, steps, of_steps=steps,
                 first_order=way.first_order, every_step=every, objective=objective.name,
             )  # fmt: skip
         else:
@@ -118,7 +121,7 @@ def meta_gradient(
         return value, metrics
 
     def mean_of_group(apply: Apply, tasks: tuple[Episode, jax.Array]) -> tuple[MetaParams, dict[str, jax.Array]]:
-        problem = Problem(apply, spec, objective, model.dropout, model.begin)
+        problem = Problem(apply, spec, objective, model.dropout, model.begin, steps)
         if not isinstance(method, Reverse):
             way = method
             each = devices.vmap_group(lambda task: way(problem, meta, *task), tasks)

@@ -21,7 +21,7 @@ import numpy as np
 from metalr import data, report, tasks
 from metalr.comparison import rivals
 from metalr.comparison.rivals import Field, Key, Scores, Searched
-from metalr.config import CompareConfig, TrainConfig
+from metalr.config import CompareConfig, SpaceConfig, TrainConfig
 from metalr.config.files import differences, from_json, read_config
 from metalr.errors import ConfigError, one_line
 from metalr.evaluation import protocol
@@ -57,7 +57,7 @@ class _Parts(NamedTuple):
     joint: list[Learner]
     choosing: float
     field: Field
-    space: searchers.Space
+    space: SpaceConfig
     searchers: list[str]
     paid_once: dict[str, float]
     facts: dict[str, Any]
@@ -208,8 +208,8 @@ def _set_up(
     except ConfigError as error:
         raise ConfigError(f"lengths: in {error}") from error
     spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
-    space = searchers.Space(**dataclasses.asdict(config.space))
-    warm = rivals.as_trial(learners[0], space) is not None
+    config.space.check()
+    warm = rivals.as_trial(learners[0], config.space) is not None
     paid_once = {
         name: float(np.mean([_paid(results) for results in of]))
         for name, of in (("learned", trained), ("pre-trained", joint_trained))
@@ -220,7 +220,7 @@ def _set_up(
         joint,
         sum(_paid(_results(path, "choosing")) for path in choosing),
         field,
-        space,
+        config.space,
         [name for name in config.searchers if warm or name != WARM],
         {"random": 0.0} | paid_once,
         facts,

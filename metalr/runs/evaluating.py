@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalr.config import TrainConfig
+from metalr.config import GridConfig, TrainConfig
 from metalr.evaluation import protocol, small_grid
 from metalr.learner import Learner
 from metalr.runs.progress import Reporter
@@ -70,7 +70,7 @@ def horizons(
     setup: Setup,
     config: TrainConfig,
     lengths: Sequence[int],
-    grid: small_grid.Grid,
+    grid: GridConfig,
     random_grid: dict[int, small_grid.Cell] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[int, small_grid.Cell]]:
     """A learner's fine-tunes of several lengths, each beside the best fixed rate found by grid at that very length.

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from metalr import data, models, tasks
-from metalr.config import ModelConfig, SearchConfig
+from metalr.config import ModelConfig, SearchConfig, SpaceConfig
 from metalr.config.files import read_config
 from metalr.errors import ConfigError
 from metalr.evaluation import protocol
@@ -92,13 +92,14 @@ def resume(
     return JOB.go_on(folder, make, carry_out, stored, given)
 
 
-SearchParts = tuple[searchers.Problem, searchers.Space, str]
+SearchParts = tuple[searchers.Problem, SpaceConfig, str]
 
 
 def set_up(config: SearchConfig, model: models.Model | None = None, dataset: data.Dataset | None = None) -> SearchParts:
     """Check a config and make its parts, with the sha256 of its data. Raises MetalrError naming the setting."""
     check_choices_of(config, model)
-    space = searchers.Space(**dataclasses.asdict(config.space))
+    space = config.space
+    space.check()
     if config.trials is not None and config.searcher == "grid":
         raise ConfigError(f"trials: expected None with grid, which takes all {space.cells} cells, got {config.trials}")
     if config.trials is not None and config.trials < 1:
@@ -145,7 +146,7 @@ def _episode(config: SearchConfig, dataset: data.Dataset) -> Episode:
 def _carry_out(
     config: SearchConfig,
     problem: searchers.Problem,
-    space: searchers.Space,
+    space: SpaceConfig,
     sha256: str,
     folder: Path,
     reporter: Reporter,

@@ -10,9 +10,9 @@ import jax
 import optax
 
 from metalr import data, models, outer, tasks
-from metalr.config import ModelConfig, SearchConfig, TrainConfig
+from metalr.config import GridConfig, ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_choices
 from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
@@ -111,6 +111,7 @@ def set_up(
             f"evaluation.steps: expected at least inner.steps ({config.inner.steps}), at which results are reported, "
             f"got {config.curve_steps}"
         )
+    _check_horizons(config, row)
     for name in ("multi_step", "first_order_share"):
         if not 0 <= getattr(row, name) <= 1:
             raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")
@@ -175,10 +176,26 @@ def set_up(
         round(row.first_order_share * config.outer.steps),
         round(row.multi_step * config.outer.steps),
         config.outer.learns == "rates",
+        config.inner.horizons,
         () if row.learned else ("rates",),
     )
     rest = row.learned, objective, support, query, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
+
+
+def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:
+    """Raises ConfigError for horizons that cannot be trained at, and for a power that could not be learned."""
+    check_choices("inner.horizons", config.inner.horizons, empty=True)
+    if config.inner.horizons and (row.multi_step or row.meta_gradient == "joint" or min(config.inner.horizons) < 1):
+        raise ConfigError(
+            "inner.horizons: expected numbers of inner steps of at least 1, an algorithm that takes inner steps, and "
+            f"outer.multi_step 0; got {config.inner.horizons}, {config.inner.algorithm}, {row.multi_step}"
+        )
+    if config.inner.horizon_power is not None and len(config.inner.horizons) < 2:
+        raise ConfigError(
+            "inner.horizon_power: expected None unless inner.horizons are two or more, from which it is learned, got "
+            f"{config.inner.horizon_power}"
+        )
 
 
 def _method_of(config: TrainConfig, row: algorithms.Algorithm, spec: RatesSpec, model: Model) -> Method:
@@ -188,7 +205,8 @@ def _method_of(config: TrainConfig, row: algorithms.Algorithm, spec: RatesSpec, 
         others: dict[str, Method] = {"joint": Joint(), "reptile": Reptile(), "implicit": Implicit(inner.solver_steps)}
         return others[row.meta_gradient]
     if inner.derivative == "auto":
-        return outer.choose_derivative(spec, model, inner.last, first_order=simple)
+        longest = dataclasses.replace(spec, steps=max((spec.steps, *inner.horizons)))
+        return outer.choose_derivative(longest, model, inner.last, first_order=simple)
     return DERIVATIVES[inner.derivative](simple, inner.last)
 
 
@@ -265,23 +283,27 @@ def model_of(
     return given
 
 
-def grid_of(config: TrainConfig) -> small_grid.Grid:
-    """The small grid; always with the trained number of steps among its own."""
-    values = dataclasses.asdict(config.grid)
-    values.pop("run")
-    values["steps"] = tuple(sorted({*values["steps"], config.inner.steps}))
-    return small_grid.Grid(**values)
+def grid_of(config: TrainConfig) -> GridConfig:
+    """The small grid; always with the trained number of steps among its own. Raises ConfigError for a bad one."""
+    small_grid.check(config.grid)
+    return dataclasses.replace(config.grid, steps=tuple(sorted({*config.grid.steps, config.inner.steps})))
 
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
     """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
-    support, steps, method = setup.support, config.inner.steps, setup.method
+    support, method = setup.support, setup.method
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
-    of = steps, min(config.inner.batch_size or support, support), support, numbers
-    cost, share = method.cost(*of), setup.phases.first_order_until / config.outer.steps
-    if share and isinstance(method, (Reverse, Forward)):
-        cost = share * dataclasses.replace(method, first_order=True).cost(*of) + (1 - share) * cost
-    return cost + setup.query
+    of = min(config.inner.batch_size or support, support), support, numbers
+    share = setup.phases.first_order_until / config.outer.steps
+
+    def of_horizon(steps: int) -> float:
+        cost = method.cost(steps, *of)
+        if share and isinstance(method, (Reverse, Forward)):
+            return share * dataclasses.replace(method, first_order=True).cost(steps, *of) + (1 - share) * cost
+        return cost
+
+    horizons = setup.phases.horizons or (config.inner.steps,)
+    return sum(map(of_horizon, horizons)) / len(horizons) + setup.query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

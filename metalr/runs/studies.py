@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from metalr.config import TrainConfig
+from metalr.config import GridConfig, TrainConfig
 from metalr.errors import ConfigError, one_line
-from metalr.evaluation import protocol, small_grid
+from metalr.evaluation import protocol
 from metalr.learner import artifact
 from metalr.runs import evaluating
 from metalr.runs.setup import set_up
@@ -70,7 +70,7 @@ def run_study(
     folder: Path,
     *,
     horizons: Sequence[int] = (),
-    grid: small_grid.Grid | None = None,
+    grid: GridConfig = GridConfig(steps=(1, 5, 10, 50), batch_sizes=(8, 32, 128)),  # noqa: B008
 ) -> dict[str, Any]:
     """Variants of a run, each for several seeds, at the steps they were trained for; a row each.
 
@@ -100,7 +100,7 @@ def run_study(
                 key = (config.tasks, config.evaluation, config.inner.batch_size)
                 learner = artifact.load(out / "artifact")
                 at, random_grids[key] = evaluating.horizons(
-                    learner, setup, config, horizons, grid or small_grid.Grid(), random_grids.get(key)
+                    learner, setup, config, horizons, grid, random_grids.get(key)
                 )
                 lengths.append(at)
         at_trained = [next(p for p in r["curve"] if p["steps"] == base.inner.steps) for r in found]

@@ -320,10 +320,14 @@ def meta_train(
         on_divergence=config.outer.on_divergence,
         objective=setup.objective,
     )
-    validate = protocol.make_evaluator(
-        setup.model, setup.spec, val_sample, setup.spec.steps, at=[setup.spec.steps],
-        random_init=setup.phases.fresh_init, objective=setup.objective,
-    )  # fmt: skip
+    horizons = setup.phases.horizons or (setup.spec.steps,)
+    validators = [
+        protocol.make_evaluator(
+            setup.model, setup.spec, val_sample, steps, of_steps=steps, at=[steps],
+            random_init=setup.phases.fresh_init, objective=setup.objective,
+        )
+        for steps in horizons
+    ]  # fmt: skip
     val_keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     state = loop.start(
         setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0), warm.meta if warm else None
@@ -384,7 +388,7 @@ def meta_train(
                     facts["warm"] = [*facts["warm"][-99:], part.seconds / count]
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
-                        score = float(validate(val_pool, init, rates, val_keys).mean[-1])
+                        score = float(np.mean([of(val_pool, init, rates, val_keys).mean[-1] for of in validators]))
                         line: dict[str, Any] = {"step": done, f"validation_{metric}": protocol.rounded(score)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
                         _write_line(log, folder, line)
@@ -418,7 +422,8 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
     warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
     own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
     minibatch = min(config.inner.batch_size or setup.support, setup.support)
-    validated = len(facts["validations"]) * config.evaluation.validation_episodes * config.inner.steps * minibatch
+    validated = len(facts["validations"]) * config.evaluation.validation_episodes * minibatch
+    validated *= sum(setup.phases.horizons or (config.inner.steps,))
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
     return {
         "name": facts["name"],

@@ -6,7 +6,6 @@ snapshots; the others are Optuna's (the extra `search`), asked for one set of hy
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 import time
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metalr.errors import ConfigError, check_choices
+from metalr.config import SpaceConfig
+from metalr.errors import ConfigError
 from metalr.inner import CROSS_ENTROPY, Objective
 from metalr.outer.devices import spread
 from metalr.search import fit
@@ -40,40 +40,6 @@ SEARCHERS = {
     "tpe": Searcher("TPESampler", False, "Bergstra et al. 2011"),
     "asha": Searcher("RandomSampler", True, "Li et al. 2020, algorithm 2; stops runs, never takes one up again"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """What is searched; the defaults are the reference grid. Raises ConfigError if it is empty or contradictory.
-
-    The grid takes every combination; the other searchers draw the learning rate log-uniformly between the smallest and
-    the largest, and the others from the list. ASHA always aims at the most epochs, and stops most runs before.
-    """
-
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    epochs: tuple[int, ...] = (10, 20, 30)
-    batch_sizes: tuple[int, ...] = (32, 64, 128)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            check_choices(f"space.{field.name}", values)
-            if not all(0 < value < np.inf for value in values):
-                raise ConfigError(f"space.{field.name}: expected positive numbers, got {values}")
-
-    @property
-    def cells(self) -> int:
-        """How many combinations there are."""
-        return len(self.learning_rates) * len(self.epochs) * len(self.batch_sizes)
-
-    def fitting(self, support: int) -> Space:
-        """The space for `support` training examples: batches above that become the whole set, each size once."""
-        sizes = tuple(dict.fromkeys(min(size, support) for size in self.batch_sizes))
-        return dataclasses.replace(self, batch_sizes=sizes)
-
-    def nearest(self, batch_size: int) -> int:
-        """The batch size of this space that another one, of a task with more or fewer examples, stands for."""
-        return min((size for size in self.batch_sizes if size >= batch_size), default=max(self.batch_sizes))
 
 
 class Problem(NamedTuple):
@@ -99,7 +65,7 @@ Report = Callable[[Trial], None]  # called with each finished trial
 
 def search(
     searcher: str,
-    space: Space,
+    space: SpaceConfig,
     problem: Problem,
     *,
     trials: int | None = None,
@@ -131,6 +97,7 @@ def search(
     """
     if searcher not in SEARCHERS:
         raise ConfigError(f"searcher: expected one of {tuple(SEARCHERS)}, got {searcher!r}")
+    space.check()
     check_fits(space, count(problem.arrays.train_y))
     row = SEARCHERS[searcher]
     if row.sampler is None:
@@ -139,7 +106,7 @@ def search(
     return _sampled(row, space, problem, number, budget, seed, first, known, finished, between)
 
 
-def check_fits(space: Space, train: int) -> None:
+def check_fits(space: SpaceConfig, train: int) -> None:
     """Raises ConfigError for a batch that is larger than a training part of `train` examples."""
     if max(space.batch_sizes) > train:
         raise ConfigError(
@@ -157,7 +124,7 @@ def _cost(problem: Problem, batch_size: int, epochs: int) -> int:
 
 
 def _grid(
-    space: Space,
+    space: SpaceConfig,
     problem: Problem,
     known: Sequence[Trial],
     finished: Report,
@@ -215,7 +182,7 @@ def import_optuna() -> types.ModuleType:
 
 def _sampled(
     row: Searcher,
-    space: Space,
+    space: SpaceConfig,
     problem: Problem,
     trials: int | None,
     budget: float,
@@ -273,7 +240,7 @@ def _seed_of(seed: int, number: int) -> int:
 
 
 def to_optuna(
-    trials: Sequence[Trial], space: Space, row: Searcher = SEARCHERS["tpe"], objective: Objective = CROSS_ENTROPY
+    trials: Sequence[Trial], space: SpaceConfig, row: Searcher = SEARCHERS["tpe"], objective: Objective = CROSS_ENTROPY
 ) -> Any:
     """An Optuna study (in memory) with these trials: for its plots, its importances, or to go on with it.
 

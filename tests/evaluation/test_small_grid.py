@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metalr import models, tasks
+from metalr.config import GridConfig
 from metalr.errors import ConfigError
 from metalr.evaluation import protocol, small_grid
 from metalr.inner import optimizers
@@ -20,7 +21,7 @@ def setting(blobs):
 def test_cells_are_what_each_alone_gives(setting, from_init):
     model, pool, sample, keys = setting
     init = model.init(jax.random.key(4)) if from_init else None
-    grid = small_grid.Grid(learning_rates=(1e-2, 1e-1), steps=(2, 6), batch_sizes=(5, 99), optimizers=("adam",))
+    grid = GridConfig(learning_rates=(1e-2, 1e-1), steps=(2, 6), batch_sizes=(5, 99), optimizers=("adam",))
     cells, cost = small_grid.run_grid(grid, model, pool, sample, 20, keys, init=init)
     assert len(cells) == 8
     assert {cell.batch_size for cell in cells} == {5, 20}
@@ -67,4 +68,4 @@ def test_best(setting):
 )
 def test_bad_grids(settings, message):
     with pytest.raises(ConfigError, match=message):
-        small_grid.Grid(**settings)
+        small_grid.check(GridConfig(**settings))

@@ -68,6 +68,17 @@ def test_steps_beyond_the_trained_ones(extend, beyond):
     np.testing.assert_allclose(traced, got, rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"knots": 2}, {"granularity": "tensor"}, {"granularity": "shared"}])
+def test_a_horizon_power_lets_rates_fall_with_the_length(settings):
+    spec = RatesSpec(**{"granularity": "layer", "steps": 4, "initial": 0.2, "horizon_power": 0.5} | settings)
+    assert spec.of_length
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS))
+    groups = [name for name in rates if hyperparameters.kind_of(name) == "rate"]
+    for steps, expected in ((4, 0.2), (None, 0.2), (16, 0.1), (1, 0.4)):
+        now = hyperparameters.at_step(spec, rates, 0, steps)
+        np.testing.assert_allclose([now[group] for group in groups], expected, rtol=1e-6)
+
+
 def test_error_is_an_explicit_rule():
     spec = RatesSpec("shared", per_step=True, steps=3, extend="error")
     hyperparameters.check_steps(spec, 3)

@@ -34,6 +34,7 @@ SPECS = {
     "parameter, knots": RatesSpec("parameter", knots=3, steps=5, initial=0.3),
     "all": RatesSpec("layer", steps=5, initial=0.3, momentum=0.5, decay=0.05, clip=0.2, proximal=0.1),
     "adam": RatesSpec("layer", steps=5, initial=0.03, base="adam", decay=0.01),
+    "horizon": RatesSpec("layer", knots=2, steps=3, initial=0.3, horizon_power=0.5),
     "head only": RatesSpec("layer", steps=5, initial=0.3, adapts="head"),
     "signed": RatesSpec("layer", steps=5, initial=0.3, positive=False),
 }

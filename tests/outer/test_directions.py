@@ -47,15 +47,18 @@ SPECS = {
     "all": RatesSpec("layer", steps=12, initial=0.3, momentum=0.5, decay=0.01, clip=0.2, batch_size=3),
     "adam": RatesSpec("layer", steps=12, initial=0.03, base="adam", batch_size=3),
     "predicted": RatesSpec("layer", steps=12, initial=0.3, predicted=True, proximal=0.1),
+    "horizon": RatesSpec("tensor", steps=5, initial=0.3, horizon_power=0.4),  # at 12 steps
 }
+HORIZON = {"horizon": 12}
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
     with jax.enable_x64(True):
         spec = SPECS[name]
-        _, reverse, metrics = gradient(spec, Reverse(), plain=True)
-        _, forward, metrics_too = gradient(spec, Forward())
+        options = HORIZON if name == "horizon" else {}
+        _, reverse, metrics = gradient(spec, Reverse(), plain=True, **options)
+        _, forward, metrics_too = gradient(spec, Forward(), **options)
         close(forward.rates, reverse.rates, rtol=1e-7, atol=1e-11)
         close(metrics, metrics_too, rtol=1e-9)
         # The init's is first order: what it is if no inner step depended on the params.
@@ -64,20 +67,31 @@ def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
             close(forward.init, first.init, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["all", "adam", "predicted", "schedule"])
+@pytest.mark.parametrize("name", ["all", "adam", "predicted", "schedule", "horizon"])
 def test_every_hyperparameter_against_finite_differences(name):
     with jax.enable_x64(True):
         spec = SPECS[name]
-        meta, grads, _ = gradient(spec, Reverse(remat=True))
+        options = HORIZON if name == "horizon" else {}
+        meta, grads, _ = gradient(spec, Reverse(remat=True), **options)
         for leaf, value in meta.rates.items():
             noise = jax.random.normal(jax.random.key(1), value.shape, jnp.float64)
 
             def loss(t, leaf=leaf, value=value, noise=noise):
                 moved = meta._replace(rates=meta.rates | {leaf: value + t * noise})
-                return gradient(spec, Reverse(), moved, plain=True)[2]["loss"]
+                return gradient(spec, Reverse(), moved, plain=True, **options)[2]["loss"]
 
             numeric = (loss(1e-6) - loss(-1e-6)) / 2e-6
             np.testing.assert_allclose(jnp.vdot(grads.rates[leaf], noise), numeric, rtol=1e-4, atol=1e-8, err_msg=leaf)
+
+
+def test_a_horizon_is_the_number_of_steps_that_are_taken():
+    """Without a power, a horizon of n steps is a spec of n steps; the factored form agrees."""
+    with jax.enable_x64(True):
+        _, expected, metrics = gradient(RatesSpec("layer", steps=7, initial=0.3), Reverse(), plain=True)
+        for options in ({"plain": True}, {}):
+            _, found, metrics_too = gradient(RatesSpec("layer", steps=3, initial=0.3), Reverse(), horizon=7, **options)
+            close(found, expected, rtol=1e-7, atol=1e-10)
+            close(metrics, metrics_too, rtol=1e-7)
 
 
 def test_truncation_to_all_steps_is_exact_and_to_fewer_is_not():

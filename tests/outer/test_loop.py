@@ -1,5 +1,6 @@
 """The outer loop: determinism, one compilation, devices, divergence."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -181,6 +182,24 @@ def test_failing_tasks_are_those_of_the_step_as_it_was(phase, parts, blobs):
     one = gradient(loop.trained_from(model, phases, start.meta, key, 0), pool, 0, keys)[1]["loss"]
     _, metrics = chunk(start, pool, key, 1)
     np.testing.assert_allclose(metrics["loss"][0], one, rtol=1e-5)
+
+
+def test_every_outer_step_draws_one_of_the_horizons(parts, blobs):
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    drawn = loop.make_gradient(model, spec, METHOD, sample, loop.Phases(horizons=(1, 3)))
+    each = [
+        loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample) for steps in (1, 3)
+    ]  # fmt: skip
+    meta, seen = loop.start(model, spec, optax.sgd(1.0), jax.random.key(0)).meta, set()
+    keys = loop.task_keys(jax.random.key(0), 0, 2)
+    of_each = [float(gradient(meta, pool, 0, keys)[1]["loss"]) for gradient in each]
+    assert of_each[0] != pytest.approx(of_each[1])
+    for number in range(8):
+        loss = float(drawn(meta, pool, number, keys)[1]["loss"])
+        (of,) = [i for i, value in enumerate(of_each) if loss == pytest.approx(value, rel=1e-5)]
+        seen.add(of)
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize("learns", ["both", "init", "rates"])

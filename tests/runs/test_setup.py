@@ -49,6 +49,17 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
         ({"inner": InnerConfig(steps=2.5)}, "inner.steps: expected int, got 2.5"),
         ({"outer": OuterConfig(steps="10")}, "outer.steps: expected int, got '10'"),
         ({"outer": OuterConfig(learns="init"), "inner": InnerConfig(learned=True)}, "inner.learned: expected None or"),
+        ({"inner": InnerConfig(steps=2, horizons=(2, 2))}, "inner.horizons: expected different values"),
+        (
+            {"inner": InnerConfig(steps=2, horizons=(0, 2))},
+            "inner.horizons: expected numbers of inner steps of at least 1",
+        ),
+        ({"inner": InnerConfig("maml_pp", 2, horizons=(1, 2))}, "inner.horizons: .* outer.multi_step 0; got"),
+        ({"inner": InnerConfig("joint", 2, horizons=(1, 2))}, "inner.horizons: .*, joint, 0"),
+        (
+            {"inner": InnerConfig(steps=2, horizons=(5,), horizon_power=0.5)},
+            "inner.horizon_power: expected None unless",
+        ),
     ],
 )
 def test_wrong_types_and_contradictions_are_refused(small, changes, message):
@@ -138,6 +149,16 @@ def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
     """20 support images, 4 steps, 30 query images; two learned numbers. docs/long.md has the factors."""
     config = dataclasses.replace(small, inner=InnerConfig(**{"steps": 4} | inner), evaluation=EvaluationConfig(steps=4))
     assert task_cost(config, set_up(config)) == expected + 30
+
+
+def test_cost_of_a_task_at_several_horizons_is_their_mean(small):
+    one, other, both = (
+        dataclasses.replace(small, inner=InnerConfig(steps=2, horizons=horizons)) for horizons in ((1,), (3,), (1, 3))
+    )
+    costs = [task_cost(config, set_up(config)) for config in (one, other, both)]
+    assert costs[2] == (costs[0] + costs[1]) / 2
+    plain = dataclasses.replace(small, inner=InnerConfig(steps=1))
+    assert costs[0] == task_cost(plain, set_up(plain))
 
 
 def test_cost_of_a_first_order_start_is_in_between(small):

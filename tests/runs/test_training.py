@@ -32,7 +32,6 @@ from metalr.config import (
 )
 from metalr.config import files as config_files
 from metalr.errors import ConfigError, DataError, StoppedError
-from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters as rates
 from metalr.outer import loop
 from metalr.runs import comparing, progress, searching, studies, training
@@ -116,7 +115,10 @@ def test_a_study_compares_variants_and_horizons_and_goes_on(small, tmp_path, mon
             small, inner=inner, outer=dataclasses.replace(small.outer, learns="rates")
         ),
     }
-    options = {"horizons": (3, 12), "grid": small_grid.Grid(learning_rates=(0.1,), optimizers=("sgd",))}
+    options = {
+        "horizons": (3, 12),
+        "grid": GridConfig(learning_rates=(0.1,), steps=(1, 5, 10, 50), batch_sizes=(8, 32, 128), optimizers=("sgd",)),
+    }
     results = studies.run_study(variants, "x", (0,), tmp_path, **options)
     assert [row["variant"] for row in results["rows"]] == list(variants)
     assert results["rows"][0]["steps"] == 3

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from metalr import models
+from metalr.config import SpaceConfig
 from metalr.errors import ConfigError
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.types import Episode
 
-SPACE = searchers.Space(learning_rates=(1e-3, 1e-2), epochs=(1, 3), batch_sizes=(16, 64))
+SPACE = SpaceConfig(learning_rates=(1e-3, 1e-2), epochs=(1, 3), batch_sizes=(16, 64))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one seed", "two seeds"])
@@ -31,7 +32,7 @@ def test_the_grid_is_its_cells_alone(problem):
     assert [t.number for t in trials] == list(range(8))
     assert len({(t.learning_rate, t.batch_size, t.epochs) for t in trials}) == 8
     for trial in trials:
-        space = searchers.Space((trial.learning_rate,), (trial.epochs,), (trial.batch_size,))
+        space = SpaceConfig((trial.learning_rate,), (trial.epochs,), (trial.batch_size,))
         alone = searchers.search("grid", space, problem)[0]
         assert alone.validation == pytest.approx(trial.validation, abs=1.5 / 40)  # one prediction may round over
         assert alone.test == pytest.approx(trial.test, abs=1.5 / 300)
@@ -51,7 +52,7 @@ def test_what_is_known_is_not_run_again(problem):
 
 @pytest.mark.parametrize("searcher", ["random", "tpe", "asha"])
 def test_a_search_that_goes_on_is_the_one_never_stopped(problem, searcher):
-    space = searchers.Space((1e-4, 1.0), (1, 3), (16, 64))
+    space = SpaceConfig((1e-4, 1.0), (1, 3), (16, 64))
     whole = searchers.search(searcher, space, problem, trials=14, seed=5)
     seen = []
     rows = [trials_lib.Trial.from_json(t.to_json()) for t in whole[:12]]
@@ -69,7 +70,7 @@ def test_a_search_that_goes_on_is_the_one_never_stopped(problem, searcher):
 
 def test_first_trials_are_those_given(problem):
     first = [{"learning_rate": 0.02, "batch_size": 64, "epochs": 3}, {"learning_rate": 0.03}]
-    trials = searchers.search("tpe", searchers.Space((1e-3, 1e-1), (1, 3), (16, 64)), problem, trials=3, first=first)
+    trials = searchers.search("tpe", SpaceConfig((1e-3, 1e-1), (1, 3), (16, 64)), problem, trials=3, first=first)
     assert trials[0].params == first[0]
     assert trials[1].learning_rate == 0.03
 
@@ -85,15 +86,15 @@ def test_first_trials_are_those_given(problem):
 )
 def test_empty_or_contradictory_spaces(settings, message):
     with pytest.raises(ConfigError, match=message):
-        searchers.Space(**settings)
+        SpaceConfig(**settings).check()
 
 
 def test_refusals(problem, monkeypatch):
     with pytest.raises(ConfigError, match="searcher: expected one of .*, got 'bayes'"):
         searchers.search("bayes", SPACE, problem)
     with pytest.raises(ConfigError, match=r"space.batch_sizes: expected at most 160 \(the training part\), got 1000"):
-        searchers.search("grid", searchers.Space(batch_sizes=(1000,)), problem)
-    assert searchers.Space(batch_sizes=(32, 500, 1000)).fitting(160).batch_sizes == (32, 160)
+        searchers.search("grid", SpaceConfig(batch_sizes=(1000,)), problem)
+    assert SpaceConfig(batch_sizes=(32, 500, 1000)).fitting(160).batch_sizes == (32, 160)
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'metalr\[search\]'"):
         searchers.search("tpe", SPACE, problem)
@@ -115,12 +116,12 @@ def test_an_error_in_a_report_ends_the_search(problem):
     for searcher in ("grid", "asha"):
         epochs.clear()
         with pytest.raises(RuntimeError, match="stop between"):
-            searchers.search(searcher, searchers.Space((1e-3,), (9,), (16,)), problem, between=between)
+            searchers.search(searcher, SpaceConfig((1e-3,), (9,), (16,)), problem, between=between)
         assert len(epochs) == 3
 
 
 def test_a_budget_ends_the_search(problem):
-    space = searchers.Space((1e-3, 1e-1), (1, 2), (16,))
+    space = SpaceConfig((1e-3, 1e-1), (1, 2), (16,))
     found = searchers.search("random", space, problem, budget=500 * len(problem.keys))
     spent = [t.example_gradients for t in found]
     assert sum(spent[:-1]) < 500 * len(problem.keys) <= sum(spent)
