@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from metalr.cli import sweeps
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
 from metalr.config.files import read_config, read_settings
 from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import, remove.", given[1:]))
         return
+    if given[:1] == ["sweep"]:
+        guard(lambda: sweeps.sweep_command(given[1:]))
+        return
     if given[:1] == ["runs"]:
         commands = {"list": runs_list, "show": runs_show, "diff": runs_diff, "path": runs_path, "rm": runs_rm}
         guard(lambda: _dispatch(commands, "metalr runs", "Runs: list, show, diff, path, rm.", given[1:]))
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "show": show,
         "search": made["search"],
         "compare": compare,
+        "sweep": sweep,
         "runs": runs,
         "data": data,
     }
@@ -80,6 +85,10 @@ def data() -> None:
 
 def runs() -> None:
     """List the runs of a folder; show, compare or remove some: see `metalr runs --help`."""
+
+
+def sweep() -> None:
+    """Run many settings, several at a time, and choose on meta-validation tasks: see `metalr sweep --help`."""
 
 
 def guard(run: Callable[[], Any]) -> Any:

@@ -90,6 +90,17 @@ def read_config(folder: Path, kind: Any = TrainConfig) -> Any:
         raise ConfigError(f"{file}: not the config of a run: {one_line(error)}") from error
 
 
+def with_settings(config: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """A config with settings changed, by dotted name ("outer.init_rate"). Raises ConfigError for an unknown one."""
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if first not in {field.name for field in dataclasses.fields(config)}:
+            raise ConfigError(f"{prefix}{name}: no such setting")
+        changed = with_settings(getattr(config, first), {rest: value}, f"{prefix}{first}.") if rest else value
+        config = dataclasses.replace(config, **{first: changed})
+    return config
+
+
 def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The settings in which two configs differ, by dotted name: (value in a, value in b)."""
     found: dict[str, tuple[Any, Any]] = {}

@@ -404,6 +404,35 @@ class CompareConfig:
         return _plain(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """How the runs of a sweep are chosen and carried out; which settings are swept is said beside it."""
+
+    sampler: Literal["grid", "random", "tpe"] = "grid"
+    """grid: every combination of the values; random: drawn from them, or from ranges LOW..HIGH; tpe: Optuna's, by the
+    score on meta-validation tasks (pip install 'metalr[search]')."""
+    trials: int | None = None
+    """random and tpe: how many combinations, each run for every seed."""
+    workers: int = 1
+    """Runs at a time, each in a process of its own with its share of the cores."""
+    devices: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES is for the workers, dealt out in turn (0 1 2 3); none: as it is."""
+    timeout: float | None = None
+    """Seconds after which a run is stopped, saved, and counted as failed."""
+    attempts: int = 3
+    """How often a run that was killed is taken up again before it counts as failed."""
+    sampler_seed: int = 0
+    """Seed of what random and tpe draw."""
+    out: Path | None = None
+    """Folder; default runs/sweep, numbered if taken."""
+    overwrite: bool = False
+    """Replace a sweep that exists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+
 def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 

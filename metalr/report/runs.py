@@ -14,10 +14,15 @@ from metalr.report.tables import aligned, shown, shown_interval
 from metalr.storage import folders
 
 DEPTH = 3  # folders below the one that is listed
-KINDS = {"trials.jsonl": "search", "searches.jsonl": "comparison"}  # a file that only this kind has
+KINDS = {
+    "trials.jsonl": "search",
+    "searches.jsonl": "comparison",
+    "sweep.jsonl": "sweep",
+}  # a file that only this kind has
 SKIPPED = {"artifact", "checkpoints"}
 FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
-WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
+SWEPT = {"runs", "logs", "best.json"}  # what a sweep has besides
+WRITTEN = SKIPPED | FILES | set(KINDS) | SWEPT | folders.OWN
 Settings = dict[str, Any]  # dotted name -> value
 
 
@@ -69,7 +74,15 @@ def read(folder: Path) -> Run:
         raise ConfigError(f"{folder}: expected a run with config.json, found none; see: metalr runs list")
     results = _json(folder / "results.json")
     kind = next((kind for name, kind in KINDS.items() if (folder / name).exists()), None)
-    kind = kind or ("comparison" if "runs" in config else "search" if "searcher" in config else "run")
+    kind = kind or (
+        "comparison"
+        if "runs" in config
+        else "sweep"
+        if "sweep" in config
+        else "search"
+        if "searcher" in config
+        else "run"
+    )
     if folders.holder(folder) is not None:
         status = "running"
     elif results is not None:
@@ -111,6 +124,9 @@ def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | N
         return metric, point.get(metric), point.get("ci95"), point["steps"]
     if "final_test_score" in results:
         return metric, results["final_test_score"], None, None
+    if "best" in results:
+        row = results["best"] or {}
+        return row.get("metric"), row.get("test"), row.get("test_ci95_over_seeds"), None
     if results.get("rows"):
         row = [row for row in results["rows"] if row["method"] == results["rows"][0]["method"]][-1]  # the longest
         return metric, row.get(metric), row.get("ci95"), row.get("steps")

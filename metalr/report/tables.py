@@ -94,6 +94,45 @@ def study_text(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *(["", *aligned(longer, left=(0, 1, 3))] if len(longer) > 1 else [])])
 
 
+def sweep_text(results: dict[str, Any]) -> str:
+    """The table of a sweep: a row a combination, the best on meta-validation tasks first; then what to do with it."""
+    rows = results["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["point"]))
+    metric = next((row["metric"] for row in rows if "metric" in row), "accuracy")
+    head = (*names, "seeds", f"validation {metric}", "95 % CI", f"test {metric}", "95 % CI", "seconds")
+    ranked = sorted(rows, key=lambda r: -r["sign"] * r["validation"] if "validation" in r else np.inf)
+    body = []
+    for row in ranked:
+        cells = [_plain(row["point"].get(name)) for name in names]
+        done = len(row["seeds"]) - row["failed"]
+        cells.append(f"{done}" if not row["failed"] else f"{done}, {row['failed']} failed")
+        for part in ("validation", "test"):
+            ci95 = row.get(f"{part}_ci95_over_seeds")
+            cells += (
+                [shown(row[part], metric), "" if ci95 is None else shown_interval(ci95, metric)] if done else ["", ""]
+            )
+        body.append((*cells, f"{row['seconds']:.0f}" if done else ""))
+    lines = [*aligned([head, *body], left=tuple(range(len(names)))), ""]
+    if any(row.get("validation_ci95_over_seeds") is not None for row in rows):
+        lines.append("intervals are over seeds of meta-training")
+    lines += [f"{name} failed: {error}" for name, error in results["failed"].items()]
+    if results["best"] is not None:
+        folder = results["folder"]
+        setting = ", ".join(f"{name} {_plain(value)}" for name, value in results["best"]["point"].items()) or "the base"
+        lines += [
+            f"best on meta-validation tasks: {setting}",
+            f"run it again with: metalr train --config {folder}/best.json",
+            f"report {folder}/report.html",
+        ]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(_plain(one) for one in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def table(rows: list[dict[str, Any]], metric: str = "accuracy") -> list[str]:
     """The comparison as aligned lines."""
     head = ("method", "steps", metric, "95 % CI", "cost a task", "cell")

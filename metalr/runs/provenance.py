@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +25,12 @@ except ImportError:  # Windows
 
 def command() -> str:
     """The command line of this process, as a person would type it again."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # python -m metalr.cli
+        typed = ["metalr"]
+    else:
+        typed = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
+    return shlex.join([*typed, *sys.argv[1:]])
 
 
 def provenance() -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _sampled(
     while (trials is None or len(done) < trials) and sum(trial.example_gradients for trial in done) < budget:
         number = len(done)
         # A sampler of its own for every trial: what it draws depends on the seed, the number and the study alone.
-        study.sampler = getattr(optuna.samplers, row.sampler or "")(seed=_seed_of(seed, number))
+        study.sampler = getattr(optuna.samplers, row.sampler or "")(seed=trial_seed(seed, number))
         if number < len(first):
             study.enqueue_trial(first[number])
         asked = study.ask()
@@ -235,7 +235,7 @@ def _sampled(
     return done
 
 
-def _seed_of(seed: int, number: int) -> int:
+def trial_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 

@@ -1,0 +1,480 @@
+"""`metalr sweep`: many runs of one setting, with some of its settings changed, several at a time.
+
+The folder holds config.json, runs/ (a run folder for each), logs/ (what each printed), sweep.jsonl (a line for each run
+that has ended), results.json and best.json (the settings that did best on meta-validation tasks, for
+`metalr train --config`). Each run is a `metalr train` in a process of its own, so that nothing of one can hurt another;
+what counts is in the run folders, so a sweep that was killed goes on with nothing lost and nothing doubled. This
+process starts no JAX backend: the devices are the workers'.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metalr.config import SweepConfig, TrainConfig
+from metalr.config.files import check_literals, from_json, read_settings, with_settings
+from metalr.errors import ConfigError, check_choices, one_line
+from metalr.evaluation import protocol
+from metalr.report import page
+from metalr.runs.job import Job, stoppable
+from metalr.runs.progress import ConsoleReporter, Reporter, duration
+from metalr.runs.provenance import command, provenance
+from metalr.search.searchers import import_optuna, trial_seed
+from metalr.storage import folders
+
+ENDED, RUNS, LOGS, BEST = "sweep.jsonl", "runs", "logs", "best.json"
+FILES = {"config.json", ENDED, RUNS, LOGS, BEST, "results.json", *folders.OWN}
+JOB = Job("sweep", frozenset(FILES))
+TRAIN = (sys.executable, "-m", "metalr.cli", "train")
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 60.0  # between asking a run to save and stop, and killing it
+STOPPED = 75  # exit code of a run that saved and stopped, see cli
+SHOWN = 12  # runs in the report, the best first
+
+Point = dict[str, Any]  # dotted name of a setting -> value
+
+
+class Range(NamedTuple):
+    """A setting that is drawn between two numbers, log-uniformly if both are above zero; whole numbers stay whole."""
+
+    low: float
+    high: float
+
+
+Axis = list[Any] | Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is swept.
+
+    Attributes:
+      base: the settings of all runs.
+      axes: dotted name of a setting -> the values that it takes, or a Range.
+      seeds: every combination is run for each.
+    """
+
+    base: TrainConfig
+    axes: dict[str, Axis]
+    seeds: tuple[int, ...] = (0,)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        axes = {k: {"low": v.low, "high": v.high} if isinstance(v, Range) else v for k, v in self.axes.items()}
+        return {"base": self.base.to_json(), "axes": axes, "seeds": list(self.seeds)}
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Sweep:
+        """What `to_json` gave."""
+        axes = {k: Range(**v) if isinstance(v, dict) else v for k, v in facts["axes"].items()}
+        return cls(from_json(facts["base"]), axes, tuple(facts["seeds"]))
+
+    def config(self, point: Point, seed: int) -> TrainConfig:
+        """The settings of one run. Raises ConfigError for a setting that there is not, or a value of a wrong kind."""
+        return changed(self.base, point | {"seed": seed, "out": None, "overwrite": False})
+
+
+def changed(base: TrainConfig, point: Point) -> TrainConfig:
+    """Settings with some of them changed. Raises ConfigError for one that there is not, or a value of a wrong kind."""
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in point.items()}
+    found = with_settings(base, plain)
+    checked = from_json(found.to_json())
+    check_literals(checked)
+    return checked
+
+
+class Trial(NamedTuple):
+    """One run of a sweep: its number, what it changes, and its seed."""
+
+    number: int
+    point: Point
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Of its folder: what it changes, its seed, and a hash of all its settings."""
+        parts = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in self.point.items()]
+        text = re.sub(r"[^\w.=,+-]+", "_", ",".join([*parts, f"seed={self.seed}"]))[:80]
+        return f"{text}-{hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def run(sweep: Sweep, config: SweepConfig = SweepConfig(), *, reporter: Reporter | None = None) -> dict[str, Any]:  # noqa: B008
+    """Carry out a sweep in a new folder; its results, with a row for each combination.
+
+    Raises:
+      ConfigError: settings that there are not, or that contradict each other. StoppedError: a signal; runs were saved.
+    """
+    return JOB.begin(
+        config,
+        "sweep",
+        lambda: _check(sweep, config),
+        lambda _, folder: _carry_out(sweep, config, folder, reporter or ConsoleReporter()),
+        lambda _: {"sweep": sweep.to_json(), "config": config.to_json()},
+    )
+
+
+def resume(folder: Path, *, workers: int | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Go on with a sweep that was stopped or killed. Runs that ended are kept, runs that were cut off go on.
+
+    Args:
+      workers: how many runs at a time from now on; default: as before.
+
+    Raises:
+      ConfigError: no sweep, a finished one, or one in use.
+    """
+    folders.refuse_if_locked(folder)
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        sweep, config = Sweep.from_json(stored["sweep"]), from_json(stored["config"], SweepConfig)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"resume: {folder}: expected a sweep, found none: {one_line(error)}") from error
+    JOB.refuse_finished(folder)
+    config = config if workers is None else dataclasses.replace(config, workers=workers)
+    return JOB.go_on(
+        folder,
+        lambda: _check(sweep, config),
+        lambda _, folder: _carry_out(sweep, config, folder, reporter or ConsoleReporter()),
+    )
+
+
+def _check(sweep: Sweep, config: SweepConfig) -> None:
+    """Raises ConfigError for what cannot work, before anything is written."""
+    from_json(config.to_json(), SweepConfig)  # the types, as in a config file
+    check_literals(config)
+    check_choices("seed", sweep.seeds)
+    if not sweep.axes and len(sweep.seeds) < 2:
+        raise ConfigError("sweep: expected a setting with values, or several seeds, got neither")
+    for name in ("workers", "attempts", "trials", "timeout"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}: expected more than 0, got {value}")
+    if (config.trials is None) != (config.sampler == "grid"):
+        expected = "None with grid, which takes all combinations" if config.sampler == "grid" else "a number"
+        raise ConfigError(f"trials: expected {expected}, got {config.trials}")
+    if config.sampler == "tpe":
+        import_optuna()
+    for name, axis in sweep.axes.items():
+        if isinstance(axis, Range):
+            if config.sampler == "grid":
+                raise ConfigError(f"{name}: expected values with --sampler grid, got the range {_short(axis)}")
+            if not axis.low < axis.high:
+                raise ConfigError(f"{name}: expected a range LOW..HIGH with LOW < HIGH, got {_short(axis)}")
+        else:
+            check_choices(name, [json.dumps(value) for value in axis])
+        for value in axis:  # of a range: its ends
+            sweep.config({name: value}, sweep.seeds[0])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Range):
+        return f"{value.low:g}..{value.high:g}"
+    if isinstance(value, list | tuple):
+        return "x".join(_short(one) for one in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _points(sweep: Sweep, config: SweepConfig, told: Callable[[], list[tuple[Point, float]]]) -> Iterator[Point]:
+    """The combinations, in order. told: the scores on meta-validation tasks so far, which tpe goes by."""
+    if config.sampler == "grid":
+        values = [axis for axis in sweep.axes.values() if isinstance(axis, list)]
+        yield from (dict(zip(sweep.axes, one, strict=True)) for one in itertools.product(*values))
+        return
+    for number in range(config.trials or 0):
+        yield (
+            _drawn(sweep.axes, number, config) if config.sampler == "random" else _asked(sweep, number, config, told())
+        )
+
+
+def _drawn(axes: dict[str, Axis], number: int, config: SweepConfig) -> Point:
+    """A combination at random; it depends on the seed and its number alone."""
+    draw = np.random.default_rng([config.sampler_seed, number])
+
+    def one(axis: Axis) -> Any:
+        if not isinstance(axis, Range):
+            return axis[int(draw.integers(len(axis)))]
+        low, high = axis
+        share = draw.uniform()
+        value = float(low * (high / low) ** share) if low > 0 else float(low + share * (high - low))
+        return round(value) if isinstance(low, int) and isinstance(high, int) else value
+
+    return {name: one(axis) for name, axis in axes.items()}
+
+
+def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[Point, float]]) -> Point:
+    """A combination that Optuna's TPE asks for, given the scores so far, its own seed for every number."""
+    optuna = import_optuna()
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        of = optuna.distributions
+        spaces: dict[str, Any] = {}
+        for name, axis in sweep.axes.items():
+            if not isinstance(axis, Range):
+                spaces[name] = of.CategoricalDistribution([json.dumps(value) for value in axis])
+            elif isinstance(axis.low, int) and isinstance(axis.high, int):
+                spaces[name] = of.IntDistribution(axis.low, axis.high, log=axis.low > 0)
+            else:
+                spaces[name] = of.FloatDistribution(axis.low, axis.high, log=axis.low > 0)
+        sampler = optuna.samplers.TPESampler(seed=trial_seed(config.sampler_seed, number))
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for point, score in told:
+            params = {k: v if isinstance(sweep.axes[k], Range) else json.dumps(v) for k, v in point.items()}
+            study.add_trial(optuna.trial.create_trial(value=score, params=params, distributions=spaces))
+        params = study.ask(spaces).params
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return {k: v if isinstance(sweep.axes[k], Range) else json.loads(v) for k, v in params.items()}
+
+
+class _Worker(NamedTuple):
+    """A run that goes on in a process of its own. slot: its share of cores and devices."""
+
+    trial: Trial
+    slot: int
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    began = time.perf_counter()
+    for name in (RUNS, LOGS):
+        folders.make(folder / name)
+    ended = {row["name"]: row for row in folders.read_rows(folder / ENDED)}
+    total = len(sweep.seeds) * (config.trials or len(list(_points(sweep, config, list))))
+    rows: list[tuple[Trial, dict[str, Any]]] = []
+
+    def told() -> list[tuple[Point, float]]:
+        whole = [row for row in _rows_of(rows) if not row["failed"] and len(row["seeds"]) == len(sweep.seeds)]
+        return [(row["point"], row["sign"] * row["validation"]) for row in whole]
+
+    numbers = itertools.count()
+    trials = (
+        Trial(next(numbers), point, seed, sweep.config(point, seed))
+        for point in _points(sweep, config, told)
+        for seed in sweep.seeds
+    )
+    text = f"stopped; runs were saved; go on with: metalr sweep --resume {folder}"
+    with stoppable(text) as between, reporter.bar("runs", total, 0) as advance:
+
+        def end(trial: Trial, row: dict[str, Any]) -> None:
+            rows.append((trial, row))
+            advance(1, f"{trial.name}: {_words(row)}")
+
+        for trial, row in _run_all(trials, config, folder, ended, between):
+            if trial.name not in ended:
+                ended[trial.name] = row
+                folders.append_rows(folder / ENDED, [row])
+            end(trial, row)
+    return _finish(sweep, config, folder, rows, time.perf_counter() - began)
+
+
+def _run_all(
+    trials: Iterator[Trial], config: SweepConfig, folder: Path, ended: dict[str, Any], between: Callable[[], None]
+) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """Each trial and the row that says how it ended, as they end; at most config.workers at a time."""
+    free, running = list(range(config.workers)), list[_Worker]()
+    waiting: collections.deque[Trial] = collections.deque()  # to be taken up again
+    tries: dict[str, int] = {}
+    more = True
+    try:
+        while more or waiting or running:
+            while free and (waiting or more):
+                if waiting:
+                    trial = waiting.popleft()
+                else:
+                    found = next(trials, None)
+                    if found is None:
+                        more = False
+                        break
+                    trial = found
+                out = folder / RUNS / trial.name
+                while folders.holder(out) is not None:  # a run of a sweep that was killed goes on by itself
+                    between()
+                    time.sleep(POLL_SECONDS)
+                if trial.name in ended:
+                    yield trial, ended[trial.name]
+                elif (out / "results.json").is_file():  # finished as the sweep was killed
+                    yield trial, _row(trial, folder, "", tries.get(trial.name, 1))
+                else:
+                    running.append(_start(trial, free.pop(0), config, folder))
+                    tries[trial.name] = tries.get(trial.name, 0) + 1
+            between()
+            time.sleep(POLL_SECONDS if running else 0)
+            for worker in list(running):
+                late = config.timeout is not None and time.perf_counter() - worker.began > config.timeout
+                if late:
+                    _stop([worker])
+                if worker.process.poll() is None:
+                    continue
+                running.remove(worker)
+                free.append(worker.slot)
+                count = tries[worker.trial.name]
+                if _killed(worker) and not late and count < config.attempts:
+                    waiting.append(worker.trial)
+                else:
+                    error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, folder)
+                    yield worker.trial, _row(worker.trial, folder, error, count)
+    finally:
+        _stop(running)
+
+
+def _start(trial: Trial, slot: int, config: SweepConfig, folder: Path) -> _Worker:
+    """Begin a run, or go on with one that was cut off."""
+    out = folder / RUNS / trial.name
+    settings = folder / LOGS / f"{trial.name}.json"
+    folders.write_json(settings, trial.config.to_json())
+    given = (
+        ["--resume", str(out)] if (out / "config.json").is_file() else ["--config", str(settings), "--out", str(out)]
+    )
+    environment = dict(os.environ)
+    if config.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = config.devices[slot % len(config.devices)]
+    with (folder / LOGS / f"{trial.name}.txt").open("ab") as log:
+        process = subprocess.Popen(
+            [*TRAIN, *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True,  # a Ctrl-C is this process's, which asks them to stop
+        )  # fmt: skip
+    if hasattr(os, "sched_setaffinity") and config.workers > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[slot % len(cores) :: config.workers] or cores
+        with contextlib.suppress(OSError):  # gone already
+            os.sched_setaffinity(process.pid, share)
+    return _Worker(trial, slot, process, time.perf_counter())
+
+
+def _killed(worker: _Worker) -> bool:
+    """Whether a run ended by a signal that was not this process's: it may be taken up again."""
+    code = worker.process.returncode
+    return code < 0 or code in (STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGKILL)
+
+
+def _stop(running: Sequence[_Worker]) -> None:
+    """Ask runs to save and stop; kill those that do not."""
+    for worker in running:
+        if worker.process.poll() is None:
+            worker.process.send_signal(signal.SIGTERM)
+    until = time.perf_counter() + GRACE_SECONDS
+    for worker in running:
+        try:
+            worker.process.wait(max(0.0, until - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def _row(trial: Trial, folder: Path, error: str, attempts: int) -> dict[str, Any]:
+    """How a run ended, for sweep.jsonl. error: why, if it has no results."""
+    out = folder / RUNS / trial.name
+    facts = {"name": trial.name, "number": trial.number, "point": trial.point, "seed": trial.seed, "attempts": attempts}
+    if (out / "results.json").is_file():
+        results = json.loads((out / "results.json").read_text())
+        metric, training = results["metric"]["name"], results["training"]
+        at = next(p for p in results["curve"] if p["steps"] == trial.config.inner.steps)
+        return facts | {
+            "status": "finished",
+            "metric": metric,
+            "maximise": results["metric"]["maximise"],
+            "validation": training[f"validation_{metric}"],
+            "test": at[metric],
+            "example_gradients": training["example_gradients"],
+            "seconds": round(training["seconds"] + training["compile_seconds"], 1),
+        }
+    return facts | {"status": "failed", "error": error}
+
+
+def _reason(worker: _Worker, folder: Path) -> str:
+    """Why a run has no results: its last words."""
+    lines = (folder / LOGS / f"{worker.trial.name}.txt").read_text(errors="replace").strip().splitlines()
+    said = next((line for line in reversed(lines) if line.startswith("metalr:")), lines[-1] if lines else "nothing")
+    return f"exit code {worker.process.returncode} after {duration(time.perf_counter() - worker.began)}: {said}"
+
+
+def _words(row: dict[str, Any]) -> str:
+    if row["status"] == "failed":
+        return row["error"]
+    return f"validation {row['metric']} {row['validation']:.4g}"
+
+
+def _rows_of(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each combination: means over its seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _, row in sorted(rows, key=lambda pair: pair[0].number):
+        found.setdefault(json.dumps(row["point"]), []).append(row)
+    table = []
+    for same in found.values():
+        good = [row for row in same if row["status"] == "finished" and row["validation"] is not None]
+        facts: dict[str, Any] = {"point": same[0]["point"], "seeds": [row["seed"] for row in same]}
+        facts |= {"failed": len(same) - len(good), "runs": [row["name"] for row in same]}
+        if good:
+            facts |= {"metric": good[0]["metric"], "sign": 1 if good[0]["maximise"] else -1}
+            for part in ("validation", "test"):
+                values = np.array([row[part] for row in good], np.float64)
+                facts[part] = protocol.rounded(values.mean())
+                facts[f"{part}_ci95_over_seeds"] = (
+                    protocol.rounded(float(protocol.half_width(values))) if len(values) > 1 else None
+                )
+            facts["seconds"] = round(sum(row["seconds"] for row in good), 1)
+            facts["example_gradients"] = sum(row["example_gradients"] for row in good)
+        table.append(facts)
+    return table
+
+
+def _finish(
+    sweep: Sweep, config: SweepConfig, folder: Path, rows: Sequence[tuple[Trial, dict[str, Any]]], seconds: float
+) -> dict[str, Any]:
+    """The results of all runs: a row for each combination, the best settings, a report."""
+    table = _rows_of(rows)
+    whole = [row for row in table if row["failed"] == 0] or [row for row in table if "validation" in row]
+    ranked = sorted(whole, key=lambda row: -row["sign"] * row["validation"])
+    results: dict[str, Any] = {
+        "command": command(),
+        "sweep": sweep.to_json(),
+        "config": config.to_json(),
+        "provenance": provenance(),
+        "rows": table,
+        "best": ranked[0] if ranked else None,
+        "example_gradients": sum(row.get("example_gradients", 0) for row in table),
+        "failed": {row["name"]: row["error"] for _, row in rows if row["status"] == "failed"},
+        "seconds": round(seconds, 1),
+    }
+    if ranked:
+        folders.write_json(folder / BEST, sweep.config(ranked[0]["point"], sweep.seeds[0]).to_json())
+        shown = [folder / RUNS / name for row in ranked for name in row["runs"]]
+        finished = [path for path in shown if (path / "results.json").is_file()]
+        page.write(folder / folders.REPORT, finished[:SHOWN])
+    folders.write_json(folder / "results.json", results)
+    return results | {"folder": str(folder)}
+
+
+def base_of(path: Path) -> TrainConfig:
+    """The settings to sweep around: of a run folder, a config file, or a document of experiments/ with a CONFIG.
+
+    Raises ConfigError for anything else.
+    """
+    if path.suffix == ".py" and path.is_file():
+        scope: dict[str, Any] = {"__name__": "document", "__file__": str(path)}
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+        config = scope.get("CONFIG")
+        if not isinstance(config, TrainConfig):
+            raise ConfigError(
+                f"{path}: expected a document with CONFIG = TrainConfig(...), found {type(config).__name__}"
+            )
+        return dataclasses.replace(config, out=None, overwrite=False)
+    return read_settings(path)

@@ -1,0 +1,235 @@
+"""Sweeps: what is run, side by side, after kills and failures, and what is chosen; with a stand-in for training."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from metalr import report
+from metalr.config import OuterConfig, SweepConfig, TrainConfig
+from metalr.config.files import read_settings
+from metalr.errors import ConfigError, StoppedError
+from metalr.report import runs as listed
+from metalr.runs import sweeping
+from metalr.runs.progress import ConsoleReporter
+from metalr.runs.sweeping import Range, Sweep
+
+QUIET = ConsoleReporter(quiet=True)
+BASE = TrainConfig(outer=OuterConfig(steps=7))
+# Stands in for `metalr train`: logs each start, and is as good as outer.init_rate is near to 0.01.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(given.get("--resume") or given["--out"])
+out.mkdir(parents=True, exist_ok=True)
+config = json.loads(pathlib.Path(given["--config"] if "--config" in given else out / "config.json").read_text())
+(out / "config.json").write_text(json.dumps(config))
+with open(os.environ["STARTS"], "a") as file:
+    file.write(f"{out.name} {'resume' if '--resume' in given else 'begin'}\\n")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+meta_batch = config["outer"]["meta_batch"]
+if meta_batch == 2 and "--resume" not in given:
+    os.kill(os.getpid(), signal.SIGKILL)
+if meta_batch == 3:
+    print("metalr: error: outer.meta_batch: expected another number")
+    sys.exit(2)
+time.sleep(60 if meta_batch == 4 else float(os.environ.get("SLEEP", 0)))
+score = 1 - abs(config["outer"]["init_rate"] - 0.01) - 0.001 * config["seed"]
+training = {"validation_accuracy": score, "example_gradients": 10, "seconds": 1.0, "compile_seconds": 0.5}
+results = {"metric": {"name": "accuracy", "maximise": True}, "training": training, "config": config,
+           "curve": [{"steps": config["inner"]["steps"], "accuracy": score - 0.1}]}
+(out / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Runs end at once. Gives `starts()`: the starts so far."""
+    script = tmp_path / "train.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sweeping, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(sweeping, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sweeping.page, "write", lambda path, targets: path.write_text(""))
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    file = tmp_path / "starts"
+    return lambda: file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+def test_every_combination_is_run_for_every_seed_and_the_best_is_kept(stand_in, tmp_path):
+    sweep = Sweep(BASE, {"outer.init_rate": [0.003, 0.01], "model.widths": [[8], [8, 4]]}, (0, 1))
+    config = SweepConfig(workers=3, out=tmp_path / "s")
+    results = sweeping.run(sweep, config, reporter=QUIET)
+    assert len(results["rows"]) == 4
+    assert len(stand_in()) == len(set(stand_in())) == 8
+    best = results["best"]
+    assert best["point"] == {"outer.init_rate": 0.01, "model.widths": [8]}
+    assert best["validation"] == pytest.approx(1 - 0.0005)
+    assert best["validation_ci95_over_seeds"] == pytest.approx(0.0005 * 12.7062, rel=1e-4)
+    assert best["test"] == pytest.approx(0.9 - 0.0005)
+    assert results["example_gradients"] == 80
+    kept = read_settings(tmp_path / "s" / "best.json")
+    assert (kept.outer.init_rate, kept.model.widths, kept.outer.steps) == (0.01, (8,), 7)
+    text = report.tables.sweep_text(results)
+    assert "best on meta-validation tasks: outer.init_rate 0.01, model.widths 8" in text
+    assert text.splitlines()[1].startswith("0.01")  # the best first
+    found = listed.find(tmp_path / "s")
+    assert [run.kind for run in found].count("run") == 8
+    assert listed.read(tmp_path / "s")[1:3] == ("sweep", "finished")
+    with pytest.raises(ConfigError, match="this sweep is finished"):
+        sweeping.resume(tmp_path / "s", reporter=QUIET)
+
+
+def test_a_killed_run_goes_on_and_a_failed_one_does_not_stop_the_others(stand_in, tmp_path):
+    sweep = Sweep(BASE, {"outer.meta_batch": [1, 2, 3]})
+    results = sweeping.run(sweep, SweepConfig(workers=2, out=tmp_path / "s"), reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [0, 0, 1]
+    killed = [line for line in stand_in() if line.startswith("meta_batch=2")]
+    assert [line.split()[1] for line in killed] == ["begin", "resume"]
+    (error,) = results["failed"].values()
+    assert "exit code 2" in error
+    assert "outer.meta_batch: expected another number" in error
+    assert "1 failed" in report.tables.sweep_text(results)
+    ended = [json.loads(line) for line in (tmp_path / "s" / "sweep.jsonl").read_text().splitlines()]
+    assert sorted(row["attempts"] for row in ended) == [1, 1, 2]
+
+
+def test_a_run_that_takes_too_long_is_stopped(stand_in, tmp_path):
+    sweep = Sweep(BASE, {"outer.meta_batch": [4, 1]})
+    results = sweeping.run(sweep, SweepConfig(timeout=1.0, out=tmp_path / "s"), reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [1, 0]
+    assert list(results["failed"].values()) == ["not finished after 1 s"]
+    assert len(stand_in()) == 2
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_nothing_doubled(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEEP", "0.3")
+    sweep = Sweep(BASE, {"outer.init_rate": [0.001, 0.002, 0.003, 0.004]})
+    ended = tmp_path / "s" / "sweep.jsonl"
+
+    def stop():
+        while not ended.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(StoppedError, match="go on with: metalr sweep --resume"):
+        sweeping.run(sweep, SweepConfig(workers=2, out=tmp_path / "s"), reporter=QUIET)
+    thread.join()
+    done = {json.loads(line)["name"] for line in ended.read_text().splitlines()}
+    assert 0 < len(done) < 4
+    before = len(stand_in())
+    results = sweeping.resume(tmp_path / "s", workers=4, reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [0] * 4
+    again = {line.split()[0] for line in stand_in()[before:]}
+    assert not again & done
+    assert len(ended.read_text().splitlines()) == 4
+
+
+def test_a_run_left_over_by_a_killed_sweep_is_waited_for(stand_in, tmp_path):
+    """The sweep died, its run goes on by itself: it must not be begun a second time."""
+    sweep = Sweep(BASE, {"outer.init_rate": [0.001]}, (0, 1))
+    out = tmp_path / "s"
+    trial = sweeping.Trial(0, {"outer.init_rate": 0.001}, 0, sweep.config({"outer.init_rate": 0.001}, 0))
+    folder = out / "runs" / trial.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    facts = {"sweep": sweep.to_json(), "config": dataclasses.replace(SweepConfig(), out=out).to_json()}
+    (out / "config.json").write_text(json.dumps(facts))
+    finished = {
+        "metric": {"name": "accuracy", "maximise": True}, "curve": [{"steps": 5, "accuracy": 0.5}],
+        "training": {"validation_accuracy": 0.25, "example_gradients": 1, "seconds": 1.0, "compile_seconds": 1.0},
+    }  # fmt: skip
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(
+            f"""
+            import json, pathlib, time
+            from metalr.storage import folders
+            folder = pathlib.Path({str(folder)!r})
+            with folders.locked(folder):
+                print("locked", flush=True)
+                time.sleep(1)
+                (folder / "results.json").write_text({json.dumps(json.dumps(finished))})
+            """
+        )],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with orphan:
+        assert orphan.stdout.readline() == b"locked\n"
+        results = sweeping.resume(out, reporter=QUIET)
+    assert [line.split()[0] for line in stand_in()] == [
+        trial.name.replace("seed=0", "seed=1")[:-8] + stand_in()[0].split()[0][-8:]
+    ]
+    assert results["rows"][0]["seeds"] == [0, 1]
+    assert results["rows"][0]["validation"] == pytest.approx((0.25 + 1 - 0.009 - 0.001) / 2)
+
+
+def test_random_draws_depend_on_the_seed_and_the_number_alone():
+    axes = {"outer.init_rate": Range(1e-4, 1e-2), "outer.meta_batch": Range(2, 9), "model.name": ["mlp", "rnn"]}
+    config = SweepConfig(sampler="random", trials=60)
+    drawn = list(sweeping._points(Sweep(BASE, axes), config, list))
+    assert drawn == list(sweeping._points(Sweep(BASE, axes), config, list))
+    assert drawn[:5] == list(sweeping._points(Sweep(BASE, axes), dataclasses.replace(config, trials=5), list))
+    rates = np.array([point["outer.init_rate"] for point in drawn])
+    assert 1e-4 <= rates.min() < 3e-4 < 3e-3 < rates.max() <= 1e-2
+    assert abs(np.log10(rates).mean() + 3) < 0.25  # log-uniform
+    batches = {point["outer.meta_batch"] for point in drawn}
+    assert batches <= set(range(2, 10))
+    assert all(isinstance(batch, int) for batch in batches)
+    assert {point["model.name"] for point in drawn} == {"mlp", "rnn"}
+
+
+def test_tpe_goes_by_the_scores_on_validation_tasks(stand_in, tmp_path):
+    axes = {"outer.init_rate": Range(1e-4, 1.0), "model.name": ["mlp"]}
+    config = SweepConfig(sampler="tpe", trials=16, out=tmp_path / "s")
+    results = sweeping.run(Sweep(BASE, axes), config, reporter=QUIET)
+    assert len(results["rows"]) == 16
+    assert results["best"]["validation"] == max(row["validation"] for row in results["rows"]) > 0.98
+    again = sweeping.run(Sweep(BASE, axes), dataclasses.replace(config, out=tmp_path / "t"), reporter=QUIET)
+    assert [row["point"] for row in again["rows"]] == [row["point"] for row in results["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "message"),
+    [
+        ({}, {}, "sweep: expected a setting with values, or several seeds"),
+        ({"outer.init_rates": [1.0]}, {}, "outer.init_rates: no such setting"),
+        ({"outer.init_rate": [0.1, "x"]}, {}, "outer.init_rate: expected float, got 'x'"),
+        ({"outer.init_rate": [0.1, 0.1]}, {}, "outer.init_rate: expected different values"),
+        ({"outer.learns": ["both", "all"]}, {}, "outer.learns: expected one of"),
+        (
+            {"outer.init_rate": Range(0.1, 1.0)},
+            {},
+            "outer.init_rate: expected values with --sampler grid, got the range",
+        ),
+        ({"outer.init_rate": Range(1.0, 0.1)}, {"sampler": "random", "trials": 2}, "with LOW < HIGH, got 1..0.1"),
+        ({"outer.init_rate": [0.1, 1.0]}, {"trials": 2}, "trials: expected None with grid"),
+        ({"outer.init_rate": [0.1, 1.0]}, {"sampler": "random"}, "trials: expected a number, got None"),
+        ({"outer.init_rate": [0.1, 1.0]}, {"workers": 0}, "workers: expected more than 0, got 0"),
+        ({"outer.init_rate": [0.1, 1.0]}, {"sampler": "bayes"}, "sampler: expected one of"),
+    ],
+)
+def test_refusals_come_before_anything_is_written(axes, changes, message, tmp_path):
+    config = dataclasses.replace(SweepConfig(out=tmp_path / "s"), **changes)
+    with pytest.raises(ConfigError, match=message):
+        sweeping.run(Sweep(BASE, axes), config, reporter=QUIET)
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ConfigError, match="resume: .*: expected a sweep, found none"):
+        sweeping.resume(tmp_path, reporter=QUIET)
+
+
+def test_a_document_of_experiments_is_a_base(tmp_path):
+    document = tmp_path / "mine.py"
+    document.write_text("from metalr.config import TrainConfig\nCONFIG = TrainConfig(seed=3)\n")
+    assert sweeping.base_of(document).seed == 3
+    document.write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="expected a document with CONFIG = "):
+        sweeping.base_of(document)
