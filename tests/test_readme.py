@@ -25,18 +25,24 @@ OMNIGLOT = {name: results for name, results in ALL.items() if name.startswith("o
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
+def snippet(part):
+    """The first one with these words."""
+    return next(text for text in SNIPPETS if part in text)
+
+
 def test_snippet_of_a_network_of_your_own_runs():
     scope = {}
-    exec(SNIPPETS[2].replace("steps=500", "steps=2, meta_batch=2"), scope)
+    exec(snippet("class Net(nn.Module)").replace("steps=500", "steps=2, meta_batch=2"), scope)
     assert scope["learned"].model is scope["model"]
     assert scope["results"]["training"]["outer_steps"] == 2
 
 
 def test_a_table_of_your_own_in_ten_lines():
     scope = {}
-    assert len([line for line in SNIPPETS[1].splitlines() if line]) <= 10
+    ten = snippet("metalr.meta_train(tasks, model")
+    assert len([line for line in ten.splitlines() if line]) <= 10
     with jax.numpy_rank_promotion("allow"):  # as users have it
-        exec(SNIPPETS[1].replace("outer_steps=300", "outer_steps=40"), scope)
+        exec(ten.replace("outer_steps=300", "outer_steps=40"), scope)
         x, y, learned = scope["x"], scope["y"], scope["learned"]
         before, after = (
             float(np.mean((np.asarray(learned.apply(params, x[10:30]))[:, 0] - y[10:30]) ** 2))
@@ -74,8 +80,14 @@ def test_the_page_of_your_own_loop_runs_in_jax():
     assert scope["params"]["head"]["kernel"].shape == (40, 1)
 
 
+def test_the_citation_is_of_this_version():
+    citation = ROOT / "CITATION.cff"
+    if citation.is_file():  # not where only the installed package is tested
+        assert f"\nversion: {metalr.__version__}\n" in citation.read_text()
+
+
 def test_snippet_runs():
-    snippet = SNIPPETS[0]
+    first = snippet("metalr.load(")
     images, labels = data.bundled().test_images[..., 0], data.bundled().test_labels
     rows = np.concatenate([np.flatnonzero(labels == digit)[:20] for digit in range(10)])
     support = np.arange(len(rows)) % 20 < 5
@@ -83,7 +95,7 @@ def test_snippet_runs():
         "support_x": images[rows[support]], "support_y": labels[rows[support]], "query_x": images[rows[~support]],
     }  # fmt: skip
     path = ROOT / "experiments" / "artifacts" / "mnist_rotated_10way_5shot"
-    exec(snippet.replace('"runs/quickstart"', repr(str(path))), scope)
+    exec(first.replace('"runs/quickstart"', repr(str(path))), scope)
     assert scope["logits"].shape == (150, 10)
     assert np.mean(np.asarray(scope["logits"]).argmax(-1) == labels[rows[~support]]) > 0.5
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr import models
-from metalr.config import SpaceConfig
 from metalr.evaluation import protocol
 from metalr.inner import CROSS_ENTROPY, Objective, hyperparameters, optimizers
 from metalr.learner import Learner
@@ -28,6 +27,7 @@ from metalr.models import Model
 from metalr.outer import devices
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
+from metalr.spaces import SpaceConfig
 from metalr.tasks import Pool, Sampler, second_key
 from metalr.trees import count
 from metalr.types import Params

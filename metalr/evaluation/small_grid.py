@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from metalr.config import GridConfig
 from metalr.errors import ConfigError
 from metalr.evaluation import protocol
 from metalr.inner import optimizers
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Model
+from metalr.spaces import GridConfig
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
 

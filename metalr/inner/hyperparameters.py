@@ -59,9 +59,9 @@ class RatesSpec:
         gradients flow (Srivastava et al. 2014, section 10; Kingma et al. 2015, section 3), or None.
       proximal: start of a learned pull a layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
         (iMAML, Rajeswaran et al. 2019, eq. 3), or None.
-      horizon_power: start of a learned power a layer: rates of a fine-tune of another length are multiplied by
-        (steps / its steps) ** power, so that one learned schedule serves short and long ones, or None. It takes
-        meta-training at several lengths.
+      horizon_power: start of a learned power a layer (and step or knot): rates of a fine-tune of another length are
+        multiplied by (steps / its steps) ** power, so that one learned schedule serves short and long ones, or None.
+        It takes meta-training at several lengths.
       predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the
         layers' gradients and weights (ALFA, Baik et al. 2020, section 3.2).
       batch_size: images of the support set in one step, reshuffled every epoch; None (or a smaller support set): all.
@@ -198,9 +198,9 @@ def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
     dtype, adapting = paths[0][1].dtype, layers(spec, params)
     for kind in spec.chosen:
         row = HYPERPARAMETERS[kind]
-        start = row.raw.of(getattr(spec, kind))
+        start, shape = row.raw.of(getattr(spec, kind)), (spec.times,) * (row.timed and spec.times > 0)
         for layer in adapting if row.of_layers else ["all"]:
-            raw[f"{kind}:{layer}"] = jnp.full((), start, dtype)
+            raw[f"{kind}:{layer}"] = jnp.full(shape, start, dtype)
     if spec.predicted:
         wide = 2 * len(adapting)  # gradient and weight of each layer in, rate and decay out (Baik et al., section 4.1)
         draw = jax.nn.initializers.he_normal()(jax.random.key(0), (wide, wide), dtype)
@@ -279,13 +279,16 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
     at = between if spec.knots else pick if spec.times else lambda value: value
     longer = (of_steps or spec.steps) / spec.steps
 
-    def rate(name: str, value: jax.Array) -> jax.Array:
+    def of_length(name: str, value: jax.Array) -> jax.Array:
         if spec.horizon_power is None or longer == 1:
-            return at(value)
+            return value
         own = f"horizon_power:{name}"
-        return at(value) * longer ** -rates[own if own in rates else f"horizon_power:{layer_name(name)}"]
+        power = rates[own if own in rates else f"horizon_power:{layer_name(name)}"]
+        return value * longer ** -power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
 
-    return Rates({name: rate(name, value) if kind_of(name) == "rate" else value for name, value in rates.items()})
+    return Rates(
+        {name: at(of_length(name, value)) if kind_of(name) == "rate" else value for name, value in rates.items()}
+    )
 
 
 def check_steps(spec: RatesSpec, steps: int) -> None:
@@ -308,7 +311,7 @@ def summary(spec: RatesSpec, rates: Rates) -> dict[str, float | list[float]]:
     found = {}
     for name, value in rates.items():
         if kind_of(name) != "predict":
-            timed = bool(spec.times) and kind_of(name) == "rate"
+            timed = bool(spec.times) and (kind_of(name) == "rate" or HYPERPARAMETERS[kind_of(name)].timed)
             found[name] = np.asarray(value).mean(axis=tuple(range(timed, np.ndim(value)))).tolist()
     return found
 

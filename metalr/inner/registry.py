@@ -72,6 +72,7 @@ class Hyperparameter(NamedTuple):
       stage: where its link stands; None for what is no part of an update.
       link: what it does to a step.
       of_layers: one value for each layer (or for all, if rates are shared); otherwise a single one, NAME:all.
+      timed: with the rates' time axis in front, if they have one; otherwise [].
     """
 
     raw: Raw
@@ -80,6 +81,7 @@ class Hyperparameter(NamedTuple):
     stage: str | None = None
     link: Link | None = None
     of_layers: bool = True
+    timed: bool = False
 
 
 def _nothing(params: Params) -> tuple[()]:
@@ -151,7 +153,8 @@ HYPERPARAMETERS = {
         LOGARITHM, 1.0, "decoupled, Loshchilov & Hutter 2019", "update", Link(_nothing, _shrink, True)
     ),
     "horizon_power": Hyperparameter(
-        LOGARITHM, np.inf, "rates that fall with the square root of the number of steps have 1/2: Zinkevich 2003"
+        LOGARITHM, np.inf, "rates that fall with the square root of the number of steps have 1/2: Zinkevich 2003",
+        timed=True,
     ),
     "dropout": Hyperparameter(LOGIT, 1.0, "Gaussian, Srivastava et al. 2014, section 10", of_layers=False),
 }  # fmt: skip

@@ -113,7 +113,8 @@ class Learned:
             rate = self._rate(of) if of else np.array(default, np.float32)
             power = self.rates.get(f"horizon_power:{shared}")
             if of and rate is not None and power is not None and steps is not None:
-                rate = rate * np.float32((steps / self.spec["steps"]) ** -float(power))
+                power = power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
+                rate = rate * (steps / self.spec["steps"]) ** -power
             group["lr"] = float(np.mean(rate)) if rate is not None else 0.0
             group["rates"] = None if rate is None else _rates_towards(rate, self.spec, param, layout=not flat)
             group |= {k: _number(self.rates.get(f"{k}:{shared}")) if rate is not None else None for k in KINDS}

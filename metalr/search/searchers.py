@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metalr.config import SpaceConfig
 from metalr.errors import ConfigError
 from metalr.inner import CROSS_ENTROPY, Objective
 from metalr.outer.devices import spread
 from metalr.search import fit
 from metalr.search.trials import Trial, in_order
+from metalr.spaces import SpaceConfig
 from metalr.trees import count
 from metalr.types import Params
 

@@ -79,6 +79,15 @@ def test_a_horizon_power_lets_rates_fall_with_the_length(settings):
         np.testing.assert_allclose([now[group] for group in groups], expected, rtol=1e-6)
 
 
+def test_each_knot_has_a_power_of_its_own():
+    spec = RatesSpec("layer", steps=4, knots=2, initial=0.2, horizon_power=0.5)
+    rates = dict(hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+    rates["horizon_power:head"] = jnp.array([0.5, 1.0])
+    at = [float(hyperparameters.at_step(spec, rates, step, 16)["head"]) for step in (0, 15)]
+    np.testing.assert_allclose(at, [0.1, 0.05], rtol=1e-6)
+    assert len(hyperparameters.summary(spec, rates)["horizon_power:head"]) == 2
+
+
 def test_error_is_an_explicit_rule():
     spec = RatesSpec("shared", per_step=True, steps=3, extend="error")
     hyperparameters.check_steps(spec, 3)

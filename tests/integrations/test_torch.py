@@ -18,7 +18,7 @@ from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 
 torch = pytest.importorskip("torch")
-from metalr.integrations import torch as metalr_torch  # noqa: E402
+from metalr.integrations import torch as metalr_torch
 
 NETWORKS = {
     "mlp": lambda: models.mlp(3, (10, 9, 1), widths=(8, 6)),

@@ -1,0 +1,319 @@
+"""What was learned as scikit-learn estimators: `fit` fine-tunes on one task; `from_tasks` meta-trains on many."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from metalr import learner as learners
+from metalr import models, outer
+from metalr.config import EvaluationConfig, OuterConfig
+from metalr.errors import ConfigError, DataError
+from metalr.inner import OBJECTIVES, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.learner import Learner
+from metalr.runs import meta_train
+from metalr.runs.progress import ConsoleReporter
+from metalr.storage import folders
+from metalr.tasks import Standardisation, Tasks
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, validate_data
+except ImportError as error:
+    raise ConfigError("metalr.sklearn: expected scikit-learn; pip install 'metalr[sklearn]'") from error
+
+PLAIN_STEPS, PLAIN_RATE = 200, 1e-2  # of a network that nothing was learned for: Adam on all rows
+PARAMS, FACTS = "params.safetensors", "estimator.json"
+
+
+class _MetaEstimator(BaseEstimator):
+    """What both estimators have in common; see MetaClassifier."""
+
+    _objective: str
+
+    def __init__(
+        self,
+        learned: str | Path | None = None,
+        *,
+        steps: int | None = None,
+        hidden: tuple[int, ...] = (64,),
+        random_state: Any = 0,
+    ) -> None:
+        self.learned = learned
+        self.steps = steps
+        self.hidden = hidden
+        self.random_state = random_state
+
+    @classmethod
+    def from_tasks(
+        cls,
+        X: Any,
+        y: Any,
+        task: Any,
+        *,
+        out: str | Path,
+        hidden: tuple[int, ...] = (64,),
+        shot: int = 10,
+        query: int = 10,
+        steps: int = 5,
+        outer_steps: int = 1000,
+        meta_batch: int = 8,
+        random_state: int = 0,
+        quiet: bool = True,
+    ) -> Self:
+        """Meta-train on the rows of many tasks; an estimator that is not fitted yet, for one new task.
+
+        Inputs (and targets that are numbers) are standardised by the tasks of meta-training.
+
+        Args:
+          X: [rows, features] numbers. y: [rows], classes 0..n-1 or numbers.
+          task: [rows] which task a row is of. Whole tasks are held out to validate, and to test: see results.json in
+            `out`.
+          out: the run folder, which the estimator points to; a finished one of the same settings is taken as it is.
+          hidden: hidden layers of the network.
+          shot, query: rows of a support set and of a query set.
+          steps: inner steps that are trained.
+          outer_steps, meta_batch: how long meta-training is: meta-updates, and tasks in each.
+
+        Raises MetalrError as `metalr.meta_train` does.
+        """
+        X, y = check_array(X, dtype=np.float32), np.asarray(y)
+        classes = cls._objective == "cross_entropy"
+        if classes:
+            _check_class_numbers(y)
+        tasks = Tasks.from_arrays(
+            X, y.astype(np.int32) if classes else _columns(y), task, shot=shot, query=query,
+            standardise="inputs" if classes else "both", name=Path(out).name,
+        )  # fmt: skip
+        outputs = int(y.max()) + 1 if classes else _columns(y).shape[1]
+        model = models.mlp(outputs, (X.shape[1],), widths=tuple(hidden))
+        every = max(1, min(250, outer_steps // 10))
+        meta_train(
+            tasks, model, objective=cls._objective, steps=steps, outer_steps=outer_steps, meta_batch=meta_batch,
+            seed=random_state, out=out, resume=True, reporter=ConsoleReporter(quiet=quiet),
+            outer=OuterConfig(validate_every=every, checkpoint_every=every),
+            evaluation=EvaluationConfig(episodes=100, validation_episodes=50),
+        )  # fmt: skip
+        return cls(learned=str(out))
+
+    def _begin(self, X: np.ndarray, y: np.ndarray, outputs: int) -> Learner:
+        """What fine-tunes: the learner of `learned`, or for none an ordinary network from a random init."""
+        if self.learned is not None:
+            found = learners.load(self.learned)
+            if found.objective.name != self._objective:
+                raise ConfigError(
+                    f"learned: expected one of {self._objective} for a {type(self).__name__}, got {self.learned}, "
+                    f"which is of {found.objective.name}"
+                )
+            if found.model.input_shape != X.shape[1:]:
+                shape = found.model.input_shape
+                raise DataError(f"X: expected rows of shape {shape}, as in {self.learned}, got {X.shape[1:]}")
+            return found
+        model = models.mlp(outputs, X.shape[1:], widths=tuple(self.hidden))
+        spec = RatesSpec("shared", steps=PLAIN_STEPS, initial=PLAIN_RATE, base="adam", head=model.head)
+        seed = check_random_state(self.random_state).randint(2**31 - 1)
+        meta = outer.initial(model, spec, jax.random.key(seed))
+        choice = "inputs" if self._objective == "cross_entropy" else "both"
+        return Learner(
+            model, spec, meta.init, hyperparameters.actual(spec, meta.rates), {"learned_rates": False},
+            OBJECTIVES[self._objective], Standardisation.of(X, y, choice),
+        )  # fmt: skip
+
+    def _adapt(self, X: np.ndarray, y: np.ndarray, init: Any = None) -> None:
+        self.params_ = jax.tree.map(np.asarray, self.learner_.adapt(X, y, self.steps, init=init))
+        self.n_iter_ = self.learner_.spec.steps if self.steps is None else self.steps
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        with jax.enable_x64(True):  # a row's prediction does not depend on the others', to scikit-learn's 1e-9
+            params = jax.tree.map(lambda v: np.asarray(v, np.float64), self.params_)
+            return np.asarray(self.learner_.apply(params, X.astype(np.float64)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a fitted estimator to a folder, as safetensors and JSON: nothing is pickled. `load` reads it.
+
+        One that was made from `learned` keeps a copy of that artifact.
+        """
+        check_is_fitted(self)
+        folders.make(path := Path(path), parents=True)
+        learners.save(path / "artifact", self.learner_)
+        self.learner_.save_params(path / PARAMS, self.params_)
+        facts = {"estimator": type(self).__name__, "n_features_in_": self.n_features_in_, "n_iter_": self.n_iter_}
+        settings = {"steps": self.steps, "hidden": list(self.hidden)}
+        folders.write_json(path / FACTS, {**facts, "settings": settings, **self._more()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """A fitted estimator that `save` wrote. Raises ConfigError for another folder, ArtifactError if damaged."""
+        path = Path(path)
+        try:
+            facts = json.loads((path / FACTS).read_text())
+            settings = dict(facts["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: expected a folder that save() wrote, found none") from error
+        if facts["estimator"] != cls.__name__:
+            raise ConfigError(f"{path}: expected a {cls.__name__}, found a {facts['estimator']}")
+        made = cls(str(path / "artifact"), steps=settings["steps"], hidden=tuple(settings["hidden"]))
+        made.learner_ = learners.load(path / "artifact")
+        made.params_ = jax.tree.map(np.asarray, made.learner_.load_params(path / PARAMS))
+        made.n_features_in_, made.n_iter_ = facts["n_features_in_"], facts["n_iter_"]
+        made._take(facts)
+        return made
+
+    def _more(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The learner as the files of its artifact: compiled programs cannot be copied."""
+        state = dict(super().__getstate__())
+        if "learner_" in state:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) / "artifact"
+                learners.save(folder, state["learner_"])
+                state["learner_"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "learner_" in state:
+            with tempfile.TemporaryDirectory() as temporary:
+                for name, content in state["learner_"].items():
+                    (Path(temporary) / name).write_bytes(content)
+                state = state | {"learner_": learners.load(temporary)}
+        super().__setstate__(state)
+
+
+class MetaClassifier(ClassifierMixin, _MetaEstimator):
+    """A small network for the rows of one task, fine-tuned from a learned init with learned rates.
+
+    Parameters:
+      learned: a run or artifact folder of classes (`metalr train`, `metalr.meta_train` or `from_tasks`). None: nothing
+        was learned; a random init and Adam with 0.01, an ordinary network.
+      steps: inner steps; default: as many as were trained (None learned: 200).
+      hidden: hidden layers where nothing was learned.
+      random_state: of the random init where nothing was learned.
+
+    Attributes:
+      classes_: as in y, in the order of predict_proba's columns. n_features_in_, n_iter_ (inner steps).
+      params_: the fine-tuned params; learner_: what fine-tuned them.
+    """
+
+    _objective = "cross_entropy"
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] classes of any kind.
+
+        Raises ConfigError (a ValueError) for more classes than were learned for, and for one class.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float32)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ConfigError(f"y: expected 2 classes or more, got one class: {self.classes_.tolist()}")
+        labels = labels.astype(np.int32)
+        self.learner_ = self._begin(X, labels, len(self.classes_))
+        self._adapt(X, labels)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
+        """Go on fine-tuning from the params so far. classes: all classes, at the first call."""
+        first = not hasattr(self, "params_")
+        X, y = validate_data(self, X, y, dtype=np.float32, reset=first)
+        check_classification_targets(y)
+        if first:
+            if classes is None:
+                raise ConfigError("classes: expected all classes at the first call of partial_fit, got None")
+            self.classes_ = np.unique(classes)
+        elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            raise ConfigError(
+                f"classes: expected {self.classes_.tolist()} as before, got {np.unique(classes).tolist()}"
+            )
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ConfigError(f"y: expected some of the classes {self.classes_.tolist()}, got {unknown.tolist()}")
+        labels = np.searchsorted(self.classes_, y).astype(np.int32)
+        if first:
+            self.learner_ = self._begin(X, labels, len(self.classes_))
+        self._adapt(X, labels, None if first else self.params_)
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits [rows, classes]; of two classes the second's less the first's, [rows]."""
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def _logits(self, X: Any) -> np.ndarray:
+        outputs = self._outputs(X)
+        return outputs[:, : len(self.classes_)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities [rows, classes], of the classes that were shown."""
+        logits = self._logits(X).astype(np.float64)
+        shares = np.exp(logits - logits.max(1, keepdims=True))
+        return shares / shares.sum(1, keepdims=True)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Classes [rows]."""
+        likeliest = self.predict_proba(X).argmax(1)
+        return self.classes_[likeliest]
+
+    def _more(self) -> dict[str, Any]:
+        return {"classes_": self.classes_.tolist(), "dtype": str(self.classes_.dtype)}
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        self.classes_ = np.array(facts["classes_"], np.dtype(facts["dtype"]))
+
+
+class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
+    """As MetaClassifier, for numbers: y [rows], or [rows, outputs]. `learned` is a folder of squared_error."""
+
+    _objective = "squared_error"
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] or [rows, outputs] numbers."""
+        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
+        self._one_column = y.ndim == 1
+        self.learner_ = self._begin(X, _columns(y), _columns(y).shape[1])
+        self._adapt(X, _columns(y))
+        return self
+
+    def partial_fit(self, X: Any, y: Any) -> Self:
+        """Go on fine-tuning from the params so far."""
+        if not hasattr(self, "params_"):
+            return self.fit(X, y)
+        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True, reset=False)
+        self._adapt(X, _columns(y), self.params_)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Numbers, in the shape that y had."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if self._one_column else outputs
+
+    def _more(self) -> dict[str, Any]:
+        return {"one_column": self._one_column}
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        self._one_column = facts["one_column"]
+
+
+def _columns(y: Any) -> np.ndarray:
+    """Targets as [rows, outputs] float32."""
+    y = np.asarray(y, np.float32)
+    return y[:, None] if y.ndim == 1 else y
+
+
+def _check_class_numbers(y: np.ndarray) -> None:
+    found = np.unique(y)
+    if not np.issubdtype(y.dtype, np.integer) or found[0] != 0 or found[-1] != len(found) - 1:
+        raise DataError(f"y: expected classes 0..n-1 that mean the same in all tasks, got {found[:5].tolist()}")

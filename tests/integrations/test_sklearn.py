@@ -1,0 +1,131 @@
+"""scikit-learn's own checks of an estimator, and what fine-tuning from a learned init does under its name."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sklearn = pytest.importorskip("sklearn")
+
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from metalr.errors import ConfigError, DataError
+from metalr.sklearn import MetaClassifier, MetaRegressor
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    import jax
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@parametrize_with_checks([MetaClassifier(steps=30, hidden=(16,)), MetaRegressor(steps=30, hidden=(16,))])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def waves(tasks, rows=20, seed=0):
+    """Rows of tasks with one surface, of another height and offset in each: x, y, task."""
+    rng = np.random.default_rng(seed)
+    task = np.repeat(np.arange(tasks), rows)
+    x = rng.uniform(-1, 1, (len(task), 3))
+    height, offset = rng.uniform(-2, 2, tasks), rng.uniform(-1, 1, tasks)
+    return x, height[task] * (np.sin(3 * x[:, 0]) + x[:, 1] * x[:, 2]) + offset[task], task
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sklearn") / "waves"
+    return MetaRegressor.from_tasks(*waves(60), out=out, hidden=(40, 40), outer_steps=400)
+
+
+def test_a_learned_regressor_is_better_than_a_plain_one(learned):
+    x, y, task = waves(20, rows=60, seed=1)
+    errors = {"learned": [], "plain": []}
+    for name, model in (("learned", learned), ("plain", MetaRegressor(hidden=(40, 40)))):
+        for number in range(10):
+            of = np.flatnonzero(task == number)
+            fitted = clone(model).fit(x[of[:10]], y[of[:10]])
+            errors[name].append(np.mean((fitted.predict(x[of[10:]]) - y[of[10:]]) ** 2))
+    assert np.mean(errors["learned"]) < 0.8 * np.mean(errors["plain"])
+    assert learned.get_params()["learned"].endswith("waves")
+    again = MetaRegressor.from_tasks(*waves(60), out=learned.learned, hidden=(40, 40), outer_steps=400)
+    assert again.learned == learned.learned  # a finished one is taken as it is
+
+
+def test_it_works_where_scikit_learn_does(learned):
+    x, y, task = waves(4, rows=60, seed=2)
+    x, y = x[task == 0], y[task == 0]
+    scores = cross_val_score(learned, x, y, cv=3)
+    assert scores.shape == (3,)
+    search = GridSearchCV(learned, {"steps": [1, 5]}, cv=3).fit(x, y)
+    assert search.best_params_["steps"] in (1, 5)
+    plain = make_pipeline(StandardScaler(), MetaClassifier(steps=50)).fit(x, np.where(y > 0, "up", "down"))
+    assert set(plain.predict(x)) <= {"up", "down"}
+    np.testing.assert_allclose(plain.predict_proba(x).sum(1), 1)
+
+
+def test_a_fitted_one_is_kept_without_pickle_and_with_it(learned, tmp_path):
+    x, y, _ = waves(1, seed=3)
+    fitted = clone(learned).fit(x, y)
+    expected = fitted.predict(x)
+    fitted.save(tmp_path / "kept")
+    assert not list((tmp_path / "kept").rglob("*.pkl"))
+    np.testing.assert_array_equal(MetaRegressor.load(tmp_path / "kept").predict(x), expected)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(x), expected)
+    labels = np.where(y > 0, "up", "down")
+    classes = MetaClassifier(steps=5).fit(x, labels)
+    classes.save(tmp_path / "classes")
+    back = MetaClassifier.load(tmp_path / "classes")
+    assert back.classes_.tolist() == ["down", "up"]
+    np.testing.assert_array_equal(back.predict(x), classes.predict(x))
+    np.testing.assert_allclose(back.predict_proba(x), classes.predict_proba(x), rtol=1e-6)
+    with pytest.raises(ConfigError, match="expected a MetaRegressor, found a MetaClassifier"):
+        MetaRegressor.load(tmp_path / "classes")
+    with pytest.raises(ConfigError, match="expected a folder that save"):
+        MetaRegressor.load(tmp_path)
+    (tmp_path / "classes" / "estimator.json").write_text(json.dumps({"estimator": "MetaClassifier"}))
+    with pytest.raises(ConfigError, match="expected a folder that save"):
+        MetaClassifier.load(tmp_path / "classes")
+
+
+def test_partial_fit_goes_on(learned):
+    x, y, _ = waves(1, rows=40, seed=4)
+    model = clone(learned).fit(x, y)
+    first = model.score(x, y)
+    for _ in range(10):
+        model.partial_fit(x, y)
+    assert model.score(x, y) > first
+
+
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    table = next(block for block in blocks if "from_arrays" in block).partition("init = ")[0]
+    scope = {}
+    exec(table, scope)
+    exec(next(block for block in blocks if "metalr.sklearn" in block).replace("300", "20"), scope)
+    assert scope["model"].predict(scope["x"][10:20]).shape == (10,)
+
+
+def test_refusals(learned, tmp_path):
+    x, y, task = waves(6, seed=5)
+    with pytest.raises(DataError, match="X: expected rows of shape"):
+        clone(learned).fit(np.tile(x, 2), y)
+    with pytest.raises(ConfigError, match="learned: expected one of cross_entropy for a MetaClassifier"):
+        MetaClassifier(learned.learned).fit(x, y > 0)
+    with pytest.raises(ConfigError, match="y: expected 2 classes or more, got one class"):
+        MetaClassifier().fit(x, np.zeros(len(x), int))
+    with pytest.raises(ConfigError, match="classes: expected all classes at the first call"):
+        MetaClassifier().partial_fit(x, y > 0)
+    with pytest.raises(DataError, match=r"y: expected classes 0..n-1 that mean the same in all tasks"):
+        MetaClassifier.from_tasks(x, (y > 0).astype(int) + 1, task, out=tmp_path / "a")
