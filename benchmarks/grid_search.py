@@ -2,14 +2,15 @@
 
     python benchmarks/grid_search.py [--only NAME ...] [--small] [--seeds N ...]
 
-For each case: meta-train three seeds, pre-train an init jointly, then `contest.run` (`metalr compare`) on held-out
-tasks. Few-shot: whole support sets, up to 50 steps. Full data: 700 images a class of MNIST's test part, minibatches of
-32, up to 20 epochs, the reference grid of 27 cells, every search with 20 % of each class to choose by. Transfer: what
-was learned on MNIST, on Omniglot's characters (if they were imported: `metalr data import FILE --name omniglot`).
-Everything finished is kept in runs/grid_search and not run again, so the benchmark can be stopped; it writes
-results/grid_search.json after every case. --only measures these cases' rows anew and leaves the others alone (each
-row has its commit and machine). --small: bundled data, minutes, written to runs/. Needs the extra `search`, and MNIST
-(`metalr data prepare mnist`). Some six hours on 2 CPU cores.
+For each case: pre-train an init jointly and meta-train, both for every seed (0 to 4), then `comparing.run` (`metalr
+compare`) on held-out tasks. Settings are chosen on meta-validation tasks (`--part validation`), and what that cost is
+charged; TABLES.md says when which table was drawn. Few-shot: whole support sets, up to 50 steps. Full data: 700 images
+a class of MNIST's test part, minibatches of 32, up to 20 epochs, the reference grid of 27 cells, every search with 20 %
+of each class to choose by. Transfer: what was learned on MNIST, on Omniglot's characters (if they were imported:
+`metalr data import FILE --name omniglot`). Everything finished is kept in runs/grid_search and not run again, so the
+benchmark can be stopped; it writes results/grid_search.json after every case. --only measures these cases' rows anew
+and leaves the others alone (each row has its commit and machine). --small: bundled data, minutes, written to runs/.
+Needs the extra `search`, and MNIST (`metalr data prepare mnist`). One to two hours a case on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class Case(NamedTuple):
     """What is meta-trained, and what it is compared on.
 
     of: the case whose runs are compared, if not its own. network: one of its own instead of the config's.
+    begins_pretrained: each seed's meta-training starts from the same seed's pre-trained init.
     """
 
     train: TrainConfig | None
     compare: CompareConfig
     of: str = ""
     network: models.Model | None = None
+    begins_pretrained: bool = False
 
 
 class Bytes(nn.Module):
@@ -110,11 +113,27 @@ def full(
     )
 
 
+def several_horizons(case: Case, horizons: tuple[int, ...], power: float, shot: int) -> Case:
+    """From the pre-trained init, on more data, at several numbers of inner steps, with rates that fall with them."""
+    assert case.train is not None
+    inner = dataclasses.replace(case.train.inner, horizons=horizons, horizon_power=power)
+    tasks = dataclasses.replace(case.train.tasks, shot=shot)
+    return case._replace(train=dataclasses.replace(case.train, inner=inner, tasks=tasks), begins_pretrained=True)
+
+
+PRETRAINING_STEPS = 4800  # as twice 2,400, the outer steps from a random init
+TEST_SEED = 20261126  # of tables drawn from then on; see TABLES.md
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
 CASES = {
-    "rotated, full data": full("rotated", steps=2400),
+    "rotated, full data": several_horizons(
+        full(
+            "rotated", steps=800, rates_rate=5e-2, seed=TEST_SEED, searched=10,
+            searchers=("grid", "tpe", "asha", "tpe+", "portfolio"),
+        ),
+        horizons=(8, 20, 50, 120, 240), power=0.3, shot=200,
+    ),
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
@@ -161,7 +180,7 @@ def small(case: Case) -> Case:
             train,
             data="mnist12k",
             tasks=dataclasses.replace(train.tasks, shot=shot, query=query),
-            inner=dataclasses.replace(train.inner, steps=5),
+            inner=dataclasses.replace(train.inner, steps=5, horizons=(2, 5) if train.inner.horizons else ()),
             outer=dataclasses.replace(train.outer, steps=60, validate_every=30),
             evaluation=EvaluationConfig(episodes=20, validation_episodes=20),
         )
@@ -188,27 +207,37 @@ def folder_name(case: str) -> str:
 
 
 def pretraining(train: TrainConfig) -> TrainConfig:
-    """The jointly pre-trained rival of `train`: the same network and tasks, twice the outer steps, no learned rates."""
-    outer = dataclasses.replace(train.outer, steps=2 * train.outer.steps, rates_rate=OuterConfig().rates_rate)
+    """The jointly pre-trained rival of `train`: the same network and tasks, twice the outer steps, no learned rates.
+
+    Where meta-training starts from it, it is trained as long as where it does not.
+    """
+    steps = PRETRAINING_STEPS if train.inner.horizons and train.data == "mnist" else 2 * train.outer.steps
+    outer = dataclasses.replace(train.outer, steps=steps, rates_rate=OuterConfig().rates_rate)
+    tasks = dataclasses.replace(train.tasks, shot=min(train.tasks.shot, 40))
     # The step of pre-training that is best after five steps on validation tasks is kept: of Adam 1e-3, with which the
     # compared fine-tunes go on; of SGD 0.1 in the rows made before inputs of 0 to 255 and the GRU.
     inner = InnerConfig(algorithm="joint", steps=5, base="adam", rate=1e-3)
-    return dataclasses.replace(train, inner=inner, outer=outer)
+    return dataclasses.replace(train, tasks=tasks, inner=inner, outer=outer)
 
 
 def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
     source = case.of or name
     train, network = cases[source].train, cases[source].network
     assert train is not None
-    seeded = [trained(source, dataclasses.replace(train, seed=seed), root, network) for seed in seeds]
-    pretrained = trained(f"{source}_joint", pretraining(train), root, network)
+    seeded, pretrained = [], []
+    for seed in seeds:
+        joint = dataclasses.replace(pretraining(train), seed=seed)
+        pretrained.append(trained(f"{source}_joint", joint, root, network))
+        start = pretrained[-1] if cases[source].begins_pretrained else None
+        seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, network))
+    choosing = sorted(path.parent for path in (root / f"{folder_name(source)}_choosing").glob("*/results.json"))
     out = seeded[0].parent / f"compare_{folder_name(name)}"
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())
     config = dataclasses.replace(case.compare, out=out)
     if (out / "config.json").is_file():
         return comparing.resume(out, model=network)
-    return comparing.run(seeded, config, pretrained=[pretrained], model=network)
+    return comparing.run(seeded, config, pretrained=pretrained, choosing=choosing, model=network)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, help="only these; the results file keeps the others' rows")
     parser.add_argument("--small", action="store_true", help="bundled data, minutes, written to runs/")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     cases = {name: small(case) for name, case in CASES.items()} if options.small else CASES
     root = ROOT / "small" if options.small else ROOT
@@ -242,8 +271,20 @@ def main() -> None:
             continue
         results = run_case(name, cases[name], cases, options.seeds, root)
         rows = [row for row in rows if row["case"] != name] + rows_of(name, results)
-        kept = ("conclusions", "seconds", "peak_memory_bytes", "data", "trained_on", "support", "query", "split_sha256")
-        facts["cases"][name] = {key: results[key] for key in kept}
+        kept = (
+            "part",
+            "choosing_example_gradients",
+            "conclusions",
+            "seconds",
+            "peak_memory_bytes",
+            "data",
+            "trained_on",
+            "support",
+            "query",
+            "split_sha256",
+        )
+        facts["cases"][name] = {key: results[key] for key in kept if key in results}
+        facts["cases"][name] |= {"seeds": results["seeds"], "test_seed": results["config"]["seed"]}
         print(f"{name}: {len(results['rows'])} rows in {results['seconds']} s", flush=True)
         if options.small:
             (root / "grid_search.json").write_text(json.dumps(rows, indent=1))

@@ -171,14 +171,7 @@ def _curve(name: str, results: dict[str, Any]) -> Series:
 
 def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Score against cost, a colour a method, and all rows as a table."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row[metric] is not None:
-            series.setdefault(row["method"], []).append((float(np.mean(row["example_gradients"])), row[metric]))
-    drawn = [
-        Series(name, [x for x, _ in sorted(found)], [y for _, y in sorted(found)], points=len(found) == 1)
-        for name, found in series.items()
-    ]
+    drawn = against_cost(rows, metric)
     head = ["method", "steps", metric, "95 %", "cost of a task"]
     body = [
         [r["method"], _plain(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric),
@@ -193,6 +186,22 @@ def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
         )
         + table(head, body)
     )  # fmt: skip
+
+
+def against_cost(rows: Sequence[dict[str, Any]], metric: str) -> list[Series]:
+    """A line for each method of a comparison, score against cost, with its 95 % intervals as a band."""
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        if row[metric] is not None:
+            cost, ci95 = float(np.mean(row["example_gradients"])), row["ci95"] or 0.0
+            series.setdefault(row["method"], []).append((cost, row[metric], ci95))
+    return [
+        Series(
+            name, [x for x, _, _ in found], [y for _, y, _ in found], [y - ci for _, y, ci in found],
+            [y + ci for _, y, ci in found], points=len(found) == 1,
+        )
+        for name, found in ((name, sorted(found)) for name, found in series.items())
+    ]  # fmt: skip
 
 
 def _rates(name: str, results: dict[str, Any]) -> str:

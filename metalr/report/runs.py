@@ -57,14 +57,14 @@ def find(root: Path) -> list[Run]:
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
-    if (root / "config.json").is_file():
+    with os.scandir(root) as entries:
+        kinds = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    if kinds.get("config.json") is False:
         yield root
     if depth:
-        with os.scandir(root) as entries:
-            inside = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and e.name not in SKIPPED]
-        for folder in sorted(inside):
-            if not folder.name.startswith("."):
-                yield from _folders(folder, depth - 1)
+        for name in sorted(name for name, is_folder in kinds.items() if is_folder and name not in SKIPPED):
+            if not name.startswith("."):
+                yield from _folders(root / name, depth - 1)
 
 
 def read(folder: Path) -> Run:
@@ -72,8 +72,9 @@ def read(folder: Path) -> Run:
     config = _json(folder / "config.json")
     if config is None:
         raise ConfigError(f"{folder}: expected a run with config.json, found none; see: metalr runs list")
-    results = _json(folder / "results.json")
-    kind = next((kind for name, kind in KINDS.items() if (folder / name).exists()), None)
+    names, size, began = _contents(folder)
+    results = _json(folder / "results.json") if "results.json" in names else None
+    kind = next((kind for name, kind in KINDS.items() if name in names), None)
     kind = kind or (
         "comparison"
         if "runs" in config
@@ -83,18 +84,15 @@ def read(folder: Path) -> Run:
         if "searcher" in config
         else "run"
     )
-    if folders.holder(folder) is not None:
+    if folders.LOCK in names and folders.holder(folder) is not None:
         status = "running"
     elif results is not None:
         status = "finished"
     else:
-        status = "failed" if (folder / folders.FAILED).is_file() else "stopped"
+        status = "failed" if folders.FAILED in names else "stopped"
     metric, score, ci95, steps = _found(results or {})
     done = None if results is not None or kind != "run" else _last_step(folder / "metrics.jsonl")
-    return Run(
-        folder, kind, status, flat(config.get("config", config)), metric, score, ci95, steps, done,
-        (folder / "config.json").stat().st_mtime, _bytes(folder),
-    )  # fmt: skip
+    return Run(folder, kind, status, flat(config.get("config", config)), metric, score, ci95, steps, done, began, size)
 
 
 def newest(root: Path, name: str) -> Run:
@@ -151,13 +149,20 @@ def _last_step(file: Path) -> int:
     return 0
 
 
-def _bytes(folder: Path) -> int:
-    total = 0
+def _contents(folder: Path | str) -> tuple[set[str], int, float]:
+    """The names in a folder, the bytes of all files in it and below, and when its config.json was written."""
+    names, total, began = set[str](), 0, 0.0
     with os.scandir(folder) as entries:
         for entry in entries:
-            inside = entry.is_dir(follow_symlinks=False)
-            total += _bytes(Path(entry.path)) if inside else entry.stat(follow_symlinks=False).st_size
-    return total
+            names.add(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                total += _contents(entry.path)[1]
+            else:
+                facts = entry.stat(follow_symlinks=False)
+                total += facts.st_size
+                if entry.name == "config.json":
+                    began = facts.st_mtime
+    return names, total, began
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -181,9 +186,15 @@ def flat(config: dict[str, Any], prefix: str = "") -> Settings:
 
 def differing(runs: Sequence[Run]) -> list[str]:
     """The settings in which these runs differ, without where they stand."""
+    if not runs:
+        return []
+    first = runs[0].settings
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {name: {json.dumps(run.settings.get(name)) for run in runs} for name in names}
-    return [name for name, found in values.items() if len(found) > 1 and name not in ("out", "overwrite")]
+    return [
+        name
+        for name in names
+        if name not in ("out", "overwrite") and any(run.settings.get(name) != first.get(name) for run in runs)
+    ]
 
 
 def listing(runs: Sequence[Run], most: int = 6) -> str:

@@ -1,0 +1,112 @@
+"""The figures and tables of docs/evidence.md, from results/grid_search.json.
+
+    python benchmarks/evidence.py
+
+Draws docs/figures/CASE.svg for every case that the page has a place for (<!-- table: CASE -->), and fills in its table.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from metalr.report import figures, page
+from metalr.report.figures import Series
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results" / "grid_search.json"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#444444")
+PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
+DRAWN = (  # of the methods that take one run a task; searches are points beside them
+    "learned init + learned rates", "random init + learned rates", "pre-trained init, no search (momo_adam)",
+    "pre-trained init, no search (Adam 0.001)", "pre-trained init + one tuned rate",
+    "random init, no search (momo_adam)",
+    "random init, no search (Adam 0.001)",
+)  # fmt: skip
+
+
+def file_name(case: str) -> str:
+    return re.sub(r"\W+", "_", case).strip("_")
+
+
+def rows_of(case: str) -> list[dict[str, Any]]:
+    return [row for row in json.loads(RESULTS.read_text())["rows"] if row["case"] == case]
+
+
+def drawing(case: str, rows: list[dict[str, Any]]) -> str:
+    """Accuracy against cost as one SVG file, with its legend, for light and dark pages alike."""
+    series = {s.name: s for s in page.against_cost(rows, "accuracy")}
+    chosen = [series[name] for name in DRAWN if name in series]
+    searches = [r for r in rows if r["steps"] is None and r["method"].endswith("trained again on all")]
+    if searches:
+        searches.sort(key=lambda r: r["example_gradients"])
+        x, y = [r["example_gradients"] for r in searches], [r["accuracy"] for r in searches]
+        chosen.append(Series("searches of each task's own, trained again on all", x, y, points=True))
+    text = figures.chart(
+        case, f"Accuracy against the cost of one task: {case}.", chosen, x_label="example-gradients of one new task",
+        y_label="accuracy", log_x=True, percent=True,
+    )  # fmt: skip
+    found = re.search(r"<svg[^>]*>(.*?)</svg>", text, re.S)
+    assert found is not None
+    inside = found.group(1)
+    for i, color in enumerate(COLORS):
+        inside = inside.replace(f"var(--c{i})", color)
+    keys = [
+        f'<rect x="{figures.LEFT}" y="{figures.HEIGHT + 8 + 20 * i}" width="12" height="12" rx="3" fill="{COLORS[i]}"/>'
+        f'<text x="{figures.LEFT + 20}" y="{figures.HEIGHT + 19 + 20 * i}">{html.escape(s.name)}</text>'
+        for i, s in enumerate(chosen)
+    ]
+    height = figures.HEIGHT + 20 * len(chosen) + 16
+    style = "text{font:13px system-ui,sans-serif;fill:#444}.grid{stroke:#ddd}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {figures.WIDTH} {height}" role="img">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{inside}{"".join(keys)}</svg>\n'
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows, as a table: accuracy, what the learned method is above it by at no more cost, cost."""
+    lines = [
+        "| method | steps | accuracy | tasks | thousands of example-gradients | learned - this, at no more cost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        difference = row.get("learned_minus_this_at_equal_cost")
+        less = (
+            ""
+            if not difference or difference == [0.0, 0.0]
+            else f"{100 * difference[0]:+.1f} ± {100 * difference[1]:.1f}"
+        )
+        steps = "" if row["steps"] is None else f"{row['steps']:,}"
+        score = f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}"
+        cost = f"{row['example_gradients'] / 1000:,.1f}"
+        lines.append(f"| {row['method']} | {steps} | {score} | {row['tasks']} | {cost} | {less} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """The page with its tables as the results have them."""
+    return PLACE.sub(lambda found: f"{found.group(1)}\n{table(rows_of(found.group(2)))}\n{found.group(3)}", text)
+
+
+def drawings(text: str) -> dict[Path, str]:
+    """The files of the page's figures, and what they hold."""
+    cases = [found.group(2) for found in PLACE.finditer(text)]
+    return {ROOT / "docs" / "figures" / f"{file_name(case)}.svg": drawing(case, rows_of(case)) for case in cases}
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    PAGE.write_text(filled(text))
+    for path, content in drawings(text).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
