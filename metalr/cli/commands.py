@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands |= {
         "report": report,
         "show": show,
+        "export": export,
         "search": made["search"],
         "compare": compare,
         "sweep": sweep,
@@ -356,6 +357,29 @@ def report(
     from metalr.report import page
 
     print(page.write(out, targets))
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    to: Literal["stablehlo", "torch", "hub-folder"],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("export"),
+    support: int | None = None,
+    steps: int | None = None,
+) -> None:
+    """Write what a run learned for programs without metalr.
+
+    Args:
+      run: a run or artifact folder.
+      to: stablehlo: adapt and apply as programs that JAX alone runs; torch: the init as a state dict, with the learned
+        rates; hub-folder: a model repository with its card (uploading it is yours to do).
+      out: the folder.
+      support: stablehlo: examples of the support set; default: as in training.
+      steps: stablehlo: inner steps; default: as trained.
+    """
+    start_jax()
+    from metalr.integrations import export as exporting
+
+    print(exporting.export(run, to, out, support, steps))
 
 
 def _search_command(argv: list[str]) -> Callable[..., None]:

@@ -1,0 +1,173 @@
+"""`metalr export`: what was learned as files for programs without metalr.
+
+`stablehlo`: adapt and apply as serialized programs, which JAX alone runs (jax.export). `torch`: a state dict in the
+layouts of PyTorch. `hub-folder`: the folder of a model repository, with its card; uploading it is yours to do.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from metalr import trees
+from metalr.errors import ConfigError, one_line
+from metalr.learner import Learner, load
+from metalr.learner.artifact import CARD, folder_of
+from metalr.learner.learner import FEW_IMAGES_A_CLASS
+from metalr.storage import folders
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FILES = {
+    "adapt.stablehlo",
+    "apply.stablehlo",
+    "export.json",
+    "model.safetensors",
+    "README.md",
+    "config.json",
+    "artifact",
+}
+
+
+def stablehlo(learned: Learner, source: Path, out: Path, support: int, steps: int) -> None:
+    """Write adapt.stablehlo, (support_x, support_y) -> params, and apply.stablehlo, (params, x [n, …]) -> outputs.
+
+    `jax.export.deserialize(content).call(...)` runs them on a CPU, GPU or TPU; metalr is not needed. The apply of a
+    transductive network takes at least two images a class.
+
+    Args:
+      support: examples of the support set; the program has no other size.
+      steps: inner steps of adapt.
+    """
+    shape, classes = learned.model.input_shape, learned.objective.targets == "classes"
+    if shape is None:
+        raise ConfigError(f"{source}: expected a network whose inputs have one known shape")
+    x = jax.ShapeDtypeStruct((support, *shape), jnp.float32)
+    outputs = jax.eval_shape(learned.model.apply, learned.init, x).shape[1:]
+    y = jax.ShapeDtypeStruct((support,) if classes else (support, *outputs), jnp.int32 if classes else jnp.float32)
+    few = FEW_IMAGES_A_CLASS * learned.model.classes if learned.model.transductive else 1
+    (n,) = jax.export.symbolic_shape("n", constraints=[f"n >= {few}"])
+    query = jax.ShapeDtypeStruct((n, *shape), jnp.float32)
+
+    def adapt(x: Any, y: Any) -> Any:
+        return learned.adapt(x, y, steps)
+
+    params = jax.eval_shape(adapt, x, y)
+    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "adapt": (adapt, (x, y)), "apply": (learned.apply, (params, query)),
+    }  # fmt: skip
+    for name, (function, arguments) in programs.items():
+        try:
+            made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+        except Exception as error:  # what a network's operations make of a size that is not known
+            raise ConfigError(f"{source}: {name} cannot be exported: {one_line(error)[:300]}") from error
+        folders.write_file(out / f"{name}.stablehlo", bytes(made.serialize()))
+    inputs = "float 0..1" if learned.classifies_images else "numbers in their own units"
+    folders.write_json(
+        out / "export.json",
+        {"support": support, "steps": steps, "input_shape": list(shape), "inputs": inputs, "platforms": PLATFORMS}
+        | {"targets": learned.objective.targets, "params": trees.leaf_shapes(params), "jax": jax.__version__},
+    )
+
+
+def torch(learned: Learner, source: Path, out: Path) -> None:
+    """Write model.safetensors, the init as a PyTorch state dict, and export.json, the learned hyperparameters.
+
+    Names and layouts are those of `metalr.integrations.torch.Learned.module()`, with "weight" and "bias".
+    """
+    tensors = {}
+    for name, value in _init(learned).items():
+        layer, _, last = name.rpartition("/")
+        axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(value.ndim, tuple(range(value.ndim)))
+        own = {"kernel": "weight", "scale": "weight"}.get(last, last)
+        tensors[".".join([*layer.split("/"), own])] = np.ascontiguousarray(value.transpose(axes))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    rates = {name: np.asarray(value).tolist() for name, value in learned.rates.items()}
+    facts = {"rates": rates, "rates_spec": learned.spec.__dict__, "steps": learned.spec.steps}
+    folders.write_json(out / "export.json", facts | {"model": learned.model.name, "settings": learned.model.settings})
+
+
+def hub_folder(learned: Learner, source: Path, out: Path) -> None:
+    """Write README.md (the card, with the fields that model hubs read), config.json, model.safetensors and artifact/.
+
+    `metalr.load(folder)` reads it; model.safetensors is the init for everybody else.
+    """
+    card = (source / CARD).read_text()
+    kind = "image-classification" if learned.classifies_images else "tabular-" + (
+        "classification" if learned.objective.targets == "classes" else "regression"
+    )  # fmt: skip
+    head = [
+        "---",
+        "library_name: metalr",
+        f"pipeline_tag: {kind}",
+        "tags:",
+        "- meta-learning",
+        "- jax",
+        "- flax",
+        "---",
+        "",
+    ]
+    folders.write_file(out / "README.md", "\n".join([*head, card]).encode())
+    folders.write_json(
+        out / "config.json",
+        {"model_type": learned.model.name, "library": "metalr", "settings": learned.model.settings}
+        | {"input_shape": learned.model.input_shape, "outputs": learned.model.way, "facts": learned.facts},
+    )
+    save_file(_init(learned), out / "model.safetensors")
+    shutil.copytree(source, out / "artifact", dirs_exist_ok=True)
+
+
+FORMATS = ("stablehlo", "torch", "hub-folder")
+
+
+def export(run: Path, to: str, out: Path, support: int | None = None, steps: int | None = None) -> Path:
+    """Write what a run learned to a folder, in one of FORMATS; the folder.
+
+    Args:
+      run: a run or artifact folder.
+      out: a new folder, or an export to replace.
+      support: stablehlo: examples of the support set; default: as in training.
+      steps: stablehlo: inner steps; default: as trained.
+
+    Raises:
+      ConfigError: no such format, settings that the format does not use, a folder with other files, or a network that
+        cannot be exported. ArtifactError: nothing was learned there.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to: expected one of {FORMATS}, got {to!r}")
+    if to != "stablehlo" and (support, steps) != (None, None):
+        raise ConfigError(f"support, steps: expected none with {to}, got {support}, {steps}")
+    learned, source = load(run), folder_of(run)
+    if out.exists() and {path.name for path in out.iterdir()} - FILES:
+        raise ConfigError(f"out: {out}: expected a new folder or an export, found other files")
+    folders.make(out, parents=True)
+    if to == "torch":
+        torch(learned, source, out)
+    elif to == "hub-folder":
+        hub_folder(learned, source, out)
+    else:
+        own = support_of(learned) if support is None else support
+        if own is None:
+            raise ConfigError(f"support: expected how many examples a support set has, which {run} does not say")
+        stablehlo(learned, source, out, own, learned.spec.steps if steps is None else steps)
+    return out
+
+
+def _init(learned: Learner) -> dict[str, np.ndarray]:
+    return {name.removeprefix("/"): value for name, value in trees.named_arrays(learned.init, "").items()}
+
+
+def support_of(learned: Learner) -> int | None:
+    """Examples of a support set in training, where the artifact says so."""
+    tasks = learned.facts.get("tasks", {})
+    if {"way", "shot"} <= set(tasks):
+        return int(tasks["way"] * tasks["shot"])
+    table = learned.facts.get("table", {})
+    return int(table["shot"]) if "shot" in table else None

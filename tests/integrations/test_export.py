@@ -1,0 +1,127 @@
+"""What `metalr export` writes is loaded back, without metalr where that is the promise, and gives the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import metalr
+from metalr import cli, outer
+from metalr.errors import ConfigError
+from metalr.inner import OBJECTIVES, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.integrations.export import export
+from metalr.models import conv4, mlp
+from metalr.tasks import Standardisation
+
+ALONE = """
+import json, sys
+import jax, jax.export, numpy as np
+folder = sys.argv[1]
+programs = {}
+for name in ("adapt", "apply"):
+    with open(f"{folder}/{name}.stablehlo", "rb") as file:
+        programs[name] = jax.export.deserialize(bytearray(file.read()))
+data = np.load(sys.argv[2])
+fast = programs["adapt"].call(data["x"], data["y"])
+np.save(sys.argv[3], programs["apply"].call(fast, data["query"]))
+assert not any(name.startswith("metalr") for name in sys.modules)
+"""
+
+
+def made(path, model, objective="cross_entropy", standardisation=None, facts=None, **spec):
+    spec = RatesSpec("layer", steps=3, initial=0.1, head=model.head, **spec)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = metalr.Learner(
+        model,
+        spec,
+        meta.init,
+        hyperparameters.actual(spec, meta.rates),
+        facts or {},
+        OBJECTIVES[objective],
+        standardisation,
+    )
+    metalr.save(path, learned)
+    return metalr.load(path)
+
+
+def numbers(path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, 2, (50, 4)).astype(np.float32), rng.normal(10, 5, (50, 2)).astype(np.float32)
+    return made(path, mlp(2, (4,), widths=(8,)), "squared_error", Standardisation.of(x, y, "both"))
+
+
+LEARNERS = {
+    "mlp": lambda path: made(path, mlp(3, (6, 6, 1), widths=(8,)), facts={"tasks": {"way": 3, "shot": 3}}),
+    "mlp, minibatches of Adam": lambda path: made(
+        path, mlp(3, (6, 6, 1), widths=(8,)), facts={"tasks": {"way": 3, "shot": 3}}, base="adam", batch_size=4, knots=2
+    ),
+    "conv4": lambda path: made(
+        path, conv4(3, (10, 10, 1), channels=4, layers=2), facts={"tasks": {"way": 3, "shot": 3}}
+    ),
+    "numbers": numbers,
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_programs_run_without_metalr(name, tmp_path):
+    learned = LEARNERS[name](tmp_path / "a")
+    options = [] if name != "numbers" else ["--support", "9"]
+    cli.main(["export", str(tmp_path / "a"), "--to", "stablehlo", "-o", str(tmp_path / "out"), *options])
+    rng = np.random.default_rng(1)
+    x, query = (rng.random((n, *learned.model.input_shape), np.float32) for n in (9, 17))
+    y = rng.normal(size=(9, 2)).astype(np.float32) if name == "numbers" else (np.arange(9) % 3).astype(np.int32)
+    np.savez(tmp_path / "data.npz", x=x, y=y, query=query)
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    subprocess.run(
+        [sys.executable, script, tmp_path / "out", tmp_path / "data.npz", tmp_path / "logits.npy"],
+        check=True,
+        cwd=tmp_path,
+    )
+    expected = learned.apply(learned.adapt(x, y), query)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5, rtol=1e-5)
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (facts["support"], facts["steps"]) == (9, 3)
+
+
+def test_a_hub_folder_has_a_card_and_is_read_by_metalr(tmp_path):
+    learned = LEARNERS["mlp"](tmp_path / "a")
+    out = export(tmp_path / "a", "hub-folder", tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: metalr\npipeline_tag: image-classification\n")
+    assert "# A metalr learner" in card
+    again = metalr.load(out / "artifact")
+    jax.tree.map(np.testing.assert_array_equal, again.init, learned.init)
+    flat = load_file(out / "model.safetensors")
+    np.testing.assert_array_equal(flat["dense_0/kernel"], learned.init["dense_0"]["kernel"])
+    export(tmp_path / "a", "hub-folder", out)  # again, over itself
+
+
+def test_a_state_dict_has_the_layouts_of_torch(tmp_path):
+    learned = LEARNERS["conv4"](tmp_path / "a")
+    out = export(tmp_path / "a", "torch", tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    kernel = np.asarray(learned.init["conv_0"]["kernel"])
+    np.testing.assert_array_equal(tensors["conv_0.weight"], kernel.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(tensors["head.weight"], np.asarray(learned.init["head"]["kernel"]).T)
+    assert json.loads((out / "export.json").read_text())["rates"]["head"] == pytest.approx(0.1)
+
+
+def test_refusals(tmp_path):
+    numbers(tmp_path / "a")
+    with pytest.raises(ConfigError, match="to: expected one of"):
+        export(tmp_path / "a", "onnx", tmp_path / "out")
+    with pytest.raises(ConfigError, match="support: expected how many examples"):
+        export(tmp_path / "a", "stablehlo", tmp_path / "out")
+    with pytest.raises(ConfigError, match="support, steps: expected none with torch, got 3, None"):
+        export(tmp_path / "a", "torch", tmp_path / "out", 3)
+    (tmp_path / "full").mkdir()
+    Path(tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="found other files"):
+        export(tmp_path / "a", "torch", tmp_path / "full")
