@@ -331,3 +331,60 @@ def killed_search(reference: Reference, n: int) -> Row:
         2,
     )
     return row | {"cells": cells[0], "cells_expected": 24 * n}
+
+
+def killed_sweep(root: Path, cells: int, seeds: int) -> Row:
+    """A sweep on 2 workers whose runs, and which itself, are killed at random moments until it is done.
+
+    Every run must have ended once, none may be missing or doubled, and each must have the bits of one never killed.
+    """
+    rng = random.Random(SEED + 3)
+    folder, whole, kills = root / "sweep", root / "sweep-whole", [0, 0]
+    rates = [f"{1e-3 * (i + 1):g}" for i in range(cells)]
+    settings = ["--outer.init-rate", *rates, "--seed", *map(str, range(seeds)), "--workers", "2", "--attempts", "99"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_NUM_CPU_DEVICES": "1"}
+
+    def begin(*arguments: str) -> subprocess.Popen:
+        call = [sys.executable, "-m", "metalr.cli", "sweep", *arguments]
+        log = subprocess.DEVNULL if not os.environ.get("FAULTS_DEBUG") else None
+        return subprocess.Popen(call, stdout=log, stderr=log, env=environment)
+
+    def of_runs(path: Path) -> list[int]:
+        """Processes of the sweep's runs."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "train" in words and any(str(path / "runs") in word for word in words):
+                    found.append(int(process.name))
+        return found
+
+    def trial() -> None:
+        base = root / "sweep-base.json"
+        base.write_text(json.dumps(CONFIG.to_json()))
+        finish(begin(str(base), *settings, "--out", str(whole)))
+        process = begin(str(base), *settings, "--out", str(folder))
+        while process.poll() is None or process.returncode < 0:
+            time.sleep(rng.uniform(1.0, 6.0))
+            if process.poll() is not None and process.returncode < 0:
+                process = begin("--resume", str(folder))
+            elif rng.random() < 0.15 and (folder / "config.json").exists():
+                process.kill()
+                process.wait()
+                kills[1] += 1
+            else:
+                for number in of_runs(folder)[:1]:
+                    with contextlib.suppress(OSError):
+                        os.kill(number, signal.SIGKILL)
+                        kills[0] += 1
+        expect(process.returncode == 0, f"exit code {process.returncode}")
+        rows = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+        names = [row["name"] for row in rows]
+        expect(len(names) == len(set(names)) == cells * seeds, f"{len(names)} rows, {len(set(names))} runs")
+        expect(all(row["status"] == "finished" for row in rows), "a run failed")
+        expect({path.name for path in (folder / "runs").iterdir()} == set(names), "other folders than runs")
+        for name in names:
+            expect(everything(folder / "runs" / name) == everything(whole / "runs" / name), f"other bits: {name}")
+
+    row = count(f"sweep of {cells} cells x {seeds} seeds on 2 workers, killed at random moments", [trial])
+    return row | {"runs": cells * seeds, "runs_killed": kills[0], "sweeps_killed": kills[1]}

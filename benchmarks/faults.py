@@ -38,6 +38,7 @@ from fault_runs import (
     kill_at_every_call,
     killed_processes,
     killed_search,
+    killed_sweep,
     many_on_one_folder,
     overwrite_at_every_call,
     resume_at_every_step,
@@ -326,6 +327,7 @@ def main() -> None:
             "sigterm": lambda: sigterm(reference(), 4 if few else 100),
             "folder": lambda: many_on_one_folder(root, 1 if few else 20),
             "search": lambda: killed_search(reference(), 1 if few else 20),
+            "sweep": lambda: killed_sweep(root, *((2, 1) if few else (12, 3))),
         }
         unknown = set(options.only) - set(groups)
         if unknown:
