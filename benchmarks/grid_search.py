@@ -130,7 +130,8 @@ MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
 CASES = {
-    "rotated, full data": several_horizons(
+    "rotated, full data": full("rotated", steps=2400),
+    "rotated, full data, several horizons": several_horizons(
         full(
             "rotated", steps=400, rates_rate=5e-2, validate_every=50, seed=TEST_SEED, searched=10,
             searchers=("grid", "tpe", "portfolio"),
@@ -215,7 +216,7 @@ def pretraining(train: TrainConfig) -> TrainConfig:
     Where meta-training starts from it, it is trained as long as where it does not.
     """
     steps = PRETRAINING_STEPS if train.inner.horizons and train.data == "mnist" else 2 * train.outer.steps
-    outer = dataclasses.replace(train.outer, steps=steps, rates_rate=OuterConfig().rates_rate)
+    outer = dataclasses.replace(train.outer, steps=steps, validate_every=100, rates_rate=OuterConfig().rates_rate)
     tasks = dataclasses.replace(train.tasks, shot=min(train.tasks.shot, 40))
     # The step of pre-training that is best after five steps on validation tasks is kept: of Adam 1e-3, with which the
     # compared fine-tunes go on; of SGD 0.1 in the rows made before inputs of 0 to 255 and the GRU.

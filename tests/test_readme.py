@@ -186,7 +186,7 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
 
 
 def test_numbers_of_the_comparison_are_those_of_its_results():
-    """Rows of docs/searching.md, and of README, which has no column of tasks and the cost of each cell alone."""
+    """Rows of docs/measured.md, and of README, which has no column of tasks and the cost of each cell alone."""
 
     def cells(row, in_readme):
         cost = row["naive_example_gradients" if in_readme else "example_gradients"] / 1000
@@ -205,13 +205,25 @@ def test_numbers_of_the_comparison_are_those_of_its_results():
 
     measured = json.loads((ROOT / "benchmarks" / "results" / "grid_search.json").read_text())["rows"]
     cases = {row["case"] for row in measured}
-    for text in (README, (ROOT / "docs" / "searching.md").read_text()):
+    for text in (README, (ROOT / "docs" / "measured.md").read_text()):
         expected = [cells(row, text is README) for row in measured]
         shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()
                  if line.startswith("| `") and line.split("`")[1] in cases]  # fmt: skip
         assert shown
         assert [row for row in shown if row not in expected] == []
-    assert {row[0].strip("`") for row in shown} == cases
+    newer = set(re.findall(r"<!-- table: (.*) -->", (ROOT / "docs" / "evidence.md").read_text()))
+    assert {row[0].strip("`") for row in shown} == cases - newer
+
+
+def test_tables_and_figures_of_the_evidence_page_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+
+    text = evidence.PAGE.read_text()
+    assert evidence.filled(text) == text
+    for path, content in evidence.drawings(text).items():
+        assert path.read_text() == content
+        assert f"figures/{path.name}" in text
 
 
 def test_numbers_of_the_benchmarks_are_those_of_their_results():

@@ -14,7 +14,7 @@ import numpy as np
 from metalr.errors import ConfigError
 from metalr.report import runs as listed
 from metalr.report.figures import Series, chart, heat_map, number, table
-from metalr.report.tables import shown, shown_interval
+from metalr.report.tables import conclusion, contest_conclusion, shown, shown_interval
 from metalr.storage import folders
 
 MOST_POINTS = 300  # of a line over outer steps
@@ -129,20 +129,7 @@ def _code(text: Any) -> str:
 
 def _answer(run: listed.Run, results: dict[str, Any]) -> str:
     """The first sentence: what a new task gets after how many steps, and what a grid search gets for how much more."""
-    metric, curve = results["metric"]["name"], results["curve"]
-    start, end = curve[0], next((p for p in curve if p["steps"] == run.steps), curve[-1])
-    text = (
-        f"<b>{html.escape(run.folder.name)}</b>: after {end['steps']} steps on a new task, {metric} is "
-        f"{shown(end[metric], metric)} {shown_interval(end['ci95'], metric)} (before: {shown(start[metric], metric)})."
-    )
-    rows = results.get("comparison") or []
-    grid = next((r for r in rows if r["method"].startswith("random init + grid, best cell of all")), None)
-    if grid is not None:
-        ours = rows[0]["example_gradients"]
-        text += (
-            f" The best of all cells of a grid search from a random init reaches {shown(grid[metric], metric)}, at "
-            f"{grid['example_gradients'] / ours:,.0f} times the cost."
-        )
+    text = f"<b>{html.escape(run.folder.name)}</b>: {html.escape(conclusion(results))}"
     tasks = f"{results['config']['evaluation']['episodes']} held-out tasks: {html.escape(results['tasks'])}"
     return f'<p class="answer">{text}</p><p class="soft">{tasks}. The intervals are over tasks, of this one run.</p>'
 
@@ -276,11 +263,7 @@ def _comparison(run: listed.Run) -> list[str]:
     if results is None:
         return [f"<p>{_code(run.folder)} is {run.status}: it has no results yet.</p>"]
     metric, rows = results.get("metric", {}).get("name", "accuracy"), results["rows"]
-    best = rows[max(i for i, row in enumerate(rows) if row["method"] == rows[0]["method"])]
-    text = (
-        f"{html.escape(best['method'])}: {metric} {shown(best[metric], metric)} "
-        f"{shown_interval(best['ci95'], metric)} after {best['steps']} steps, mean over {len(results['seeds'])} seeds."
-    )
+    text = html.escape(contest_conclusion(results))
     ends = [
         [c["method"], _plain(c["steps"]), shown(c.get(metric), metric), number(c["learned_reaches_it_with"]),
          "" if c.get("break_even_tasks") is None else f"{c['break_even_tasks']:,}"]

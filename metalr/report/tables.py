@@ -60,12 +60,57 @@ def text(results: dict[str, Any]) -> str:
     lines += _direction(results)
     lines += [
         "",
+        conclusion(results),
+        "",
         f"meta-training {training['seconds']:.0f} s with compilation and validation "
         f"({training['tasks_per_second_in_all']:.0f} tasks/s; {training['tasks_per_second']:.0f} once compiled), "
         f"in all {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"run folder {results['folder']}",
     ]
     return "\n".join(lines)
+
+
+def conclusion(results: dict[str, Any]) -> str:
+    """A run in a sentence or two: what a new task gets after how many steps, what a grid gets for how much more."""
+    metric, curve = results["metric"]["name"], results["curve"]
+    steps = results["config"]["inner"]["steps"]
+    start, end = curve[0], next((p for p in curve if p["steps"] == steps), curve[-1])
+    said = (
+        f"After {end['steps']} steps on a new task, {metric} is {shown(end[metric], metric)} "
+        f"{shown_interval(end['ci95'], metric)} (before: {shown(start[metric], metric)})."
+    )
+    rows = results.get("comparison") or []
+    grid = next((r for r in rows if r["method"].startswith("random init + grid, best cell of all")), None)
+    if grid is None:
+        return said
+    times = float(np.mean(grid["example_gradients"])) / float(np.mean(rows[0]["example_gradients"]))
+    return (
+        f"{said} The best of all cells of a grid search from a random init reaches {shown(grid[metric], metric)}, at "
+        f"{times:,.0f} times the cost."
+    )
+
+
+def contest_conclusion(results: dict[str, Any]) -> str:
+    """A comparison in two sentences: the learned method at its longest, and the best of the others at no more cost."""
+    metric, rows, maximise = _metric(results), results["rows"], results["metric"]["maximise"]
+    own = [row for row in rows if row["method"] == rows[0]["method"]]
+    best, seeds = own[-1], len(results["seeds"])
+    said = (
+        f"{best['method']}: {metric} {shown(best[metric], metric)} {shown_interval(best['ci95'], metric)} after "
+        f"{best['steps']:,} steps, {f'mean over {seeds} seeds' if seeds > 1 else 'one seed'}."
+    )
+    cost = best["example_gradients"] * 1.001
+    others = [
+        row for row in rows if row not in own and row["example_gradients"] <= cost and row.get(metric) is not None
+    ]  # fmt: skip
+    if not others:
+        return said
+    rival = (max if maximise else min)(others, key=lambda row: row[metric])
+    difference, ci95 = rival["learned_minus_this_at_the_end"]
+    return (
+        f"{said} The best other one at no more cost is {rival['method']} with {shown(rival[metric], metric)}; learned "
+        f"less this: {shown_difference(difference, metric)} {shown_interval(ci95, metric)}."
+    )
 
 
 def seeds_text(results: dict[str, Any]) -> str:
@@ -156,7 +201,7 @@ def _cell(cell: dict[str, Any] | list[dict[str, Any]]) -> str:
     """A grid's cell in words; "varies" where seeds chose differently."""
     if isinstance(cell, list):
         return "varies"
-    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in cell.values())
+    return f"{cell['optimizer']} {cell['learning_rate']:g}, batch {cell['batch_size']}" if cell else ""
 
 
 def learned_text(facts: dict[str, Any]) -> str:
@@ -223,7 +268,8 @@ def contest_text(results: dict[str, Any]) -> str:
         f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
         f"them searched; {results['data']}"
     )
-    return "\n".join([about, "", *aligned([head, *body], left=(0,)), *_direction(results)])
+    lines = [about, "", *aligned([head, *body], left=(0,)), *_direction(results), ""]
+    return "\n".join([*lines, contest_conclusion(results)])
 
 
 def bars(values: list[float]) -> str:

@@ -69,7 +69,7 @@ def test_a_page_of_two_runs_holds_all_numbers_and_nothing_from_elsewhere(tmp_pat
     assert parsed.count["svg"] == text.count("<desc>") == parsed.count["details"] - 2  # two more hold all settings
     assert len(text) < 200_000
     assert not re.search(r"(src|href)=|url\(|@import|https?:", text)
-    assert "after 5 steps on a new task, accuracy is 85.00 % ± 1.00 (before: 10.00 %)" in text
+    assert "After 5 steps on a new task, accuracy is 85.00 % ± 1.00 (before: 10.00 %)" in text
     assert "reaches 70.00 %, at 40 times the cost" in text
     assert "<td>seed</td><td>0</td><td>3</td>" in text
     assert "&lt;b&gt;diverged &amp; gone&lt;/b&gt;" in text
