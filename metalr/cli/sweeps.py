@@ -13,16 +13,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from metalr.config import SweepConfig, TrainConfig
+from metalr.config import SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import differences
 from metalr.errors import ConfigError, MetalrError
 
 Config = Annotated[SweepConfig, tyro.conf.arg(name="")]
-OWN = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(SweepConfig)} | {
-    "--resume",
-    "--json",
-    "--help",
-}
+FIELDS = [field.name for field in dataclasses.fields(SweepConfig) if field.name != "slurm"]
+FIELDS += [f"slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)]
+OWN = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--resume", "--dry-run", "--json", "--help"}
 RANGE = re.compile(r"^([^.]+(?:\.\d+)?)\.\.(.+)$")
 
 
@@ -34,7 +32,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     for word in argv:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            if flag in OWN or flag in ("--no-json", "--no-overwrite"):
+            if flag in OWN or flag in ("--no-json", "--no-overwrite", "--no-dry-run"):
                 values = own
                 values.append(word)
                 continue
@@ -94,6 +92,7 @@ def sweep_command(argv: Sequence[str]) -> None:
         base: tyro.conf.Positional[Path | None] = None,
         config: Config = SweepConfig(),  # noqa: B008 - frozen
         resume: Path | None = None,
+        dry_run: bool = False,
         json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     ) -> None:
         """Run many settings, several at a time; choose the best on meta-validation tasks.
@@ -105,13 +104,14 @@ def sweep_command(argv: Sequence[str]) -> None:
         Args:
           base: what all runs share: a run folder, a config file, or a document of experiments/.
           resume: the folder of a sweep that was stopped or killed: go on with that one.
+          dry_run: print which runs there would be (and the script of a job of Slurm); run nothing.
           json_: print the results as JSON instead of a table.
         """
         from metalr.report import tables
         from metalr.runs import sweeping
 
         if resume is not None:
-            if swept or base is not None:
+            if swept or base is not None or dry_run:
                 raise ConfigError(f"resume: expected no settings beside it ({resume} has its own), got some")
             workers = config.workers if config.workers != SweepConfig().workers else None
             results = sweeping.resume(resume, workers=workers)
@@ -124,7 +124,11 @@ def sweep_command(argv: Sequence[str]) -> None:
             once = {name: axis[0] for name, axis in axes.items() if isinstance(axis, list) and len(axis) == 1}
             several = {name: axis for name, axis in axes.items() if name not in once}
             start = sweeping.changed(start, once)
-            results = sweeping.run(sweeping.Sweep(start, several, tuple(seeds)), config)
+            wanted = sweeping.Sweep(start, several, tuple(seeds))
+            if dry_run:
+                print(sweeping.plan(wanted, config))
+                return
+            results = sweeping.run(wanted, config)
         print(json.dumps(results, indent=1) if json_ else tables.sweep_text(results))
         if results["best"] is None:
             raise MetalrError(f"all runs failed; see {results['folder']}/logs")

@@ -342,6 +342,28 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SlurmConfig:
+    """What each job of a Slurm cluster asks for; None leaves it to the cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    minutes: int = 60
+    """Longest time of a job. One that needs more saves, and is submitted again (`attempts`)."""
+    gpus: int | None = None
+    """GPUs of a job."""
+    cores: int | None = None
+    """CPU cores of a job."""
+    memory: str | None = None
+    """Memory of a job, such as 16GB."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before each run, such as "module load cuda"."""
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    """slurm; local and debug are submitit's stand-ins on this machine, to try it out."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """How the runs of a sweep are chosen and carried out; which settings are swept is said beside it."""
 
@@ -354,6 +376,9 @@ class SweepConfig:
     """Runs at a time, each in a process of its own with its share of the cores."""
     devices: tuple[str, ...] = ()
     """What CUDA_VISIBLE_DEVICES is for the workers, dealt out in turn (0 1 2 3); none: as it is."""
+    launcher: Literal["local", "slurm"] = "local"
+    """local: processes on this machine; slurm: a job for each run, through submitit (pip install 'metalr[slurm]')."""
+    slurm: SlurmConfig = SlurmConfig()
     timeout: float | None = None
     """Seconds after which a run is stopped, saved, and counted as failed."""
     attempts: int = 3

@@ -10,16 +10,13 @@ process starts no JAX backend: the devices are the workers'.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,11 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalr.config import SweepConfig, TrainConfig
+from metalr.config import SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import check_literals, from_json, read_settings, with_settings
 from metalr.errors import ConfigError, check_choices, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
+from metalr.runs import launchers
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter, duration
 from metalr.runs.provenance import command, provenance
@@ -41,7 +39,6 @@ from metalr.storage import folders
 ENDED, RUNS, LOGS, BEST = "sweep.jsonl", "runs", "logs", "best.json"
 FILES = {"config.json", ENDED, RUNS, LOGS, BEST, "results.json", *folders.OWN}
 JOB = Job("sweep", frozenset(FILES))
-TRAIN = (sys.executable, "-m", "metalr.cli", "train")
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0  # between asking a run to save and stop, and killing it
 STOPPED = 75  # exit code of a run that saved and stopped, see cli
@@ -170,6 +167,14 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
         raise ConfigError(f"trials: expected {expected}, got {config.trials}")
     if config.sampler == "tpe":
         import_optuna()
+    if config.launcher == "slurm":
+        launchers.import_submitit()
+        if config.devices:
+            raise ConfigError(
+                f"devices: expected none with --launcher slurm, which has --slurm.gpus, got {config.devices}"
+            )
+    elif config.slurm != SlurmConfig():
+        raise ConfigError(f"slurm: expected nothing of it without --launcher slurm, got {config.slurm}")
     for name, axis in sweep.axes.items():
         if isinstance(axis, Range):
             if config.sampler == "grid":
@@ -248,7 +253,7 @@ class _Worker(NamedTuple):
 
     trial: Trial
     slot: int
-    process: subprocess.Popen[bytes]
+    process: launchers.Process
     began: float
 
 
@@ -277,7 +282,7 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
             rows.append((trial, row))
             advance(1, f"{trial.name}: {_words(row)}")
 
-        for trial, row in _run_all(trials, config, folder, ended, between):
+        for trial, row in _run_all(trials, config, folder, ended, between, reporter.line):
             if trial.name not in ended:
                 ended[trial.name] = row
                 folders.append_rows(folder / ENDED, [row])
@@ -285,8 +290,24 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
     return _finish(sweep, config, folder, rows, time.perf_counter() - began)
 
 
+def _wait_for_others(out: Path, between: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Wait while a run of a sweep that was killed goes on by itself."""
+    holder = folders.holder(out)
+    if holder is not None:
+        who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        say(f"waits for {out.name}, which {who} still carries out; if that is gone, delete {out / folders.LOCK}")
+    while folders.holder(out) is not None:
+        between()
+        time.sleep(POLL_SECONDS)
+
+
 def _run_all(
-    trials: Iterator[Trial], config: SweepConfig, folder: Path, ended: dict[str, Any], between: Callable[[], None]
+    trials: Iterator[Trial],
+    config: SweepConfig,
+    folder: Path,
+    ended: dict[str, Any],
+    between: Callable[[], None],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
     """Each trial and the row that says how it ended, as they end; at most config.workers at a time."""
     free, running = list(range(config.workers)), list[_Worker]()
@@ -305,9 +326,7 @@ def _run_all(
                         break
                     trial = found
                 out = folder / RUNS / trial.name
-                while folders.holder(out) is not None:  # a run of a sweep that was killed goes on by itself
-                    between()
-                    time.sleep(POLL_SECONDS)
+                _wait_for_others(out, between, say)
                 if trial.name in ended:
                     yield trial, ended[trial.name]
                 elif (out / "results.json").is_file():  # finished as the sweep was killed
@@ -325,6 +344,8 @@ def _run_all(
                     continue
                 running.remove(worker)
                 free.append(worker.slot)
+                if config.launcher == "slurm":  # its job is over: a lock that it left on another machine holds nothing
+                    (folder / RUNS / worker.trial.name / folders.LOCK).unlink(missing_ok=True)
                 count = tries[worker.trial.name]
                 if _killed(worker) and not late and count < config.attempts:
                     waiting.append(worker.trial)
@@ -343,19 +364,7 @@ def _start(trial: Trial, slot: int, config: SweepConfig, folder: Path) -> _Worke
     given = (
         ["--resume", str(out)] if (out / "config.json").is_file() else ["--config", str(settings), "--out", str(out)]
     )
-    environment = dict(os.environ)
-    if config.devices:
-        environment["CUDA_VISIBLE_DEVICES"] = config.devices[slot % len(config.devices)]
-    with (folder / LOGS / f"{trial.name}.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [*TRAIN, *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-            start_new_session=True,  # a Ctrl-C is this process's, which asks them to stop
-        )  # fmt: skip
-    if hasattr(os, "sched_setaffinity") and config.workers > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        share = cores[slot % len(cores) :: config.workers] or cores
-        with contextlib.suppress(OSError):  # gone already
-            os.sched_setaffinity(process.pid, share)
+    process = launchers.start(given, folder / LOGS / f"{trial.name}.txt", slot, config)
     return _Worker(trial, slot, process, time.perf_counter())
 
 
@@ -461,6 +470,22 @@ def _finish(
         page.write(folder / folders.REPORT, finished[:SHOWN])
     folders.write_json(folder / "results.json", results)
     return results | {"folder": str(folder)}
+
+
+def plan(sweep: Sweep, config: SweepConfig) -> str:
+    """What a sweep would do, in words: its runs (of tpe those of the first combination), and the script of a job.
+
+    Raises ConfigError as `run`. Writes nothing.
+    """
+    _check(sweep, config)
+    points = itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)
+    names = [Trial(0, point, seed, sweep.config(point, seed)).name for point in points for seed in sweep.seeds]
+    total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
+    lines = [*names, f"{total} runs, {config.workers} at a time"]
+    if config.launcher == "slurm":
+        folder = (config.out or Path("runs") / "sweep") / LOGS / "slurm"
+        lines += ["", launchers.script(config.slurm, folder)]
+    return "\n".join(lines)
 
 
 def base_of(path: Path) -> TrainConfig:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from metalr import report
-from metalr.config import OuterConfig, SweepConfig, TrainConfig
+from metalr.config import OuterConfig, SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import read_settings
 from metalr.errors import ConfigError, StoppedError
 from metalr.report import runs as listed
-from metalr.runs import sweeping
+from metalr.runs import launchers, sweeping
 from metalr.runs.progress import ConsoleReporter
 from metalr.runs.sweeping import Range, Sweep
 
@@ -55,7 +55,7 @@ def stand_in(tmp_path, monkeypatch):
     """Runs end at once. Gives `starts()`: the starts so far."""
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(sweeping, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(launchers, "TRAIN", (sys.executable, str(script)))
     monkeypatch.setattr(sweeping, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(sweeping.page, "write", lambda path, targets: path.write_text(""))
     monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
@@ -233,3 +233,34 @@ def test_a_document_of_experiments_is_a_base(tmp_path):
     document.write_text("x = 1\n")
     with pytest.raises(ConfigError, match="expected a document with CONFIG = "):
         sweeping.base_of(document)
+
+
+def test_runs_go_as_jobs_through_submitit(stand_in, tmp_path):
+    """submitit's executor for this machine in place of Slurm's: the same path but for sbatch."""
+    sweep = Sweep(BASE, {"outer.meta_batch": [1, 2, 3]})
+    slurm = SlurmConfig(cluster="local", minutes=2)
+    config = SweepConfig(launcher="slurm", slurm=slurm, workers=3, out=tmp_path / "s")
+    results = sweeping.run(sweep, config, reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [0, 0, 1]
+    assert "expected another number" in next(iter(results["failed"].values()))
+    killed = [line.split()[1] for line in stand_in() if line.startswith("meta_batch=2")]
+    assert killed == ["begin", "resume"]
+
+
+def test_the_script_of_a_job(tmp_path):
+    slurm = SlurmConfig(
+        partition="gpu", account="lab", minutes=90, gpus=2, cores=8, memory="16GB", setup=("module load cuda",)
+    )
+    config = SweepConfig(launcher="slurm", slurm=slurm, workers=4, out=tmp_path / "s")
+    text = sweeping.plan(Sweep(BASE, {"outer.init_rate": [0.1, 0.2]}, (0, 1)), config)
+    for line in (
+        "--partition=gpu", "--account=lab", "--time=90", "--gpus-per-node=2", "--cpus-per-task=8", "--mem=16GB"
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in text
+    assert "\nmodule load cuda\n" in text
+    assert "4 runs, 4 at a time" in text
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ConfigError, match="slurm: expected nothing of it without --launcher slurm"):
+        sweeping.plan(Sweep(BASE, {}, (0, 1)), dataclasses.replace(config, launcher="local"))
+    with pytest.raises(ConfigError, match="expected a machine with Slurm's commands"):
+        launchers.executor(tmp_path / "x", slurm)
