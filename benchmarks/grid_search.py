@@ -42,6 +42,7 @@ from metalr.config import (
     TaskConfig,
     TrainConfig,
 )
+from metalr.config.files import differences, read_config
 from metalr.runs import comparing
 
 ROOT = Path("runs") / "grid_search"
@@ -196,9 +197,13 @@ def small(case: Case) -> Case:
 
 
 def trained(name: str, train: TrainConfig, root: Path, network: models.Model | None) -> Path:
-    """The run folder of `train`; a finished one is kept, a stopped one goes on."""
+    """The run folder of `train`; a finished one of the same settings is kept, a stopped one goes on."""
     out = root / folder_name(name) / f"seed{train.seed}"
-    if not (out / "results.json").is_file():
+    if (out / "results.json").is_file():
+        changed = differences(dataclasses.replace(train, out=None), read_config(out)).keys() - {"out", "init"}
+        if changed:
+            raise SystemExit(f"{out}: expected the settings of the case, found others: {sorted(changed)}; remove it")
+    else:
         if (out / "config.json").is_file():
             runs.resume(out, dataclasses.replace(train, out=out), model=network)
         else:

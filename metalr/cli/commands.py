@@ -528,6 +528,8 @@ def runs_rm(targets: tyro.conf.Positional[tuple[Path, ...]], yes: bool = False) 
     found = [listed.read(folder) for folder in dict.fromkeys(folder.resolve() for folder in targets)]
     for run in found:
         folders.refuse_if_locked(run.folder)
+        for inside in (run.folder / "runs").glob("*") if run.kind == "sweep" else ():
+            folders.refuse_if_locked(inside)
         extra = listed.not_its_own(run)
         if extra:
             raise ConfigError(f"{run.folder}: expected a run's files only, found {extra}; move them away")

@@ -7,9 +7,10 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -21,6 +22,7 @@ Config = Annotated[SweepConfig, tyro.conf.arg(name="")]
 FIELDS = [field.name for field in dataclasses.fields(SweepConfig) if field.name != "slurm"]
 FIELDS += [f"slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)]
 OWN = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--resume", "--dry-run", "--json", "--help"}
+BESIDE_RESUME = {"--resume", "--workers", "--json"}
 RANGE = re.compile(r"^([^.]+(?:\.\d+)?)\.\.(.+)$")
 
 
@@ -53,19 +55,32 @@ def axis_of(flag: str, values: Sequence[str], base: TrainConfig) -> tuple[str, A
 
     name = flag.removeprefix("--").replace("-", "_")
     name = f"table.{name.removeprefix('data.')}" if name.startswith("data.") else name
+    kinds = _kinds(name)
+    if not values and bool in kinds:
+        values = ["True"]  # as --grid.run alone
     if not values:
         raise ConfigError(f"{flag}: expected one or more values, got none")
-    if len(values) == 1 and (found := RANGE.match(values[0])):
-        low, high = (_value(flag, name, value, base) for value in found.groups())
-        if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)):
-            raise ConfigError(f"{flag}: expected a range of numbers, got {values[0]!r}")
-        return name, Range(low, high)
-    return name, [_value(flag, name, value, base) for value in values]
+    if len(values) == 1 and {int, float} & kinds and (found := RANGE.match(values[0])):
+        return name, Range(*(_value(flag, name, value, base, kinds) for value in found.groups()))
+    return name, [_value(flag, name, value, base, kinds) for value in values]
 
 
-def _value(flag: str, name: str, text: str, base: TrainConfig) -> Any:
+def _kinds(name: str) -> set[Any]:
+    """The types that a setting may have; empty for one that there is not."""
+    kind: Any = TrainConfig
+    for part in name.split("."):
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        kind = hints.get(part)
+    return {get_origin(one) or one for one in (kind, *get_args(kind)) if one is not None}
+
+
+def _value(flag: str, name: str, text: str, base: TrainConfig, kinds: set[Any]) -> Any:
     """What `metalr train FLAG TEXT` makes of it. Raises ConfigError, with the parser's own words."""
-    words, said = text.split(), io.StringIO()
+    if bool in kinds:
+        if text not in ("True", "False"):
+            raise ConfigError(f"{flag}: expected True or False, got {text!r}")
+        return text == "True"
+    words, said = shlex.split(text) if tuple in kinds else [text], io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             made = tyro.cli(TrainConfig, default=base, args=[flag, *words], prog="metalr sweep", console_outputs=True)
@@ -111,10 +126,14 @@ def sweep_command(argv: Sequence[str]) -> None:
         from metalr.runs import sweeping
 
         if resume is not None:
-            if swept or base is not None or dry_run:
-                raise ConfigError(f"resume: expected no settings beside it ({resume} has its own), got some")
-            workers = config.workers if config.workers != SweepConfig().workers else None
-            results = sweeping.resume(resume, workers=workers)
+            given = sorted({word.partition("=")[0] for word in own if word.startswith("--")} - BESIDE_RESUME)
+            given += [*swept, *([] if base is None else [str(base)])]
+            if given:
+                raise ConfigError(
+                    f"resume: expected --workers alone beside it ({resume} has its own settings), got {given}"
+                )
+            workers = any(word.partition("=")[0] == "--workers" for word in own)
+            results = sweeping.resume(resume, workers=config.workers if workers else None)
         else:
             start = TrainConfig() if base is None else sweeping.base_of(base)
             axes = dict(axis_of(flag, values, start) for flag, values in swept.items())
@@ -130,7 +149,7 @@ def sweep_command(argv: Sequence[str]) -> None:
                 return
             results = sweeping.run(wanted, config)
         print(json.dumps(results, indent=1) if json_ else tables.sweep_text(results))
-        if results["best"] is None:
+        if results["best"] is None and not results["unranked"]:
             raise MetalrError(f"all runs failed; see {results['folder']}/logs")
 
     import jax

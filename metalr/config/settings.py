@@ -382,7 +382,7 @@ class SweepConfig:
     timeout: float | None = None
     """Seconds after which a run is stopped, saved, and counted as failed."""
     attempts: int = 3
-    """How often a run that was killed is taken up again before it counts as failed."""
+    """How often a run is begun or taken up again, if it is killed, before it counts as failed."""
     sampler_seed: int = 0
     """Seed of what random and tpe draw."""
     out: Path | None = None

@@ -284,7 +284,8 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
             return value
         own = f"horizon_power:{name}"
         power = rates[own if own in rates else f"horizon_power:{layer_name(name)}"]
-        return value * longer ** -power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
+        value = value * longer ** -power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
+        return value if spec.lowest is None and spec.highest is None else jnp.clip(value, *spec.range)
 
     return Rates(
         {name: at(of_length(name, value)) if kind_of(name) == "rate" else value for name, value in rates.items()}

@@ -25,6 +25,7 @@ from metalr.learner.learner import FEW_IMAGES_A_CLASS
 from metalr.storage import folders
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+CARD_HEAD = "library_name: metalr"
 FILES = {
     "adapt.stablehlo",
     "apply.stablehlo",
@@ -101,11 +102,11 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
     """
     card = (source / CARD).read_text()
     kind = "image-classification" if learned.classifies_images else "tabular-" + (
-        "classification" if learned.objective.targets == "classes" else "regression"
+        "regression" if learned.objective.targets == "numbers" else "classification"
     )  # fmt: skip
     head = [
         "---",
-        "library_name: metalr",
+        CARD_HEAD,
         f"pipeline_tag: {kind}",
         "tags:",
         "- meta-learning",
@@ -145,19 +146,32 @@ def export(run: Path, to: str, out: Path, support: int | None = None, steps: int
     if to != "stablehlo" and (support, steps) != (None, None):
         raise ConfigError(f"support, steps: expected none with {to}, got {support}, {steps}")
     learned, source = load(run), folder_of(run)
-    if out.exists() and {path.name for path in out.iterdir()} - FILES:
-        raise ConfigError(f"out: {out}: expected a new folder or an export, found other files")
-    folders.make(out, parents=True)
-    if to == "torch":
-        torch(learned, source, out)
-    elif to == "hub-folder":
-        hub_folder(learned, source, out)
-    else:
-        own = support_of(learned) if support is None else support
-        if own is None:
-            raise ConfigError(f"support: expected how many examples a support set has, which {run} does not say")
-        stablehlo(learned, source, out, own, learned.spec.steps if steps is None else steps)
+    if out.exists() and any(out.iterdir()) and not is_export(out):
+        raise ConfigError(f"out: {out}: expected a new folder or an export to replace, found other files")
+    own = support_of(learned) if support is None else support
+    if to == "stablehlo" and own is None:
+        raise ConfigError(f"support: expected how many examples a support set has, which {run} does not say")
+
+    def fill(folder: Path) -> None:
+        if to == "torch":
+            torch(learned, source, folder)
+        elif to == "hub-folder":
+            hub_folder(learned, source, folder)
+        else:
+            assert own is not None
+            stablehlo(learned, source, folder, own, learned.spec.steps if steps is None else steps)
+
+    folders.make(out.parent, parents=True)
+    folders.build_folder(out, fill)
     return out
+
+
+def is_export(out: Path) -> bool:
+    """Whether a folder holds an export and nothing else: one may be replaced."""
+    names = {path.name for path in out.iterdir()}
+    card = out / "README.md"
+    of_hub = card.is_file() and CARD_HEAD in card.read_text(errors="replace")
+    return names <= FILES and ("export.json" in names or of_hub)
 
 
 def _init(learned: Learner) -> dict[str, np.ndarray]:

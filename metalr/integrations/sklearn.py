@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -115,6 +116,11 @@ class _MetaEstimator(BaseEstimator):
             if found.model.input_shape != X.shape[1:]:
                 shape = found.model.input_shape
                 raise DataError(f"X: expected rows of shape {shape}, as in {self.learned}, got {X.shape[1:]}")
+            ways = found.model.way if found.model.of_way is None else None
+            if self._objective == "cross_entropy" and ways is not None and outputs > ways:
+                raise ConfigError(
+                    f"y: expected at most {ways} classes, as {self.learned} was learned for, got {outputs}"
+                )
             return found
         model = models.mlp(outputs, X.shape[1:], widths=tuple(self.hidden))
         spec = RatesSpec("shared", steps=PLAIN_STEPS, initial=PLAIN_RATE, base="adam", head=model.head)
@@ -137,18 +143,35 @@ class _MetaEstimator(BaseEstimator):
             params = jax.tree.map(lambda v: np.asarray(v, np.float64), self.params_)
             return np.asarray(self.learner_.apply(params, X.astype(np.float64)))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a fitted estimator to a folder, as safetensors and JSON: nothing is pickled. `load` reads it.
 
         One that was made from `learned` keeps a copy of that artifact.
+
+        Raises ConfigError for a folder that is not empty (overwrite replaces an estimator that was saved there).
         """
         check_is_fitted(self)
-        folders.make(path := Path(path), parents=True)
-        learners.save(path / "artifact", self.learner_)
-        self.learner_.save_params(path / PARAMS, self.params_)
-        facts = {"estimator": type(self).__name__, "n_features_in_": self.n_features_in_, "n_iter_": self.n_iter_}
-        settings = {"steps": self.steps, "hidden": list(self.hidden)}
-        folders.write_json(path / FACTS, {**facts, "settings": settings, **self._more()})
+        path = Path(path)
+        if path.exists() and any(path.iterdir()) and not (overwrite and (path / FACTS).is_file()):
+            raise ConfigError(
+                f"path: {path}: expected a new folder, or an estimator's and overwrite=True, found other files"
+            )
+        settings = {
+            "learned": None if self.learned is None else str(self.learned),
+            "steps": None if self.steps is None else int(self.steps),
+            "hidden": [int(width) for width in self.hidden],
+            "random_state": int(self.random_state) if isinstance(self.random_state, numbers.Integral) else None,
+        }
+        facts = {"estimator": type(self).__name__, "n_features_in_": self.n_features_in_, "n_iter_": int(self.n_iter_)}
+        content = json.dumps({**facts, "settings": settings, **self._more()}, indent=1).encode()
+
+        def fill(folder: Path) -> None:
+            learners.save(folder / "artifact", self.learner_)
+            self.learner_.save_params(folder / PARAMS, self.params_)
+            folders.write_file(folder / FACTS, content)
+
+        folders.make(path.parent, parents=True)
+        folders.build_folder(path, fill)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -161,7 +184,9 @@ class _MetaEstimator(BaseEstimator):
             raise ConfigError(f"{path}: expected a folder that save() wrote, found none") from error
         if facts["estimator"] != cls.__name__:
             raise ConfigError(f"{path}: expected a {cls.__name__}, found a {facts['estimator']}")
-        made = cls(str(path / "artifact"), steps=settings["steps"], hidden=tuple(settings["hidden"]))
+        if settings["learned"] is not None:
+            settings["learned"] = str(path / "artifact")  # the copy, wherever the first one is now
+        made = cls(**settings | {"hidden": tuple(settings["hidden"])})
         made.learner_ = learners.load(path / "artifact")
         made.params_ = jax.tree.map(np.asarray, made.learner_.load_params(path / PARAMS))
         made.n_features_in_, made.n_iter_ = facts["n_features_in_"], facts["n_iter_"]
@@ -197,7 +222,8 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     """A small network for the rows of one task, fine-tuned from a learned init with learned rates.
 
     Parameters:
-      learned: a run or artifact folder of classes (`metalr train`, `metalr.meta_train` or `from_tasks`). None: nothing
+      learned: a run or artifact folder of rows and classes (`from_tasks`, `metalr.meta_train`, or `metalr train` with a
+        table). None: nothing
         was learned; a random init and Adam with 0.01, an ordinary network.
       steps: inner steps; default: as many as were trained (None learned: 200).
       hidden: hidden layers where nothing was learned.

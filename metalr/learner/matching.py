@@ -223,11 +223,12 @@ def rates_for(
         if not HYPERPARAMETERS[kind].of_layers:
             found[f"{kind}:all"] = rates[f"{kind}:all"]
             continue
-        known = {name: float(value) for name, value in rates.items() if hyperparameters.kind_of(name) == kind}
+        known = {name: np.asarray(value) for name, value in rates.items() if hyperparameters.kind_of(name) == kind}
         for name, of in matching.sources.items():
             layer = hyperparameters.layer_name(name)
             own = [known[key] for source in of if (key := f"{kind}:{_layer(spec, source)}") in known]
-            found.setdefault(f"{kind}:{layer}", jnp.float32(np.mean(own or list(known.values()))))
+            mean = np.mean(own or list(known.values()), axis=0)  # its time axis, if it has one, stays
+            found.setdefault(f"{kind}:{layer}", jnp.asarray(mean, jnp.float32))
     return dataclasses.replace(spec, granularity=granularity, adapts="all"), Rates(found)
 
 

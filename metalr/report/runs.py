@@ -21,8 +21,8 @@ KINDS = {
 }  # a file that only this kind has
 SKIPPED = {"artifact", "checkpoints"}
 FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
-SWEPT = {"runs", "logs", "best.json"}  # what a sweep has besides
-WRITTEN = SKIPPED | FILES | set(KINDS) | SWEPT | folders.OWN
+SWEPT = {"runs", "logs", "best.json", "drawn.jsonl"}  # what a sweep has besides
+WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
 Settings = dict[str, Any]  # dotted name -> value
 
 
@@ -111,7 +111,8 @@ def _unnumbered(name: str) -> str:
 def not_its_own(run: Run) -> list[str]:
     """Names in a run's folder that no run, search or comparison writes."""
     cut_off = {path.name for path in folders.leftovers(run.folder)}
-    return sorted(path.name for path in run.folder.iterdir() if path.name not in WRITTEN | cut_off)
+    own = WRITTEN | cut_off | (SWEPT if run.kind == "sweep" else set())
+    return sorted(path.name for path in run.folder.iterdir() if path.name not in own)
 
 
 def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | None, int | None]:

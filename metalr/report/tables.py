@@ -99,14 +99,16 @@ def contest_conclusion(results: dict[str, Any]) -> str:
         f"{best['method']}: {metric} {shown(best[metric], metric)} {shown_interval(best['ci95'], metric)} after "
         f"{best['steps']:,} steps, {f'mean over {seeds} seeds' if seeds > 1 else 'one seed'}."
     )
-    cost = best["example_gradients"] * 1.001
+    cost, above = best["example_gradients"] * 1.001, "learned_minus_this_at_the_end"  # on the very tasks of the other
     others = [
-        row for row in rows if row not in own and row["example_gradients"] <= cost and row.get(metric) is not None
-    ]  # fmt: skip
+        row
+        for row in rows
+        if row not in own and row["example_gradients"] <= cost and (row.get(above) or [None])[0] is not None
+    ]
     if not others:
         return said
-    rival = (max if maximise else min)(others, key=lambda row: row[metric])
-    difference, ci95 = rival["learned_minus_this_at_the_end"]
+    rival = (min if maximise else max)(others, key=lambda row: row[above][0])
+    difference, ci95 = rival[above]
     return (
         f"{said} The best other one at no more cost is {rival['method']} with {shown(rival[metric], metric)}; learned "
         f"less this: {shown_difference(difference, metric)} {shown_interval(ci95, metric)}."
@@ -145,22 +147,28 @@ def sweep_text(results: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["point"]))
     metric = next((row["metric"] for row in rows if "metric" in row), "accuracy")
     head = (*names, "seeds", f"validation {metric}", "95 % CI", f"test {metric}", "95 % CI", "seconds")
-    ranked = sorted(rows, key=lambda r: -r["sign"] * r["validation"] if "validation" in r else np.inf)
+    ranked = rows if results["unranked"] else sorted(
+        rows, key=lambda r: -r["sign"] * r["validation"] if "validation" in r else np.inf
+    )  # fmt: skip
     body = []
     for row in ranked:
         cells = [_plain(row["point"].get(name)) for name in names]
         done = len(row["seeds"]) - row["failed"]
         cells.append(f"{done}" if not row["failed"] else f"{done}, {row['failed']} failed")
+        own = row.get("metric", metric)
         for part in ("validation", "test"):
             ci95 = row.get(f"{part}_ci95_over_seeds")
-            cells += (
-                [shown(row[part], metric), "" if ci95 is None else shown_interval(ci95, metric)] if done else ["", ""]
-            )
+            cells += [shown(row[part], own), "" if ci95 is None else shown_interval(ci95, own)] if done else ["", ""]
         body.append((*cells, f"{row['seconds']:.0f}" if done else ""))
     lines = [*aligned([head, *body], left=tuple(range(len(names)))), ""]
     if any(row.get("validation_ci95_over_seeds") is not None for row in rows):
         lines.append("intervals are over seeds of meta-training")
     lines += [f"{name} failed: {error}" for name, error in results["failed"].items()]
+    if results["unranked"]:
+        lines += [
+            f"no best one: {', '.join(results['unranked'])} change what a score means",
+            f"report {results['folder']}/report.html",
+        ]
     if results["best"] is not None:
         folder = results["folder"]
         setting = ", ".join(f"{name} {_plain(value)}" for name, value in results["best"]["point"].items()) or "the base"

@@ -80,19 +80,22 @@ def run(
       runs: run folders; scores are averaged over them.
       pretrained: run folders of a jointly pre-trained init of the same network (--inner.algorithm joint), which differ
         in their seed only.
-      choosing: run folders of other settings that were tried, on meta-validation tasks, before these were chosen. What
-        they cost is charged to the break-even count, which is given with and without it.
+      choosing: folders of runs, or of whole sweeps, that were tried on meta-validation tasks before these settings were
+        chosen. What they cost is charged to the break-even count, which is given with and without it; the runs compared
+        are not charged twice.
       model, given, objective: the network, the tasks and the objective of your own that the runs are of, if they are.
 
     Raises:
       MetalrError: runs that do not fit together, a setting that cannot work, a signal, or the disk refuses.
     """
 
+    tried = _tried(choosing, [*runs, *pretrained])
+
     def make() -> _Parts:
-        return _set_up(runs, config, pretrained, choosing, Own(model, given, objective))
+        return _set_up(runs, config, pretrained, tried, Own(model, given, objective))
 
     def record(folder: Path) -> dict[str, Any]:
-        of = {"runs": runs, "pretrained": pretrained, "choosing": choosing}
+        of = {"runs": runs, "pretrained": pretrained, "choosing": tried}
         places = {name: [_record(path, folder) for path in paths] for name, paths in of.items()}
         return places | {"config": config.to_json()}
 
@@ -250,6 +253,21 @@ def _results(path: Path, setting: str) -> dict[str, Any]:
         return json.loads((path / "results.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {path}: expected a finished run: {one_line(error)}") from error
+
+
+def _tried(choosing: Sequence[Path], compared: Sequence[Path]) -> list[Path]:
+    """The runs that settings were chosen between, each once, without those compared, which are charged already."""
+    every = [
+        path
+        for given in choosing
+        for path in (
+            sorted(file.parent for file in (given / "runs").glob("*/results.json"))
+            if (given / "sweep.jsonl").is_file()
+            else [given]
+        )
+    ]
+    own = {path.resolve() for path in compared}
+    return [*{path.resolve(): path for path in every if path.resolve() not in own}.values()]
 
 
 def _paid(results: dict[str, Any]) -> float:

@@ -191,6 +191,11 @@ def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:
             "inner.horizons: expected numbers of inner steps of at least 1, an algorithm that takes inner steps, and "
             f"outer.multi_step 0; got {config.inner.horizons}, {config.inner.algorithm}, {row.multi_step}"
         )
+    longest = max((config.inner.steps, *config.inner.horizons))
+    if config.inner.extend == "error" and longest > config.inner.steps:
+        raise ConfigError(
+            f"inner.horizons: expected at most inner.steps {config.inner.steps} with inner.extend error, got {longest}"
+        )
     if config.inner.horizon_power is not None and len(config.inner.horizons) < 2:
         raise ConfigError(
             "inner.horizon_power: expected None unless inner.horizons are two or more, from which it is learned, got "

@@ -1,10 +1,10 @@
 """`metalr sweep`: many runs of one setting, with some of its settings changed, several at a time.
 
-The folder holds config.json, runs/ (a run folder for each), logs/ (what each printed), sweep.jsonl (a line for each run
-that has ended), results.json and best.json (the settings that did best on meta-validation tasks, for
-`metalr train --config`). Each run is a `metalr train` in a process of its own, so that nothing of one can hurt another;
-what counts is in the run folders, so a sweep that was killed goes on with nothing lost and nothing doubled. This
-process starts no JAX backend: the devices are the workers'.
+The folder holds config.json, drawn.jsonl (a line for each combination, before it is run), runs/ (a run folder for each
+run), logs/ (what each printed), sweep.jsonl (a line for each run that has ended), results.json and best.json (the
+settings that did best on meta-validation tasks, for `metalr train --config`). Each run is a `metalr train` in a process
+of its own, so that nothing of one can hurt another; what counts is in the run folders, so a sweep that was killed goes
+on with nothing lost and nothing doubled. This process starts no JAX backend: the devices are the workers'.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 import signal
 import subprocess
@@ -36,13 +37,17 @@ from metalr.runs.provenance import command, provenance
 from metalr.search.searchers import import_optuna, trial_seed
 from metalr.storage import folders
 
-ENDED, RUNS, LOGS, BEST = "sweep.jsonl", "runs", "logs", "best.json"
-FILES = {"config.json", ENDED, RUNS, LOGS, BEST, "results.json", *folders.OWN}
+ENDED, DRAWN, RUNS, LOGS, BEST = "sweep.jsonl", "drawn.jsonl", "runs", "logs", "best.json"
+FILES = {"config.json", ENDED, DRAWN, RUNS, LOGS, BEST, "results.json", *folders.OWN}
 JOB = Job("sweep", frozenset(FILES))
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0  # between asking a run to save and stop, and killing it
 STOPPED = 75  # exit code of a run that saved and stopped, see cli
 SHOWN = 12  # runs in the report, the best first
+REDRAWS = 100  # how often a combination that was drawn before is drawn anew
+IN_USE = ": in use by the run with pid"  # in the words of a run that found another one in its folder
+# Settings that change which validation tasks there are, or what is measured on them: such runs cannot be ranked.
+UNRANKED = ("objective", "data", "tasks", "table", "evaluation.seed", "evaluation.validation_episodes")
 
 Point = dict[str, Any]  # dotted name of a setting -> value
 
@@ -97,19 +102,20 @@ def changed(base: TrainConfig, point: Point) -> TrainConfig:
 
 
 class Trial(NamedTuple):
-    """One run of a sweep: its number, what it changes, and its seed."""
+    """One run of a sweep: its number, the name of its folder, what it changes, and its seed."""
 
     number: int
+    name: str
     point: Point
     seed: int
     config: TrainConfig
 
-    @property
-    def name(self) -> str:
-        """Of its folder: what it changes, its seed, and a hash of all its settings."""
-        parts = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in self.point.items()]
-        text = re.sub(r"[^\w.=,+-]+", "_", ",".join([*parts, f"seed={self.seed}"]))[:80]
-        return f"{text}-{hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
+
+def name_of(point: Point, seed: int, config: TrainConfig) -> str:
+    """Of a run's folder: what it changes, its seed, and a hash of all its settings."""
+    parts = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in point.items()]
+    text = re.sub(r"[^\w.=,+-]+", "_", ",".join([*parts, f"seed={seed}"]))[:80]
+    return f"{text}-{hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def run(sweep: Sweep, config: SweepConfig = SweepConfig(), *, reporter: Reporter | None = None) -> dict[str, Any]:  # noqa: B008
@@ -144,11 +150,12 @@ def resume(folder: Path, *, workers: int | None = None, reporter: Reporter | Non
         raise ConfigError(f"resume: {folder}: expected a sweep, found none: {one_line(error)}") from error
     JOB.refuse_finished(folder)
     config = config if workers is None else dataclasses.replace(config, workers=workers)
-    return JOB.go_on(
-        folder,
-        lambda: _check(sweep, config),
-        lambda _, folder: _carry_out(sweep, config, folder, reporter or ConsoleReporter()),
-    )
+
+    def carry_out(_: None, folder: Path) -> dict[str, Any]:
+        folders.write_json(folder / "config.json", {"sweep": sweep.to_json(), "config": config.to_json()})
+        return _carry_out(sweep, config, folder, reporter or ConsoleReporter())
+
+    return JOB.go_on(folder, lambda: _check(sweep, config), carry_out)
 
 
 def _check(sweep: Sweep, config: SweepConfig) -> None:
@@ -167,12 +174,22 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
         raise ConfigError(f"trials: expected {expected}, got {config.trials}")
     if config.sampler == "tpe":
         import_optuna()
+        if unranked := unranked_by(sweep):
+            raise ConfigError(
+                f"sampler: expected grid or random with {unranked}, which change what a score means, got tpe"
+            )
+    if len(config.devices) > config.workers:
+        raise ConfigError(
+            f"workers: expected at least {len(config.devices)}, as there are devices, got {config.workers}"
+        )
     if config.launcher == "slurm":
         launchers.import_submitit()
-        if config.devices:
-            raise ConfigError(
-                f"devices: expected none with --launcher slurm, which has --slurm.gpus, got {config.devices}"
-            )
+        for name in ("devices", "timeout"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"{name}: expected none with --launcher slurm, which has --slurm.gpus and --slurm.minutes, got "
+                    f"{getattr(config, name)}"
+                )
     elif config.slurm != SlurmConfig():
         raise ConfigError(f"slurm: expected nothing of it without --launcher slurm, got {config.slurm}")
     for name, axis in sweep.axes.items():
@@ -187,6 +204,11 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
             sweep.config({name: value}, sweep.seeds[0])
 
 
+def unranked_by(sweep: Sweep) -> list[str]:
+    """The swept settings that make scores on meta-validation tasks incomparable."""
+    return [name for name in sweep.axes if any(name == one or name.startswith(f"{one}.") for one in UNRANKED)]
+
+
 def _short(value: Any) -> str:
     if isinstance(value, Range):
         return f"{value.low:g}..{value.high:g}"
@@ -195,21 +217,35 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _points(sweep: Sweep, config: SweepConfig, told: Callable[[], list[tuple[Point, float]]]) -> Iterator[Point]:
-    """The combinations, in order. told: the scores on meta-validation tasks so far, which tpe goes by."""
+def _points(
+    sweep: Sweep, config: SweepConfig, told: Callable[[], list[tuple[Point, float]]], before: Sequence[Point] = ()
+) -> Iterator[Point]:
+    """The combinations after those drawn `before`, each once; fewer than asked for if there are no others.
+
+    told: the scores on meta-validation tasks so far, which tpe goes by.
+    """
     if config.sampler == "grid":
         values = [axis for axis in sweep.axes.values() if isinstance(axis, list)]
-        yield from (dict(zip(sweep.axes, one, strict=True)) for one in itertools.product(*values))
+        every = (dict(zip(sweep.axes, one, strict=True)) for one in itertools.product(*values))
+        yield from itertools.islice(every, len(before), None)
         return
-    for number in range(config.trials or 0):
-        yield (
-            _drawn(sweep.axes, number, config) if config.sampler == "random" else _asked(sweep, number, config, told())
-        )
+    seen = {json.dumps(point) for point in before}
+    for number in range(len(before), config.trials or 0):
+        for again in range(REDRAWS):
+            # TPE likes what it knows: where it asks for that once more, the next ones are at random.
+            asked = config.sampler == "tpe" and again == 0
+            point = _asked(sweep, number, config, told()) if asked else _drawn(sweep.axes, number, again, config)
+            if json.dumps(point) not in seen:
+                break
+        else:
+            return
+        seen.add(json.dumps(point))
+        yield point
 
 
-def _drawn(axes: dict[str, Axis], number: int, config: SweepConfig) -> Point:
-    """A combination at random; it depends on the seed and its number alone."""
-    draw = np.random.default_rng([config.sampler_seed, number])
+def _drawn(axes: dict[str, Axis], number: int, again: int, config: SweepConfig) -> Point:
+    """A combination at random; it depends on the seed, its number and how often it was drawn alone."""
+    draw = np.random.default_rng([config.sampler_seed, number, again])
 
     def one(axis: Axis) -> Any:
         if not isinstance(axis, Range):
@@ -248,6 +284,25 @@ def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[
     return {k: v if isinstance(sweep.axes[k], Range) else json.loads(v) for k, v in params.items()}
 
 
+def _trials(
+    sweep: Sweep, config: SweepConfig, file: Path, told: Callable[[], list[tuple[Point, float]]]
+) -> Iterator[Trial]:
+    """The runs: those drawn before the sweep was stopped, by the names they have, then new ones, written down first."""
+    numbers = itertools.count()
+
+    def of(row: dict[str, Any]) -> Iterator[Trial]:
+        for seed, name in zip(sweep.seeds, row["names"], strict=True):
+            yield Trial(next(numbers), name, row["point"], seed, sweep.config(row["point"], seed))
+
+    known = folders.read_rows(file)
+    for row in known:
+        yield from of(row)
+    for point in _points(sweep, config, told, [row["point"] for row in known]):
+        names = [name_of(point, seed, sweep.config(point, seed)) for seed in sweep.seeds]
+        folders.append_rows(file, [{"point": point, "names": names}])
+        yield from of({"point": point, "names": names})
+
+
 class _Worker(NamedTuple):
     """A run that goes on in a process of its own. slot: its share of cores and devices."""
 
@@ -262,19 +317,15 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
     for name in (RUNS, LOGS):
         folders.make(folder / name)
     ended = {row["name"]: row for row in folders.read_rows(folder / ENDED)}
-    total = len(sweep.seeds) * (config.trials or len(list(_points(sweep, config, list))))
+    combinations = config.trials or math.prod(len(list(axis)) for axis in sweep.axes.values())
+    total = len(sweep.seeds) * combinations
     rows: list[tuple[Trial, dict[str, Any]]] = []
 
     def told() -> list[tuple[Point, float]]:
         whole = [row for row in _rows_of(rows) if not row["failed"] and len(row["seeds"]) == len(sweep.seeds)]
         return [(row["point"], row["sign"] * row["validation"]) for row in whole]
 
-    numbers = itertools.count()
-    trials = (
-        Trial(next(numbers), point, seed, sweep.config(point, seed))
-        for point in _points(sweep, config, told)
-        for seed in sweep.seeds
-    )
+    trials = _trials(sweep, config, folder / DRAWN, told)
     text = f"stopped; runs were saved; go on with: metalr sweep --resume {folder}"
     with stoppable(text) as between, reporter.bar("runs", total, 0) as advance:
 
@@ -290,17 +341,6 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
     return _finish(sweep, config, folder, rows, time.perf_counter() - began)
 
 
-def _wait_for_others(out: Path, between: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Wait while a run of a sweep that was killed goes on by itself."""
-    holder = folders.holder(out)
-    if holder is not None:
-        who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        say(f"waits for {out.name}, which {who} still carries out; if that is gone, delete {out / folders.LOCK}")
-    while folders.holder(out) is not None:
-        between()
-        time.sleep(POLL_SECONDS)
-
-
 def _run_all(
     trials: Iterator[Trial],
     config: SweepConfig,
@@ -309,33 +349,45 @@ def _run_all(
     between: Callable[[], None],
     say: Callable[[str], None],
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Each trial and the row that says how it ended, as they end; at most config.workers at a time."""
+    """Each trial and the row that says how it ended, as they end; at most config.workers at a time.
+
+    A run that goes on by itself, because its sweep was killed, takes the place of a worker until it is over.
+    """
     free, running = list(range(config.workers)), list[_Worker]()
     waiting: collections.deque[Trial] = collections.deque()  # to be taken up again
-    tries: dict[str, int] = {}
+    elsewhere: list[Trial] = []
+    tries: collections.Counter[str] = collections.Counter()
     more = True
+
+    def wait_for(trial: Trial) -> None:
+        holder = folders.holder(folder / RUNS / trial.name) or {}
+        who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        lock = folder / RUNS / trial.name / folders.LOCK
+        say(f"waits for {trial.name}, which {who} still carries out; if that is gone, delete {lock}")
+        elsewhere.append(trial)
+
     try:
-        while more or waiting or running:
-            while free and (waiting or more):
-                if waiting:
-                    trial = waiting.popleft()
-                else:
-                    found = next(trials, None)
-                    if found is None:
-                        more = False
-                        break
-                    trial = found
-                out = folder / RUNS / trial.name
-                _wait_for_others(out, between, say)
-                if trial.name in ended:
-                    yield trial, ended[trial.name]
+        while more or waiting or running or elsewhere:
+            for trial in [one for one in elsewhere if folders.holder(folder / RUNS / one.name) is None]:
+                elsewhere.remove(trial)
+                waiting.append(trial)
+            while len(running) + len(elsewhere) < config.workers and (waiting or more):
+                found = waiting.popleft() if waiting else next(trials, None)
+                if found is None:
+                    more = False
+                    break
+                out = folder / RUNS / found.name
+                if found.name in ended:
+                    yield found, ended[found.name]
+                elif folders.holder(out) is not None:
+                    wait_for(found)
                 elif (out / "results.json").is_file():  # finished as the sweep was killed
-                    yield trial, _row(trial, folder, "", tries.get(trial.name, 1))
+                    yield found, _row(found, folder, "", tries[found.name])
                 else:
-                    running.append(_start(trial, free.pop(0), config, folder))
-                    tries[trial.name] = tries.get(trial.name, 0) + 1
+                    tries[found.name] += 1
+                    running.append(_start(found, free.pop(0), config, folder))
             between()
-            time.sleep(POLL_SECONDS if running else 0)
+            time.sleep(POLL_SECONDS if running or elsewhere else 0)
             for worker in list(running):
                 late = config.timeout is not None and time.perf_counter() - worker.began > config.timeout
                 if late:
@@ -344,14 +396,17 @@ def _run_all(
                     continue
                 running.remove(worker)
                 free.append(worker.slot)
+                trial, out = worker.trial, folder / RUNS / worker.trial.name
                 if config.launcher == "slurm":  # its job is over: a lock that it left on another machine holds nothing
-                    (folder / RUNS / worker.trial.name / folders.LOCK).unlink(missing_ok=True)
-                count = tries[worker.trial.name]
-                if _killed(worker) and not late and count < config.attempts:
-                    waiting.append(worker.trial)
+                    (out / folders.LOCK).unlink(missing_ok=True)
+                error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, folder)
+                if IN_USE in error and not late:  # begun twice, within the seconds before the first one has its lock
+                    tries[trial.name] -= 1
+                    wait_for(trial)
+                elif _killed(worker) and not late and tries[trial.name] < config.attempts:
+                    waiting.append(trial)
                 else:
-                    error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, folder)
-                    yield worker.trial, _row(worker.trial, folder, error, count)
+                    yield trial, _row(trial, folder, error, tries[trial.name])
     finally:
         _stop(running)
 
@@ -451,20 +506,23 @@ def _finish(
     """The results of all runs: a row for each combination, the best settings, a report."""
     table = _rows_of(rows)
     whole = [row for row in table if row["failed"] == 0] or [row for row in table if "validation" in row]
-    ranked = sorted(whole, key=lambda row: -row["sign"] * row["validation"])
+    unranked = unranked_by(sweep)
+    ranked = whole if unranked else sorted(whole, key=lambda row: -row["sign"] * row["validation"])
     results: dict[str, Any] = {
         "command": command(),
         "sweep": sweep.to_json(),
         "config": config.to_json(),
         "provenance": provenance(),
         "rows": table,
-        "best": ranked[0] if ranked else None,
+        "best": ranked[0] if ranked and not unranked else None,
+        "unranked": unranked,
         "example_gradients": sum(row.get("example_gradients", 0) for row in table),
         "failed": {row["name"]: row["error"] for _, row in rows if row["status"] == "failed"},
         "seconds": round(seconds, 1),
     }
-    if ranked:
+    if results["best"] is not None:
         folders.write_json(folder / BEST, sweep.config(ranked[0]["point"], sweep.seeds[0]).to_json())
+    if ranked:
         shown = [folder / RUNS / name for row in ranked for name in row["runs"]]
         finished = [path for path in shown if (path / "results.json").is_file()]
         page.write(folder / folders.REPORT, finished[:SHOWN])
@@ -479,7 +537,7 @@ def plan(sweep: Sweep, config: SweepConfig) -> str:
     """
     _check(sweep, config)
     points = itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)
-    names = [Trial(0, point, seed, sweep.config(point, seed)).name for point in points for seed in sweep.seeds]
+    names = [name_of(point, seed, sweep.config(point, seed)) for point in points for seed in sweep.seeds]
     total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
     lines = [*names, f"{total} runs, {config.workers} at a time"]
     if config.launcher == "slurm":

@@ -39,6 +39,11 @@ def test_arguments_are_the_sweeps_own_or_settings_of_runs():
         ("--outer.init-rate", ["1e-3", "0.001"], ("outer.init_rate", [1e-3, 1e-3])),
         ("--model.widths", ["64 64", "128"], ("model.widths", [[64, 64], [128]])),
         ("--tasks.turns", ["False", "True"], ("tasks.turns", [False, True])),
+        ("--grid.run", [], ("grid.run", [True])),
+        ("--inner.signed", ["True", "False"], ("inner.signed", [True, False])),
+        ("--data.task-column", ["store id"], ("table.task_column", ["store id"])),
+        ("--data.target", ["'unit sales'"], ("table.target", [["unit sales"]])),
+        ("--data", ["a/../b.csv"], ("data", ["a/../b.csv"])),
         ("--data.target", ["y", "y z"], ("table.target", [["y"], ["y", "z"]])),
         ("--inner.rate", ["None", "0.1"], ("inner.rate", [None, 0.1])),
         ("--outer.init-rate", ["1e-4..1e-2"], ("outer.init_rate", Range(1e-4, 1e-2))),
@@ -57,6 +62,7 @@ def test_values_are_read_as_a_run_reads_them(flag, values, expected):
         ("--outer.init-rates", ["1"], "--outer.init-rates 1: .*outer.init-rate"),
         ("--outer.init-rate", [], "--outer.init-rate: expected one or more values, got none"),
         ("--model.name", ["mlp..rnn"], "--model.name"),
+        ("--inner.signed", ["yes"], "--inner.signed: expected True or False, got 'yes'"),
     ],
 )
 def test_what_no_run_takes_is_refused(flag, values, message):
@@ -86,3 +92,6 @@ def test_two_real_runs(blobs_npz, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["sweep", "--resume", "s"])
     assert "this sweep is finished" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "--resume", "s", "--timeout", "5", "--outer.steps", "3"])
+    assert "expected --workers alone beside it" in capsys.readouterr().err

@@ -100,7 +100,8 @@ def test_a_hub_folder_has_a_card_and_is_read_by_metalr(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.init, learned.init)
     flat = load_file(out / "model.safetensors")
     np.testing.assert_array_equal(flat["dense_0/kernel"], learned.init["dense_0"]["kernel"])
-    export(tmp_path / "a", "hub-folder", out)  # again, over itself
+    export(tmp_path / "a", "torch", out)  # over itself: nothing of the former one stays
+    assert sorted(path.name for path in out.iterdir()) == ["export.json", "model.safetensors"]
 
 
 def test_a_state_dict_has_the_layouts_of_torch(tmp_path):
@@ -121,7 +122,11 @@ def test_refusals(tmp_path):
         export(tmp_path / "a", "stablehlo", tmp_path / "out")
     with pytest.raises(ConfigError, match="support, steps: expected none with torch, got 3, None"):
         export(tmp_path / "a", "torch", tmp_path / "out", 3)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_text("# Mine")
+    with pytest.raises(ConfigError, match="found other files"):
+        export(tmp_path / "a", "hub-folder", tmp_path / "full")
     Path(tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="found other files"):
         export(tmp_path / "a", "torch", tmp_path / "full")

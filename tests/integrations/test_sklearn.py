@@ -89,6 +89,12 @@ def test_a_fitted_one_is_kept_without_pickle_and_with_it(learned, tmp_path):
     assert back.classes_.tolist() == ["down", "up"]
     np.testing.assert_array_equal(back.predict(x), classes.predict(x))
     np.testing.assert_allclose(back.predict_proba(x), classes.predict_proba(x), rtol=1e-6)
+    assert back.get_params() == classes.get_params()  # nothing was learned: an ordinary network again
+    refitted = clone(back).fit(np.tile(x, 2), np.arange(len(x)) % 3)
+    assert refitted.predict_proba(np.tile(x, 2)).shape == (len(x), 3)
+    with pytest.raises(ConfigError, match="path: .*: expected a new folder"):
+        classes.save(tmp_path / "classes")
+    MetaClassifier(steps=np.int64(5)).fit(x, labels).save(tmp_path / "classes", overwrite=True)
     with pytest.raises(ConfigError, match="expected a MetaRegressor, found a MetaClassifier"):
         MetaRegressor.load(tmp_path / "classes")
     with pytest.raises(ConfigError, match="expected a folder that save"):

@@ -227,9 +227,10 @@ def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
     of_joint = json.loads((joint / "results.json").read_text())["training"]
     assert results["choosing_example_gradients"] == of_joint["example_gradients"]
     assert of_joint["validation_example_gradients"] == len(of_joint["validations"]) * 2 * 4 * 40 > 0
-    for end in results["conclusions"]:
-        if end.get("break_even_tasks") is not None:
-            assert end["break_even_tasks_with_choosing"] >= end["break_even_tasks"]
+    row = rivals.Scores("x", 2, np.array([[0.5]]), 100.0, 100.0, 0.0, None, paid_once=0.0)
+    reference = [row._replace(example_gradients=40.0, paid_once=90.0)]
+    end = comparing._conclusion(row, reference, CROSS_ENTROPY, 60.0)
+    assert (end["break_even_tasks"], end["break_even_tasks_with_choosing"]) == (2, 3)  # 90 / 60, 150 / 60
 
     lines = (config.out / "searches.jsonl").read_text().splitlines()
     (config.out / "results.json").unlink()
@@ -242,6 +243,17 @@ def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
     )
     assert validated["part"] == "validation"
     assert validated["rows"][0]["accuracy_of_seeds"] != results["rows"][0]["accuracy_of_seeds"]
+
+
+def test_a_sweep_stands_for_its_runs_and_nothing_is_charged_twice(tmp_path):
+    for name in "ab":
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "results.json").write_text("{}")
+    (tmp_path / "runs" / "failed").mkdir()
+    (tmp_path / "sweep.jsonl").write_text("")
+    a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    assert comparing._tried([tmp_path, a], [b]) == [a]
+    assert comparing._tried([a, b], []) == [a, b]
 
 
 def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -138,8 +139,11 @@ def test_a_run_left_over_by_a_killed_sweep_is_waited_for(stand_in, tmp_path):
     """The sweep died, its run goes on by itself: it must not be begun a second time."""
     sweep = Sweep(BASE, {"outer.init_rate": [0.001]}, (0, 1))
     out = tmp_path / "s"
-    trial = sweeping.Trial(0, {"outer.init_rate": 0.001}, 0, sweep.config({"outer.init_rate": 0.001}, 0))
-    folder = out / "runs" / trial.name
+    names = [
+        sweeping.name_of({"outer.init_rate": 0.001}, seed, sweep.config({"outer.init_rate": 0.001}, seed))
+        for seed in (0, 1)
+    ]
+    folder = out / "runs" / names[0]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     facts = {"sweep": sweep.to_json(), "config": dataclasses.replace(SweepConfig(), out=out).to_json()}
@@ -165,9 +169,7 @@ def test_a_run_left_over_by_a_killed_sweep_is_waited_for(stand_in, tmp_path):
     with orphan:
         assert orphan.stdout.readline() == b"locked\n"
         results = sweeping.resume(out, reporter=QUIET)
-    assert [line.split()[0] for line in stand_in()] == [
-        trial.name.replace("seed=0", "seed=1")[:-8] + stand_in()[0].split()[0][-8:]
-    ]
+    assert [line.split()[0] for line in stand_in()] == [names[1]]
     assert results["rows"][0]["seeds"] == [0, 1]
     assert results["rows"][0]["validation"] == pytest.approx((0.25 + 1 - 0.009 - 0.001) / 2)
 
@@ -187,14 +189,76 @@ def test_random_draws_depend_on_the_seed_and_the_number_alone():
     assert {point["model.name"] for point in drawn} == {"mlp", "rnn"}
 
 
-def test_tpe_goes_by_the_scores_on_validation_tasks(stand_in, tmp_path):
+def test_tpe_goes_by_the_scores_on_validation_tasks(stand_in, tmp_path, monkeypatch):
     axes = {"outer.init_rate": Range(1e-4, 1.0), "model.name": ["mlp"]}
     config = SweepConfig(sampler="tpe", trials=16, out=tmp_path / "s")
-    results = sweeping.run(Sweep(BASE, axes), config, reporter=QUIET)
+    told = []
+    asked = sweeping._asked
+    monkeypatch.setattr(sweeping, "_asked", lambda *given: told.append(given[-1]) or asked(*given))
+    results = sweeping.run(Sweep(BASE, axes, (0, 1)), config, reporter=QUIET)
     assert len(results["rows"]) == 16
-    assert results["best"]["validation"] == max(row["validation"] for row in results["rows"]) > 0.98
-    again = sweeping.run(Sweep(BASE, axes), dataclasses.replace(config, out=tmp_path / "t"), reporter=QUIET)
+    assert [len(known) for known in told] == list(range(16))  # with one worker, all that was run before
+    for point, score in told[-1]:
+        assert score == pytest.approx(1 - abs(point["outer.init_rate"] - 0.01) - 0.0005)
+    assert results["best"]["validation"] == max(row["validation"] for row in results["rows"])
+    again = sweeping.run(Sweep(BASE, axes, (0, 1)), dataclasses.replace(config, out=tmp_path / "t"), reporter=QUIET)
     assert [row["point"] for row in again["rows"]] == [row["point"] for row in results["rows"]]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_no_combination_is_drawn_twice(sampler, stand_in, tmp_path):
+    """Three combinations and eight trials: each is run once, side by side, and that is all there is."""
+    sweep = Sweep(BASE, {"outer.init_rate": [0.001, 0.002, 0.003]}, (0, 1))
+    config = SweepConfig(sampler=sampler, trials=8, workers=2, out=tmp_path / "s")
+    results = sweeping.run(sweep, config, reporter=QUIET)
+    assert sorted(row["point"]["outer.init_rate"] for row in results["rows"]) == [0.001, 0.002, 0.003]
+    assert all(row["seeds"] == [0, 1] and not row["failed"] for row in results["rows"])
+    assert len(stand_in()) == 6
+
+
+def test_a_resumed_sweep_takes_its_combinations_and_names_from_what_was_drawn(stand_in, tmp_path):
+    """TPE would ask for others now, and another version would name the folders otherwise."""
+    sweep = Sweep(BASE, {"outer.init_rate": Range(1e-4, 1.0)})
+    out = tmp_path / "s"
+    (out / "runs").mkdir(parents=True)
+    config = SweepConfig(sampler="tpe", trials=2, out=out)
+    (out / "config.json").write_text(json.dumps({"sweep": sweep.to_json(), "config": config.to_json()}))
+    (out / "drawn.jsonl").write_text(json.dumps({"point": {"outer.init_rate": 0.5}, "names": ["old-name"]}) + "\n")
+    results = sweeping.resume(out, reporter=QUIET)
+    assert results["rows"][0]["point"] == {"outer.init_rate": 0.5}
+    assert stand_in()[0].startswith("old-name ")
+    assert len(results["rows"]) == 2
+
+
+def test_a_run_that_was_begun_twice_is_waited_for(stand_in, tmp_path, monkeypatch):
+    """The first one takes its lock some seconds after it began: until then nobody sees it."""
+    script = tmp_path / "locks.py"
+    script.write_text(
+        "print('metalr: error: out: x: in use by the run with pid 1 on y; choose another folder'); exit(2)"
+    )
+    real, starts = launchers.TRAIN, []
+
+    def start(*given):
+        starts.append(given)
+        monkeypatch.setattr(launchers, "TRAIN", real if len(starts) > 1 else (sys.executable, str(script)))
+        return launchers.start(*given)
+
+    monkeypatch.setattr(sweeping, "launchers", types.SimpleNamespace(start=start, Process=launchers.Process))
+    results = sweeping.run(
+        Sweep(BASE, {"outer.init_rate": [0.1, 0.2]}), SweepConfig(out=tmp_path / "s"), reporter=QUIET
+    )
+    assert [row["failed"] for row in results["rows"]] == [0, 0]
+    assert len(starts) == 3
+
+
+def test_scores_of_different_tasks_are_not_ranked(stand_in, tmp_path):
+    sweep = Sweep(BASE, {"tasks.shot": [1, 5]})
+    results = sweeping.run(sweep, SweepConfig(out=tmp_path / "s"), reporter=QUIET)
+    assert results["best"] is None
+    assert not (tmp_path / "s" / "best.json").exists()
+    assert "no best one: tasks.shot change what a score means" in report.tables.sweep_text(results)
+    with pytest.raises(ConfigError, match="sampler: expected grid or random with"):
+        sweeping.run(sweep, SweepConfig(sampler="tpe", trials=2, out=tmp_path / "t"), reporter=QUIET)
 
 
 @pytest.mark.parametrize(
