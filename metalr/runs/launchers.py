@@ -115,7 +115,11 @@ def submit(command: Sequence[str], log: Path, slurm: SlurmConfig) -> Any:
 
 
 def _run(command: list[str], log: str) -> int:
-    """What a job does: run the command, and tell its exit code. A signal to the job is the command's too."""
+    """What a job does: run the command, and tell its exit code. A signal to the job is the command's too.
+
+    SIGUSR2, which says that time is nearly up and which ends a process that does not know it, comes to it as SIGTERM.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the command's too
     with open(log, "ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     for number in (signal.SIGTERM, signal.SIGUSR2):  # preempted; soon out of time

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop soon: the run saves at the next step boundary; a second one ends it at once."""
+"""SIGTERM and SIGINT as a wish to stop soon: the run saves at the next step boundary; a later one ends it at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 1.0  # schedulers signal every process of a job, and wrappers pass it on: until then it is the same wish
 
 
 @contextlib.contextmanager
@@ -22,16 +24,20 @@ def watch() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came = threading.Event()
+    came, first = threading.Event(), 0.0
     read, write = os.pipe()
     os.set_blocking(write, False)
 
     def listen() -> None:
+        nonlocal first
         while data := os.read(read, 64):
             for number in data:
                 if number in SIGNALS:
                     if came.is_set():
-                        os._exit(128 + number)
+                        if time.monotonic() - first > ECHO_SECONDS:
+                            os._exit(128 + number)
+                        continue
+                    first = time.monotonic()
                     came.set()
                     print("metalr: stopping: saves at the next step; once more to stop at once", file=sys.stderr)
 
