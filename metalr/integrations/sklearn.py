@@ -230,8 +230,10 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
       random_state: of the random init where nothing was learned.
 
     Attributes:
-      classes_: as in y, in the order of predict_proba's columns. n_features_in_, n_iter_ (inner steps).
-      params_: the fine-tuned params; learner_: what fine-tuned them.
+      `classes_`: as in y, in the order of the columns of predict_proba.
+      `params_`: the fine-tuned params.
+      `learner_`: what fine-tuned them.
+      `n_iter_`: inner steps.
     """
 
     _objective = "cross_entropy"
