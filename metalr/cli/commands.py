@@ -164,6 +164,9 @@ def _train_command(argv: list[str]) -> Callable[..., None]:
         config: Config = default,
         resume: Path | None = None,
         config_: Annotated[Path | None, tyro.conf.arg(name="config")] = None,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process: int | None = None,
         json_: Json = False,
     ) -> None:
         """Meta-train and evaluate on held-out tasks; leave a run folder.
@@ -173,8 +176,17 @@ def _train_command(argv: list[str]) -> Callable[..., None]:
         Args:
           resume: a run folder: go on with that run, with its own settings.
           config_: a run folder or a config file: begin a new run with its settings, and what other flags change.
+          coordinator: host:port of the first of several processes that train together; not needed under srun or mpirun.
+          processes: how many there are.
+          process: which one this is, from 0.
           json_: print the results as JSON instead of a table.
         """
+        joined = {"COORDINATOR_ADDRESS": coordinator, "NUM_PROCESSES": processes, "PROCESS_ID": process}
+        if coordinator is None and (processes, process) != (None, None):
+            raise ConfigError(
+                f"coordinator: expected host:port with processes {processes}, process {process}, got None"
+            )
+        os.environ.update({f"JAX_{name}": str(value) for name, value in joined.items() if value is not None})
         same_data = config_ is not None and config.data == default.data
         _train(config, "train", json_, resume, config_ if same_data else None)
 

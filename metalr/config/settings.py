@@ -322,8 +322,8 @@ class CompareConfig:
     budgets: tuple[float, ...] = (1.0, 3.0, 10.0, 27.0)
     """Budgets of the searches, in mean cells of the grid."""
     rivals: tuple[str, ...] = ("momo_adam", "cocob", "schedule_free_sgd")
-    """Optimizers that need no learning rate, at their own defaults, from each init: also momo, schedule_free_adamw,
-    prodigy, dadapt_adamw, dog, mechanize, adam_cosine."""
+    """Optimizers that need no learning rate, at their own defaults, from the random and the pre-trained init; also
+    momo, schedule_free_adamw, prodigy, dadapt_adamw, dog, mechanize, adam_cosine."""
     tuning_tasks: int = 8
     """Meta-validation tasks that the one tuned rate and the portfolios are tuned on."""
     part: Literal["test", "validation"] = "test"

@@ -10,8 +10,9 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -58,16 +59,41 @@ def use_compilation_cache(folder: os.PathLike | str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def join_processes() -> bool:
-    """Join a run of several processes if JAX_COORDINATOR_ADDRESS is set; True in all of them but the first.
+COUNTS = {  # what a launcher sets in each process that it starts: (how many there are, which one this is)
+    "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
 
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many and which; a cluster that JAX knows (Slurm, Open MPI, GKE, Cloud
-    TPU) fills them in. Call it before anything runs.
 
-    Raises ConfigError where JAX cannot join.
+def launched(environment: Mapping[str, str]) -> int:
+    """How many processes srun or mpirun started this one with; 1 for none.
+
+    Only what they set in the processes themselves counts: in the shell of an allocation other SLURM_ variables are set
+    too, where nobody else would come to join.
     """
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    found = [environment[count] for count, number in COUNTS.values() if count in environment and number in environment]
+    return next((int(count) for count in found if count.isdigit()), 1)
+
+
+def join_processes() -> bool:
+    """Join a run of several processes, if there are any; True in all of them but the first.
+
+    There are if JAX_COORDINATOR_ADDRESS is set (JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many and which), or if
+    srun or mpirun started several, of which JAX finds the coordinator by itself. Call it before anything runs.
+
+    Raises ConfigError where JAX cannot join, and for a coordinator that other machines cannot reach.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and launched(os.environ) == 1:
         return False
+    if address is not None and os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        host = address.rpartition(":")[0]
+        with contextlib.suppress(OSError):
+            if socket.gethostbyname(host).startswith("127."):  # every rank on another machine would wait for itself
+                raise ConfigError(
+                    f"JAX_COORDINATOR_ADDRESS: expected a host that all machines reach, got {address}, which is this "
+                    "one alone; give its name in the network, or leave it out under srun"
+                )
     try:
         given: dict[str, Any] = {
             setting: int(os.environ[name])

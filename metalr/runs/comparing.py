@@ -428,7 +428,7 @@ def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: C
     for name, of in inits.items():
         for baseline in (rivals.unsearched, rivals.tuned):
             methods.append((name, functools.partial(baseline, name, of, field, runs)))
-        for optimizer in config.rivals:
+        for optimizer in config.rivals if name != "learned" else ():  # rivals of all that was learned
             methods.append((name, functools.partial(rivals.without_search, name, of, field, model, optimizer)))
     rows: list[Scores] = []
     with reporter.bar("methods without a search", len(methods)) as advance:

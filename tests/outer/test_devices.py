@@ -32,6 +32,40 @@ def test_a_wrong_process_is_refused(monkeypatch):
         devices.join_processes()
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 1),  # the shell of an allocation: nobody else comes
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}, 3),
+        ({"OMPI_COMM_WORLD_SIZE": "many", "OMPI_COMM_WORLD_RANK": "0"}, 1),
+    ],
+)
+def test_how_many_processes_a_launcher_started(environment, expected):
+    assert devices.launched(environment) == expected
+
+
+def test_processes_of_a_launcher_join_and_a_coordinator_that_nobody_reaches_is_refused(monkeypatch):
+    calls = []
+    monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: calls.append(given))
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    assert not devices.join_processes()
+    assert calls == []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    devices.join_processes()
+    assert calls == [{}]
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    with pytest.raises(ConfigError, match="expected a host that all machines reach, got 127.0.0.1:1234"):
+        devices.join_processes()
+    assert calls == [{}]
+
+
 def train(out, *more, **env):
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
@@ -42,8 +76,9 @@ def train(out, *more, **env):
 def two_processes(out, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    return [train(out, *more, **join, JAX_NUM_CPU_DEVICES="1", JAX_PROCESS_ID=str(i)) for i in (0, 1)]
+        join = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process"]
+    call = more or [*TRAIN, "--out", str(out)]
+    return [train(out, *call, *join, str(i), JAX_NUM_CPU_DEVICES="1") for i in (0, 1)]
 
 
 def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
