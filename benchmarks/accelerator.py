@@ -200,7 +200,7 @@ def main() -> None:
     options = parser.parse_args()
     until = time.perf_counter() + 60 * options.minutes
     rows: list[Row] = []
-    head = {"command": "python benchmarks/" + command(), "provenance": provenance()}
+    head = {"command": command(), "provenance": provenance()}
     for name, section in sections(lambda: until - time.perf_counter()).items():
         if options.only and name not in options.only:
             continue

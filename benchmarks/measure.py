@@ -80,6 +80,6 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write benchmarks/results/NAME.json: command, provenance, facts, rows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"command": "python benchmarks/" + command(), "provenance": provenance(), **facts, "rows": rows}
+    content = {"command": command(), "provenance": provenance(), **facts, "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -107,7 +107,7 @@ def main() -> None:
             )  # fmt: skip
             print(f"{method:36} {steps:3} steps  {rows[-1]['mse']:8.4f} ± {both:.4f}", flush=True)
         facts = {"name": "sinusoid", "seeds": options.seeds, "outer_steps": options.outer_steps, "episodes": 600}
-        head = {"command": "python experiments/" + command(), "provenance": provenance(), "split_sha256": tasks.sha256}
+        head = {"command": command(), "provenance": provenance(), "split_sha256": tasks.sha256}
         whole = (options.seeds, options.outer_steps) == ([0, 1, 2, 3, 4], 10_000)
         folder = Path(__file__).parent / "results" if whole else Path("runs/sinusoid")
         (folder / "sinusoid.json").write_text(json.dumps(facts | head | {"lines": rows}, indent=1) + "\n")

@@ -82,7 +82,7 @@ def main() -> None:
             )  # fmt: skip
             print(f"{norm:10} {asked:14} {100 * rows[-1]['accuracy']:.1f} ± {100 * both:.1f} %", flush=True)
     facts = {"name": "statistics_of_norms", "seeds": options.seeds, "episodes": EPISODES}
-    head = {"command": "python experiments/" + command(), "provenance": provenance()}
+    head = {"command": command(), "provenance": provenance()}
     folder = Path(__file__).parent / "results" if options.seeds == [0, 1, 2] else Path("runs/statistics_of_norms")
     (folder / "statistics_of_norms.json").write_text(json.dumps(facts | head | {"lines": rows}, indent=1) + "\n")
 

@@ -191,7 +191,7 @@ def main() -> None:
         rows.append(row)
         print(f"{method:42} mse {1000 * row['mse']:.3f} ± {1000 * row['mse_ci95']:.3f} (x 1000)", flush=True)
     facts = {"name": "turbines", "seeds": options.seeds, "turbines": held, "draws": DRAWS, "shot": SHOT}
-    head = {"command": "python experiments/" + command(), "provenance": provenance(), "split_sha256": tasks.sha256}
+    head = {"command": command(), "provenance": provenance(), "split_sha256": tasks.sha256}
     folder = Path(__file__).parent / "results" if options.seeds == [0, 1, 2, 3, 4] else Path("runs/turbines")
     (folder / "turbines.json").write_text(json.dumps(facts | head | {"lines": rows}, indent=1) + "\n")
 
