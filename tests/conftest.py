@@ -1,5 +1,6 @@
 """Shared data: a small synthetic dataset that a tiny network can learn, and isolated caches."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,6 +23,14 @@ def compiled(tmp_path_factory):
     """Programs that several tests compile alike are compiled once, for all workers."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """A file's programs are dropped after it: those of all files would use up the memory maps of a process."""
+    yield
+    gc.collect()
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

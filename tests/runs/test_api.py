@@ -128,7 +128,7 @@ def test_tasks_of_your_own_are_compared_with_everything_else_by_their_own_metric
     assert ours["mse"] < tuned["mse"]
     assert tuned["learned_minus_this_at_the_end"][0] == pytest.approx(ours["mse"] - tuned["mse"], abs=2e-6)
     for name in ("momo", "adam_cosine"):
-        assert rows[f"learned init, no search ({name})", 3]["example_gradients"] == 15
+        assert rows[f"random init, no search ({name})", 3]["example_gradients"] == 15
     grid = rows["random init + grid, 4 cells", None]
     flattered = rows["random init + grid, best cell on the test part", None]
     assert flattered["mse"] <= grid["mse"]  # the lowest error is the best

@@ -225,7 +225,7 @@ def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
     assert four["example_gradients"] == four["naive_example_gradients"] == 2 * (1 + 2) * 40
     assert one["paid_once_example_gradients"] == 2 * 2 * 2 * 40  # the grid on two tasks, epochs as snapshots
     of_joint = json.loads((joint / "results.json").read_text())["training"]
-    assert results["choosing_example_gradients"] == of_joint["example_gradients"]
+    assert results["choosing_example_gradients"] == 0  # it is compared, and so charged already
     assert of_joint["validation_example_gradients"] == len(of_joint["validations"]) * 2 * 4 * 40 > 0
     row = rivals.Scores("x", 2, np.array([[0.5]]), 100.0, 100.0, 0.0, None, paid_once=0.0)
     reference = [row._replace(example_gradients=40.0, paid_once=90.0)]
@@ -239,9 +239,11 @@ def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in results["rows"]]
 
     validated = comparing.run(
-        seeds, dataclasses.replace(base, part="validation", searched=0, out=tmp_path / "val"), reporter=QUIET
-    )
+        seeds, dataclasses.replace(base, part="validation", searched=0, out=tmp_path / "val"), choosing=[joint],
+        reporter=QUIET,
+    )  # fmt: skip
     assert validated["part"] == "validation"
+    assert validated["choosing_example_gradients"] == of_joint["example_gradients"]
     assert validated["rows"][0]["accuracy_of_seeds"] != results["rows"][0]["accuracy_of_seeds"]
 
 

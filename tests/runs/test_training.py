@@ -287,8 +287,11 @@ def test_a_warm_start_takes_init_and_rates(small, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before.rates, actual)
     second = run(config, out=tmp_path / "second")
     assert second["training"]["warm_start"]["takes"] == "init and rates"
-    own = second["training"]["example_gradients"] - first["training"]["example_gradients"]
-    assert own == first["training"]["example_gradients"] / small.outer.steps  # both are charged
+    one, both = first["training"], second["training"]
+    outer = (
+        both["example_gradients"] - both["validation_example_gradients"] - one["example_gradients"]
+    )  # is charged too
+    assert outer == (one["example_gradients"] - one["validation_example_gradients"]) / small.outer.steps
     # A pre-trained init has no learned rates: the init alone is taken, whatever the rates are to be.
     run(dataclasses.replace(small, inner=InnerConfig(algorithm="joint", steps=2)), out=tmp_path / "joint")
     third = run(dataclasses.replace(config, init=tmp_path / "joint" / "artifact"), out=tmp_path / "third")
