@@ -436,7 +436,7 @@ def compare(
     Args:
       runs: run folders that differ in their seed only.
       pretrained: run folders of an init pre-trained jointly on the same tasks (metalr train --inner.algorithm joint).
-      choosing: runs of other settings that were tried before these were chosen; their cost is charged to break-even.
+      choosing: runs or sweeps that were tried before these settings were chosen; their cost is charged to break-even.
       resume: the folder of a comparison that was stopped: go on with that one, with its own settings.
       json_: print the results as JSON instead of a table.
     """
