@@ -1,27 +1,21 @@
 """Networks as two pure functions, `init(key) -> params` and `apply(params, x) -> outputs`."""
 
+from metalr.models.conv4 import NORMS, conv4
+from metalr.models.flax import DTYPES, from_linen, from_nnx
+from metalr.models.mlp import MOST_LAYERS, mlp
 from metalr.models.model import (
-    CELLS,
     CUSTOM,
-    DTYPES,
-    MODELS,
-    MOST_LAYERS,
-    NORMS,
     Apply,
     Model,
     WithSupport,
-    build,
     check_dtypes,
-    conv4,
     from_function,
-    from_linen,
-    from_nnx,
-    mlp,
     predict,
-    rnn,
     starting_from,
     unit,
 )
+from metalr.models.registry import MODELS, build
+from metalr.models.rnn import CELLS, rnn
 
 __all__ = [
     "CELLS",

@@ -21,6 +21,7 @@ from metalr.errors import ConfigError, DataError
 from metalr.tasks import transforms
 from metalr.types import Episode
 
+Shape = tuple[int, int, int]  # height, width, channels
 ARC = 30  # degrees; the circle's 12 arcs are dealt to the splits in turn
 ARCS = {"train": (0, 2, 4, 6, 8, 10), "val": (1, 5, 9), "test": (3, 7, 11)}
 PERMUTATIONS = {
@@ -35,8 +36,7 @@ class Family(NamedTuple):
 
     Attributes:
       classes: "all" classes in every task, or a "subset" of `way` of them.
-      transform: "none", "rotation" by one angle, pixel "permutation", or quarter "turns" of each class, which makes
-        four classes of one.
+      transform: a row of TRANSFORMS, what is done to a task's images.
       labels: "fixed" (the class is the label), "random" (all orders in all splits), or "order" (random, and the
         orders themselves are held out).
       held_out: what else is held out beside images: the axes that the family claims to generalise over.
@@ -102,10 +102,9 @@ class TaskSplit:
         facts["image_sha256"] = self.image_sha256
         if family.transform == "turns" and not self.turns:
             facts["turns"] = False
-        if family.transform == "rotation":
-            facts["angles"] = [list(arc) for arc in self.angles]
-        if family.transform == "permutation":
-            facts["permutations"] = list(self.permutations)
+        axis = TRANSFORMS[family.transform].axis
+        if axis is not None:
+            facts[axis] = json.loads(json.dumps(getattr(self, axis)))
         if family.labels == "order":
             facts["orders"] = [list(self.orders[0]), self.orders[1]]
         return facts
@@ -143,7 +142,8 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0, *, turns: bool = T
     kind = FAMILIES[family]
     if not turns and kind.transform != "turns":
         raise ConfigError(f"tasks.turns: expected True, because family {family!r} turns no classes, got False")
-    if (kind.transform == "rotation" or (kind.transform == "turns" and turns)) and dataset.shape[0] != dataset.shape[1]:
+    square = TRANSFORMS[kind.transform].square and (kind.transform != "turns" or turns)
+    if square and dataset.shape[0] != dataset.shape[1]:
         raise DataError(
             f"{dataset.name}: family {family!r} turns images; expected square ones, got {dataset.shape}; "
             "import them with --size, or leave turning out (--tasks.turns False)"
@@ -380,26 +380,56 @@ def _transform(
     key: jax.Array,
     pixels: jax.Array,
     turns: jax.Array,
-    shape: tuple[int, int, int],
+    shape: Shape,
 ) -> jax.Array:
     """The episode's images, transformed: uint8 0..255 or float 0..1 [n, pixels] -> float32 [n, pixels], 0..1."""
     height, width, channels = shape
-    if split.transform == "rotation":
-        arc_key, angle_key = jax.random.split(key)
-        start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
-        pixels = transforms.rotate(
-            pixels.reshape(-1, height * width, channels),
-            start + degrees * jax.random.uniform(angle_key),
-            shape,
-        )
-    elif split.transform == "permutation":
-        first, count = split.permutations
-        identity = jnp.uint32(first) + jax.random.randint(key, (), 0, count).astype(jnp.uint32)
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), identity), height * width)
-        pixels = pixels.reshape(-1, height * width, channels)[:, order]
-    elif split.transform == "turns":
-        index = np.arange(height * width).reshape(height, width)
-        orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
-        pixels = jax.vmap(lambda image, turn: image[orders[turn]])(pixels.reshape(-1, height * width, channels), turns)
-    pixels = pixels.reshape(-1, height * width * channels).astype(jnp.float32)
+    images = pixels.reshape(-1, height * width, channels)
+    changed = TRANSFORMS[split.transform].apply(split, key, images, turns, shape)
+    pixels = changed.reshape(-1, height * width * channels).astype(jnp.float32)
     return pixels / 255 if split.images.dtype == np.uint8 else pixels
+
+
+def _unchanged(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
+    return images
+
+
+def _rotation(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
+    arc_key, angle_key = jax.random.split(key)
+    start, degrees = jnp.array(split.angles, jnp.float32)[jax.random.randint(arc_key, (), 0, len(split.angles))]
+    return transforms.rotate(images, start + degrees * jax.random.uniform(angle_key), shape)
+
+
+def _permutation(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
+    first, count = split.permutations
+    identity = jnp.uint32(first) + jax.random.randint(key, (), 0, count).astype(jnp.uint32)
+    return images[:, jax.random.permutation(jax.random.fold_in(jax.random.key(0), identity), images.shape[1])]
+
+
+def _turns(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
+    index = np.arange(shape[0] * shape[1]).reshape(shape[:2])
+    orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
+    return jax.vmap(lambda image, turn: image[orders[turn]])(images, turns)
+
+
+class Transform(NamedTuple):
+    """What is done to the images of a task.
+
+    Attributes:
+      apply: (split, key of the episode, images [n, height * width, channels] as they are stored, quarter turns [n],
+        (height, width, channels)) -> the same shape, uint8 or float.
+      square: whether images must be square.
+      axis: the field of TaskSplit that says what a part may draw, and so stands in the split's hash; None: nothing.
+    """
+
+    apply: Callable[[TaskSplit, jax.Array, jax.Array, jax.Array, Shape], jax.Array]
+    square: bool = False
+    axis: str | None = None
+
+
+TRANSFORMS = {
+    "none": Transform(_unchanged),
+    "rotation": Transform(_rotation, square=True, axis="angles"),  # by one angle
+    "permutation": Transform(_permutation, axis="permutations"),  # of pixels
+    "turns": Transform(_turns, square=True),  # quarter turns of each class, which make four classes of one
+}
