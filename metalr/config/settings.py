@@ -16,10 +16,10 @@ from metalr.spaces import GridConfig, SpaceConfig
 class TaskConfig:
     """What one task is."""
 
-    family: Literal["digits", "rotated", "permuted", "relabeled", "classes"] = "digits"
+    family: Literal["digits", "rotated", "permuted", "relabeled", "scaled", "classes"] = "digits"
     """Task family: which digits, which transform; see docs/tasks.md."""
     way: int = 3
-    """Classes a task (families rotated, permuted and relabeled use all classes of the data)."""
+    """Classes a task (families rotated, permuted, relabeled and scaled use all classes of the data)."""
     shot: int = 1
     """Support images a class."""
     query: int = 15

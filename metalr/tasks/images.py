@@ -31,6 +31,9 @@ PERMUTATIONS = {
 }  # (first id, how many)
 
 
+GAINS = 0.1, 10.0  # the range is cut into 12 bands of equal ratio, dealt as the arcs are
+
+
 class Family(NamedTuple):
     """What one task is. See FAMILIES.
 
@@ -53,6 +56,7 @@ FAMILIES = {
     "rotated": Family("all", "rotation", "fixed", ("angles",)),
     "permuted": Family("all", "permutation", "fixed", ("permutations",)),
     "relabeled": Family("all", "rotation", "order", ("angles", "orders")),
+    "scaled": Family("all", "scale", "fixed", ("gains",)),
     "classes": Family("subset", "turns", "random", ("classes",)),
 }
 
@@ -67,6 +71,7 @@ class TaskSplit:
       class_ids: the dataset's labels of those classes; class_names: what they are called.
       angles: (start, degrees) of each arc that a rotation may come from.
       permutations: (first, count) of the permutation ids.
+      gains: (lowest, highest) of each band that a factor may come from.
       orders: (residues allowed, modulus) for the label orders: see _label_order.
       turns: whether a family that turns its classes does so.
     """
@@ -80,6 +85,7 @@ class TaskSplit:
     class_names: tuple[str, ...]
     angles: tuple[tuple[int, int], ...]
     permutations: tuple[int, int]
+    gains: tuple[tuple[float, float], ...]
     orders: tuple[tuple[int, ...], int]
     image_sha256: str
     turns: bool = True
@@ -153,6 +159,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0, *, turns: bool = T
     if kind.labels == "order" and dataset.classes < 3:
         raise DataError(f"{dataset.name}: family {family!r} needs 3 or more classes, got {dataset.classes}")
     residues = {"train": tuple(range(modulus - 2)), "val": (modulus - 2,), "test": (modulus - 1,)}
+    bands = np.geomspace(*GAINS, 13).round(6).tolist()
     splits = []
     for part, (images, labels, class_ids) in parts.items():
         order = np.argsort(labels, kind="stable")
@@ -176,6 +183,7 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0, *, turns: bool = T
                 class_names=tuple(dataset.class_names[c] if dataset.class_names else str(c) for c in class_ids),
                 angles=tuple((ARC * arc, ARC) for arc in ARCS[part]),
                 permutations=PERMUTATIONS[part],
+                gains=tuple((bands[arc], bands[arc + 1]) for arc in ARCS[part]),
                 orders=(residues[part], modulus),
                 image_sha256=hashlib.sha256(images.tobytes()).hexdigest(),
                 turns=turns,
@@ -406,6 +414,12 @@ def _permutation(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax
     return images[:, jax.random.permutation(jax.random.fold_in(jax.random.key(0), identity), images.shape[1])]
 
 
+def _scale(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
+    band_key, gain_key = jax.random.split(key)
+    low, high = jnp.log(jnp.array(split.gains))[jax.random.randint(band_key, (), 0, len(split.gains))]
+    return images * jnp.exp(jax.random.uniform(gain_key, minval=low, maxval=high))
+
+
 def _turns(split: TaskSplit, key: jax.Array, images: jax.Array, turns: jax.Array, shape: Shape) -> jax.Array:
     index = np.arange(shape[0] * shape[1]).reshape(shape[:2])
     orders = jnp.array([np.rot90(index, k).reshape(-1) for k in range(4)])
@@ -431,5 +445,6 @@ TRANSFORMS = {
     "none": Transform(_unchanged),
     "rotation": Transform(_rotation, square=True, axis="angles"),  # by one angle
     "permutation": Transform(_permutation, axis="permutations"),  # of pixels
+    "scale": Transform(_scale, axis="gains"),  # by one factor
     "turns": Transform(_turns, square=True),  # quarter turns of each class, which make four classes of one
 }

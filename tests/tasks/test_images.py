@@ -45,6 +45,8 @@ def test_parts_are_disjoint_on_every_axis_that_is_held_out(blobs, family):
         if "permutations" in held_out:
             (first, count), (second, more) = one.permutations, other.permutations
             assert first + count <= second or second + more <= first
+        if "gains" in held_out:
+            assert all(a[1] <= b[0] or b[1] <= a[0] for a in one.gains for b in other.gains)
         if "orders" in held_out:
             assert not set(one.orders[0]) & set(other.orders[0])
         if "classes" in held_out and (family == "classes" or 2 in (a, b)):
@@ -75,7 +77,8 @@ def test_episode_shapes_labels_and_range(blobs, family):
     assert episode.support_x.dtype == jnp.float32
     np.testing.assert_array_equal(np.bincount(episode.support_y), [2] * way)
     np.testing.assert_array_equal(np.bincount(episode.query_y), [3] * way)
-    assert 0 <= float(episode.support_x.min()) <= float(episode.support_x.max()) <= 1 + 1e-6
+    highest = images.GAINS[1] if family == "scaled" else 1
+    assert 0 <= float(episode.support_x.min()) <= float(episode.support_x.max()) <= highest + 1e-6
 
 
 def test_support_and_query_never_share_an_image(numbered):
@@ -136,6 +139,20 @@ def test_one_transform_per_episode(numbered):
         assert (x == x[0]).all()
         assert sorted(np.round(x[0] * 255).astype(int).tolist()) == list(range(36))
     assert not np.array_equal(episodes[0].support_x[0], episodes[1].support_x[0])
+
+
+def test_one_factor_per_episode_from_the_part_s_own_bands(numbered):
+    for part, arcs in images.ARCS.items():
+        _, pool, sample = sampler(numbered, "scaled", part, shot=1, query=1)
+        _, _, unscaled = sampler(
+            numbered, "permuted", part, shot=1, query=1
+        )  # images of one value each stay what they are
+        for seed in range(20):
+            x, before = (draw(pool, jax.random.key(seed)).support_x[:, 0, 0, 0] for draw in (sample, unscaled))
+            gain = float(x.sum() / before.sum())
+            np.testing.assert_allclose(x, gain * before, rtol=1e-5)
+            band = 6 * np.log10(gain / 0.1)
+            assert any(arc - 1e-3 <= band <= arc + 1 + 1e-3 for arc in arcs)
 
 
 def test_a_hardly_distorted_episode_is_the_plain_one_mirrored_or_not(blobs):
