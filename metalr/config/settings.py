@@ -37,6 +37,7 @@ MODEL_SETTINGS = {
     "mlp": ("widths", "dropout"),
     "conv4": ("channels", "layers", "norm"),
     "rnn": ("cell", "width"),
+    "transformer": ("width", "layers", "attention_heads"),
 }  # and dtype, which all take
 
 
@@ -44,8 +45,8 @@ MODEL_SETTINGS = {
 class ModelConfig:
     """The network. A setting that it does not take must stay at its default."""
 
-    name: Literal["mlp", "conv4", "rnn"] = "mlp"
-    """mlp, conv4 or rnn."""
+    name: Literal["mlp", "conv4", "rnn", "transformer"] = "mlp"
+    """Kind of network; rnn and transformer read an image row by row."""
     widths: tuple[int, ...] = (128,)
     """mlp: hidden layers."""
     dropout: float = 0.0
@@ -53,14 +54,16 @@ class ModelConfig:
     channels: int = 64
     """conv4: channels of each layer."""
     layers: int = 4
-    """conv4: number of convolutions."""
+    """conv4: number of convolutions; transformer: of blocks."""
     norm: Literal["batch", "support", "instance", "none"] = "batch"
     """conv4: normalise by the statistics of the whole batch (transductive), of the support set, of each image, or not
     at all."""
     cell: Literal["gru", "lstm"] = "gru"
     """rnn: kind of cell."""
     width: int = 128
-    """rnn: state size."""
+    """rnn: state size; transformer: size of a token."""
+    attention_heads: int = 4
+    """transformer: heads of each attention."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute layers in this dtype; params, rates, norms and loss stay in float32."""
 

@@ -16,6 +16,7 @@ from metalr.models.model import (
 )
 from metalr.models.registry import MODELS, build
 from metalr.models.rnn import CELLS, rnn
+from metalr.models.transformer import transformer
 
 __all__ = [
     "CELLS",
@@ -37,5 +38,6 @@ __all__ = [
     "predict",
     "rnn",
     "starting_from",
+    "transformer",
     "unit",
 ]

@@ -13,6 +13,7 @@ from metalr.models.heads import with_head_start
 from metalr.models.mlp import mlp
 from metalr.models.model import Model
 from metalr.models.rnn import rnn
+from metalr.models.transformer import transformer
 
 LEARNED_HEAD = "learned"  # a fine-tune starts from the head in the init
 
@@ -29,7 +30,7 @@ class Kind(NamedTuple):
     any_shape: bool = False
 
 
-MODELS = {"mlp": Kind(mlp, any_shape=True), "conv4": Kind(conv4), "rnn": Kind(rnn)}
+MODELS = {"mlp": Kind(mlp, any_shape=True), "conv4": Kind(conv4), "rnn": Kind(rnn), "transformer": Kind(transformer)}
 
 
 def build(name: str, way: int, input_shape: tuple[int, ...], **settings: Any) -> Model:

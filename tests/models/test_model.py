@@ -25,6 +25,7 @@ X = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
         ("conv4", {"channels": 8, "norm": "none"}),
         ("rnn", {"width": 16}),
         ("rnn", {"width": 16, "cell": "lstm"}),
+        ("transformer", {"width": 16, "layers": 2, "attention_heads": 2}),
     ],
 )
 def test_every_model_gives_logits_and_gradients(name, settings):
@@ -78,6 +79,8 @@ def test_transductive_means_what_it_says(norm, transductive):
         ("conv4", {"channels": 0}, "model.channels"),
         ("rnn", {"cell": "gr"}, "model.cell: expected one of"),
         ("rnn", {"width": 0}, "model.width"),
+        ("transformer", {"width": 10}, "model.width: expected a positive multiple of .*, got 10 and 4"),
+        ("transformer", {"layers": 0}, "model.layers: expected 1..64, got 0"),
     ],
 )
 def test_bad_settings(name, settings, message):
@@ -232,7 +235,7 @@ def test_names_of_heads_must_agree():
 
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_bfloat16_computes_the_same_to_its_digits_with_float32_outside(name):
-    settings = {"mlp": {"dropout": 0.0}, "conv4": {"channels": 8}, "rnn": {"width": 16}}[name]
+    settings = {"mlp": {"dropout": 0.0}, "conv4": {"channels": 8}}.get(name, {"width": 16})
     exact, short = (models.build(name, 3, (28, 28, 1), **settings, **more) for more in ({}, {"dtype": "bfloat16"}))
     params = short.init(jax.random.key(0))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
