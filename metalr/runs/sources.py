@@ -112,10 +112,7 @@ def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> 
 def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
     """A family of image tasks and its samplers. Raises MetalrError."""
     t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns)
-    shape = (t.way, t.shot, t.query)
-    samplers = {part.part: tasks.make_sampler(part, *shape, label_noise=t.label_noise) for part in splits}
-    if t.distort:
-        samplers["train"] = tasks.make_sampler(splits.train, *shape, distort=t.distort, label_noise=t.label_noise)
+    samplers = tasks.make_samplers(splits, t.way, t.shot, t.query, distort=t.distort, label_noise=t.label_noise)
     described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class"
     facts = [part.describe() for part in splits]
     relabels = tasks.FAMILIES[t.family].labels != "fixed"

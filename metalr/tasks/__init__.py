@@ -11,6 +11,7 @@ from metalr.tasks.images import (
     Splits,
     TaskSplit,
     make_sampler,
+    make_samplers,
     make_splits,
     second_key,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "TaskSplit",
     "Tasks",
     "make_sampler",
+    "make_samplers",
     "make_splits",
     "mixture",
     "second_key",

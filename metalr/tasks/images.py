@@ -335,6 +335,18 @@ def make_sampler(
     ), sample
 
 
+def make_samplers(
+    splits: Splits, way: int, shot: int, query: int, *, distort: float = 0.0, label_noise: float = 0.0
+) -> dict[str, tuple[Pool, Sampler]]:
+    """The samplers of all parts, by "train", "val" and "test"; only meta-training is distorted. See make_sampler."""
+    return {
+        split.part: make_sampler(
+            split, way, shot, query, distort=distort if split.part == "train" else 0.0, label_noise=label_noise
+        )
+        for split in splits
+    }
+
+
 def second_key(key: jax.Array) -> jax.Array:
     """The key of what goes on beside sampling with `key`: an episode's inner loop, a random init.
 

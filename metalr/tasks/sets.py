@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalr.data import Dataset, load
 from metalr.errors import ConfigError, DataError, MetalrError
 from metalr.inner import Objective
 from metalr.models import Model
 from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
-from metalr.tasks.images import choose, second_key
+from metalr.tasks.images import choose, make_samplers, make_splits, second_key
 from metalr.tasks.standardisation import Standardisation
 from metalr.trees import as_numbers, count, path_name
 from metalr.types import Episode
@@ -220,6 +221,45 @@ class Tasks:
         }
         sample = _row_sampler(shot, query)
         return cls(sample, sample, sample, pool, name, facts, standardisation)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Dataset | str,
+        family: str,
+        way: int,
+        shot: int,
+        query: int = 15,
+        *,
+        distort: float = 0.0,
+        label_noise: float = 0.0,
+        turns: bool = True,
+        seed: int = 0,
+    ) -> Tasks:
+        """A family of image-classification tasks, as `metalr train --tasks.family` has them: see docs/tasks.md.
+
+        Episodes have x [way * shot, height, width, channels] float32 and y [way * shot] int32 labels.
+
+        Args:
+          images: the name of a dataset ("mnist12k" is bundled), a path to an .npz, or a metalr.data.Dataset, such as
+            metalr.data.from_arrays(images, labels) gives.
+          family: a row of tasks.FAMILIES.
+          way, shot, query: classes of a task, and support and query images of each.
+          distort, label_noise: as of tasks.make_sampler. turns, seed: as of tasks.make_splits.
+
+        Raises:
+          ConfigError: what the family cannot do. DataError: no such dataset, or one that is too small.
+        """
+        dataset = load(images) if isinstance(images, str) else images
+        splits = make_splits(dataset, family, seed, turns=turns)
+        made = make_samplers(splits, way, shot, query, distort=distort, label_noise=label_noise)
+        (train, train_of), (validation, validation_of), (test, test_of) = (made[split.part] for split in splits)
+        facts = {
+            "data": dataset.name, "sha256": dataset.sha256, "split_sha256": splits.sha256, "family": family,
+            "way": way, "shot": shot, "query": query, "distort": distort, "label_noise": label_noise,
+        }  # fmt: skip
+        pool = {"train": train, "validation": validation, "test": test}
+        return cls(train_of, validation_of, test_of, pool, f"{dataset.name} {family}", facts)
 
     @classmethod
     def from_host(

@@ -173,3 +173,20 @@ def test_a_mixture_draws_from_all_by_weight():
     assert set(np.asarray(values).tolist()) == {0.0, 1.0}
     with pytest.raises(ConfigError, match="at least 2 task sets"):
         tasks.mixture(zeros)
+
+
+def test_image_families_are_those_of_the_command_line(blobs):
+    own = tasks.Tasks.from_images(blobs, "digits", 3, 2, 3, label_noise=0.2)
+    splits = tasks.make_splits(blobs, "digits")
+    for part, split in zip(("train", "validation", "test"), splits, strict=True):
+        pool, sample = own.sampler(part)
+        of_split, drawn = tasks.make_sampler(split, 3, 2, 3, label_noise=0.2)
+        for a, b in zip(sample(pool, jax.random.key(1)), drawn(of_split, jax.random.key(1)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert own.facts["split_sha256"] == splits.sha256
+    checked = own.check(models.mlp(3, (8, 8, 1)), OBJECTIVES["cross_entropy"])
+    assert checked.losses.keys() == {"train", "validation", "test"}
+    with pytest.raises(ConfigError, match="tasks.way: expected at most 4"):
+        tasks.Tasks.from_images(blobs, "digits", 5, 2, 3)
+    with pytest.raises(DataError, match="fashion"):
+        tasks.Tasks.from_images("fashion", "digits", 5, 2, 3)
