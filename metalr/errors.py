@@ -31,6 +31,10 @@ class StoppedError(MetalrError):
     """A signal asked the run to stop; it was saved and can be resumed."""
 
 
+class LostProcessError(StoppedError):
+    """Another process of a run is gone; what was saved can be resumed."""
+
+
 class MetalrWarning(UserWarning):
     """Something that works and is probably not what was meant."""
 

@@ -19,7 +19,7 @@ import tyro
 from metalr.cli import sweeps
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
 from metalr.config.files import read_config, read_settings
-from metalr.errors import ConfigError, DataError, MetalrError, StoppedError
+from metalr.errors import ConfigError, DataError, LostProcessError, MetalrError, StoppedError, one_line
 from metalr.storage import folders
 
 COMPARISON = CompareConfig()
@@ -103,6 +103,9 @@ def guard(run: Callable[[], Any]) -> Any:
     except BrokenPipeError:  # the reader has seen enough, as `metalr train --help | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)
+    except LostProcessError as error:
+        print(f"metalr: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED)  # at a usual exit JAX waits for the process that is gone
     except StoppedError as error:
         print(f"metalr: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -210,12 +213,20 @@ def _train(
         from metalr.runs.sources import with_data_of
 
         config = with_data_of(config, begun)
-    if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
-        with tempfile.TemporaryDirectory() as temporary:
-            config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
-            runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
-        return
-    results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
+    try:
+        if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
+            with tempfile.TemporaryDirectory() as temporary:
+                config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
+                runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
+            return
+        results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
+    except (RuntimeError, ValueError) as error:
+        if not devices.lost_process(error):
+            raise
+        raise LostProcessError(
+            f"another process of this run is gone ({one_line(error)}); when all can start again, go on from the last "
+            f"checkpoint with: metalr train --resume {folder or 'RUN'}"
+        ) from error
     written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
     print(json.dumps(results, indent=1) if as_json else f"{report.text(results)}\nreport     {written}")
 

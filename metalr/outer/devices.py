@@ -27,6 +27,8 @@ from metalr.errors import ConfigError, one_line
 from metalr.models import Apply, Model
 
 AXIS = "tasks"
+HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a process counts as gone
+SIGNS_OF_LOSS = ("Gloo", "NCCL", "heartbeat", "Connection closed by peer", "Connection reset by peer", "UNAVAILABLE")
 SETTINGS: Any = jax.config  # its options are not in its type
 ACCELERATOR_BYTES = (
     64 << 30
@@ -100,13 +102,18 @@ def join_processes() -> bool:
             for setting, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
             if name in os.environ
         }
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected host:port, a count, and a number "
             f"below it; cannot join: {one_line(error)}"
         ) from error
     return jax.process_index() > 0
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether an error of JAX says that another process of this run is gone, as collectives of gloo and NCCL do."""
+    return jax.process_count() > 1 and any(word in str(error) for word in SIGNS_OF_LOSS)
 
 
 def from_first_process(content: bytes) -> bytes:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metalr.cli import commands as cli
 from metalr.errors import ConfigError
 from metalr.outer import devices
+from metalr.storage import checkpoints
 
 TRAIN = [
     "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "6", "--outer.meta-batch", "4", "--outer.validate-every",
@@ -58,12 +60,12 @@ def test_processes_of_a_launcher_join_and_a_coordinator_that_nobody_reaches_is_r
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
     devices.join_processes()
-    assert calls == [{}]
+    assert calls == [{"heartbeat_timeout_seconds": devices.HEARTBEAT_SECONDS}]
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
     with pytest.raises(ConfigError, match="expected a host that all machines reach, got 127.0.0.1:1234"):
         devices.join_processes()
-    assert calls == [{}]
+    assert len(calls) == 1
 
 
 def train(out, *more, **env):
@@ -118,6 +120,28 @@ def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
         assert one == two, name
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other_and_what_was_saved_goes_on(tmp_path, lost):
+    longer = ["--outer.steps", "200000", "--outer.checkpoint-every", "20", "--outer.validate-every", "100000"]
+    both = two_processes(tmp_path / "two", *TRAIN, *longer, "--out", str(tmp_path / "two"))
+    store, until = tmp_path / "two" / "checkpoints", time.monotonic() + 200
+    while not any(store.glob("step_*")) and time.monotonic() < until and both[0].poll() is None:
+        time.sleep(0.05)
+    assert any(store.glob("step_*"))
+    both[lost].kill()
+    began = time.monotonic()
+    _, said = both[1 - lost].communicate(timeout=200)
+    assert time.monotonic() - began < 60
+    both[lost].communicate()
+    if lost == 1:
+        assert both[0].returncode == cli.EXIT_STOPPED, said
+        assert f"metalr train --resume {tmp_path / 'two'}" in said
+    else:  # JAX ends a process whose coordinator is gone by itself
+        assert both[1].returncode != 0
+        assert "another task died" in said or "another process of this run is gone" in said
+    assert any(checkpoints._is_whole(path) for path in store.glob("step_*"))
 
 
 def test_processes_of_different_settings_are_refused(tmp_path):
