@@ -18,7 +18,7 @@ import tyro
 
 from metalr.cli import sweeps
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
-from metalr.config.files import read_config, read_settings
+from metalr.config.files import read_config, read_settings, run_name
 from metalr.errors import ConfigError, DataError, LostProcessError, MetalrError, StoppedError, one_line
 from metalr.storage import folders
 
@@ -191,7 +191,7 @@ def _train_command(argv: list[str]) -> Callable[..., None]:
             )
         os.environ.update({f"JAX_{name}": str(value) for name, value in joined.items() if value is not None})
         same_data = config_ is not None and config.data == default.data
-        _train(config, "train", json_, resume, config_ if same_data else None)
+        _train(config, run_name(config), json_, resume, config_ if same_data else None)
 
     return train
 

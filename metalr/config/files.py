@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -111,3 +112,16 @@ def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
         elif one != other:
             found[name] = (one, other)
     return found
+
+
+def settings_hash(config: TrainConfig) -> str:
+    """Eight hex digits that tell runs of different settings apart; where a run stands is none of its settings."""
+    settings = dataclasses.replace(config, out=None, overwrite=False)
+    return hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(config: TrainConfig) -> str:
+    """What a run's folder is called if nobody says: data, tasks, algorithm, seed, and the hash of its settings."""
+    data = Path(config.data).stem
+    tasks = data if config.table.task_column else f"{data}-{config.tasks.family}"
+    return f"{tasks}-{config.inner.algorithm}-seed{config.seed}-{settings_hash(config)}"

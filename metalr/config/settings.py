@@ -243,7 +243,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of meta-training."""
     out: Path | None = None
-    """Run folder; default runs/NAME, numbered if taken."""
+    """Run folder; default in runs/, named by data, tasks, algorithm, seed and settings, and numbered if taken."""
     overwrite: bool = False
     """Replace a run folder that exists."""
     objective: str = "cross_entropy"

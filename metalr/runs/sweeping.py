@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalr.config import SlurmConfig, SweepConfig, TrainConfig
-from metalr.config.files import check_literals, from_json, read_settings, with_settings
+from metalr.config.files import check_literals, from_json, read_settings, settings_hash, with_settings
 from metalr.errors import ConfigError, check_choices, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
@@ -115,7 +114,7 @@ def name_of(point: Point, seed: int, config: TrainConfig) -> str:
     """Of a run's folder: what it changes, its seed, and a hash of all its settings."""
     parts = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in point.items()]
     text = re.sub(r"[^\w.=,+-]+", "_", ",".join([*parts, f"seed={seed}"]))[:80]
-    return f"{text}-{hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{text}-{settings_hash(config)}"
 
 
 def run(sweep: Sweep, config: SweepConfig = SweepConfig(), *, reporter: Reporter | None = None) -> dict[str, Any]:  # noqa: B008

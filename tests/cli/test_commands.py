@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -513,6 +514,16 @@ def test_mistyped_settings_are_answered_with_the_nearest(tmp_path, capsys):
 
 def test_config_round_trip():
     assert files.from_json(json.loads(json.dumps(config.QUICKSTART.to_json()))) == config.QUICKSTART
+
+
+def test_a_run_that_nobody_named_is_named_by_its_settings():
+    settings = config.TrainConfig(seed=3)
+    name = files.run_name(settings)
+    assert name.startswith("mnist12k-digits-meta_sgd_layer-seed3-")
+    assert files.run_name(dataclasses.replace(settings, out=Path("x"), overwrite=True)) == name
+    assert files.run_name(dataclasses.replace(settings, outer=config.OuterConfig(steps=7))) != name
+    table = dataclasses.replace(settings, data="some/stores.csv", table=config.TableConfig(task_column="store"))
+    assert files.run_name(table).startswith("stores-meta_sgd_layer-seed3-")
 
 
 @pytest.mark.smoke
