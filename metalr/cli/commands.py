@@ -477,7 +477,7 @@ def runs_list(folder: tyro.conf.Positional[Path] = Path("runs"), json_: Json = F
 
     found = listed.find(folder)
     if json_:
-        print(json.dumps([run._asdict() | {"folder": str(run.folder)} for run in found]))
+        print(json.dumps([listed.facts(run) for run in found]))
         return
     print(listed.listing(found))
 
@@ -514,7 +514,7 @@ def runs_diff(
         names = listed.differing(found)
         rows = [
             {"folder": str(run.folder), "status": run.status, run.metric or "score": run.score}
-            | {name: run.settings.get(name) for name in names}
+            | {name: run.setting(name) for name in names}
             for run in found
         ]
         print(json.dumps(rows, indent=1))

@@ -138,7 +138,7 @@ def _differences(runs: Sequence[listed.Run]) -> str:
     names = listed.differing(runs)
     if not names:
         return "<p>Their settings are the same.</p>"
-    rows = [[name, *(_plain(run.settings.get(name)) for run in runs)] for name in names]
+    rows = [[name, *(_plain(run.setting(name)) for run in runs)] for name in names]
     return table(["setting", *_names(runs)], rows)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metalr.errors import ConfigError
 from metalr.report.tables import aligned, shown, shown_interval
@@ -19,6 +22,7 @@ KINDS = {
     "searches.jsonl": "comparison",
     "sweep.jsonl": "sweep",
 }  # a file that only this kind has
+BEGUN = {"runs": "comparison", "sweep": "sweep", "searcher": "search"}  # a setting that only this kind has
 SKIPPED = {"artifact", "checkpoints"}
 FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
 SWEPT = {"runs", "logs", "best.json", "drawn.jsonl"}  # what a sweep has besides
@@ -26,20 +30,20 @@ WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
 Settings = dict[str, Any]  # dotted name -> value
 
 
-class Run(NamedTuple):
-    """One run, search or comparison.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run, search, comparison or sweep.
 
     Attributes:
       status: "running", "finished", "failed" (with an error that is written down) or "stopped".
       metric, score, ci95, steps: what a finished run found on held-out tasks after so many inner steps, or None.
       done: outer steps of a run that is not finished, or None.
-      began: seconds since the epoch; bytes: of all its files.
+      began: seconds since the epoch; bytes: of all its files; config: its settings as they are stored.
     """
 
     folder: Path
     kind: str
     status: str
-    settings: Settings
     metric: str | None
     score: float | None
     ci95: float | None
@@ -47,6 +51,19 @@ class Run(NamedTuple):
     done: int | None
     began: float
     bytes: int
+    config: dict[str, Any]
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """All settings by dotted name."""
+        return flat(self.config)
+
+    def setting(self, name: str) -> Any:
+        """The setting of that dotted name; None if there is none."""
+        found: Any = self.config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
 
 
 def find(root: Path) -> list[Run]:
@@ -69,21 +86,15 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
 
 def read(folder: Path) -> Run:
     """How a run stands. Raises ConfigError for a folder that holds none."""
-    config = _json(folder / "config.json")
-    if config is None:
+    names, size, began = _contents(folder) if folder.is_dir() else (set[str](), 0, 0.0)
+    if "config.json" not in names:
         raise ConfigError(f"{folder}: expected a run with config.json, found none; see: metalr runs list")
-    names, size, began = _contents(folder)
     results = _json(folder / "results.json") if "results.json" in names else None
     kind = next((kind for name, kind in KINDS.items() if name in names), None)
-    kind = kind or (
-        "comparison"
-        if "runs" in config
-        else "sweep"
-        if "sweep" in config
-        else "search"
-        if "searcher" in config
-        else "run"
-    )
+    if kind is None and results is None:  # begun, and none of its own files is there yet
+        config = _json(folder / "config.json") or {}
+        kind = next((kind for name, kind in BEGUN.items() if name in config), None)
+    kind = kind or "run"
     if folders.LOCK in names and folders.holder(folder) is not None:
         status = "running"
     elif results is not None:
@@ -92,7 +103,8 @@ def read(folder: Path) -> Run:
         status = "failed" if folders.FAILED in names else "stopped"
     metric, score, ci95, steps = _found(results or {})
     done = None if results is not None or kind != "run" else _last_step(folder / "metrics.jsonl")
-    return Run(folder, kind, status, flat(config.get("config", config)), metric, score, ci95, steps, done, began, size)
+    config = _json(folder / "config.json") or {}
+    return Run(folder, kind, status, metric, score, ci95, steps, done, began, size, config.get("config", config))
 
 
 def newest(root: Path, name: str) -> Run:
@@ -174,14 +186,24 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def facts(run: Run) -> dict[str, Any]:
+    """A run as JSON values, its settings by dotted name."""
+    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "config"}
+    return values | {"folder": str(run.folder), "settings": run.settings}
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> Settings:
     """Settings by dotted name."""
     found: Settings = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
+
+    def add(config: dict[str, Any], prefix: str) -> None:
+        for name, value in config.items():
+            if isinstance(value, dict):
+                add(value, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = value
+
+    add(config, prefix)
     return found
 
 
@@ -189,13 +211,19 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """The settings in which these runs differ, without where they stand."""
     if not runs:
         return []
-    first = runs[0].settings
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [
-        name
-        for name in names
-        if name not in ("out", "overwrite") and any(run.settings.get(name) != first.get(name) for run in runs)
-    ]
+    return [name for name in _differing([run.config for run in runs]) if name not in ("out", "overwrite")]
+
+
+def _differing(configs: list[dict[str, Any]], prefix: str = "") -> Iterator[str]:
+    """Dotted names; sections that are the same everywhere are not looked into."""
+    for name in dict.fromkeys(itertools.chain.from_iterable(configs)):
+        values = [config.get(name) for config in configs]
+        if values.count(values[0]) == len(values):
+            continue
+        if any(isinstance(value, dict) for value in values):
+            yield from _differing([v if isinstance(v, dict) else {} for v in values], f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def listing(runs: Sequence[Run], most: int = 6) -> str:
@@ -215,11 +243,11 @@ def listing(runs: Sequence[Run], most: int = 6) -> str:
         rows = [head]
         for run in same:
             score = shown(run.score, run.metric) if run.metric and run.score is not None else ""
-            if run.done is not None and "outer.steps" in run.settings:
-                score = f"{run.done}/{run.settings['outer.steps']}"
+            if run.done is not None and run.setting("outer.steps") is not None:
+                score = f"{run.done}/{run.setting('outer.steps')}"
             interval = shown_interval(run.ci95, run.metric) if run.metric and run.ci95 is not None else ""
             about = run.status, score, interval, age(now - run.began), size(run.bytes)
-            rows.append((str(run.folder), *about, *(_value(run.settings.get(name)) for name in names[:most])))
+            rows.append((str(run.folder), *about, *(_value(run.setting(name)) for name in names[:most])))
         left = (0, 1, *range(6, len(head)))
         parts.append("\n".join(aligned(rows, left=left)))
         if len(names) > most:
@@ -259,7 +287,7 @@ def comparison(runs: Sequence[Run]) -> str:
             for run in runs
         ]
         rows.append((metric, *found))
-    rows += [(name, *(_value(run.settings.get(name)) for run in runs)) for name in names]
+    rows += [(name, *(_value(run.setting(name)) for run in runs)) for name in names]
     lines = aligned(rows, left=tuple(range(len(runs) + 1)))
     return "\n".join(lines + ([] if names else ["", "their settings are the same"]))
 

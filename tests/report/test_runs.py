@@ -94,7 +94,7 @@ def test_listing_imports_no_jax(tmp_path):
 
 
 def test_a_thousand_runs_are_listed_in_a_moment(tmp_path):
-    """10,000 take about 3 s on two cores, once their files are in memory; here a tenth of them, on a busy machine."""
+    """10,000 take about 2.4 s, once their files are in memory; here a tenth of them, on a busy machine."""
     config, curve = TrainConfig().to_json(), [{"steps": 5, "accuracy": 0.5, "ci95": 0.1}]
     for i in range(1000):
         folder = tmp_path / f"run{i:04d}"
