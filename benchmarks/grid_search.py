@@ -53,6 +53,7 @@ class Case(NamedTuple):
 
     of: the case whose runs are compared, if not its own. network: one of its own instead of the config's.
     begins_pretrained: each seed's meta-training starts from the same seed's pre-trained init.
+    pretraining_steps: of that init; 0: twice the outer steps of meta-training.
     """
 
     train: TrainConfig | None
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     of: str = ""
     network: models.Model | None = None
     begins_pretrained: bool = False
+    pretraining_steps: int = 0
 
 
 class Bytes(nn.Module):
@@ -71,7 +73,7 @@ class Bytes(nn.Module):
         return nn.Dense(10, name="head")(x)
 
 
-def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched: int = 20) -> Case:
+def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched: int = 20, **compare: Any) -> Case:
     """All of a small support set in each step."""
     space = SpaceConfig(epochs=(5, 20, 50), batch_sizes=(8, 999))
     return Case(
@@ -80,7 +82,8 @@ def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched
             EvaluationConfig(episodes=100, validation_episodes=100),
         ),
         CompareConfig(
-            tasks=200, searched=searched, lengths=(1, 5, 10, 20, 50), batch_size=999, space=space, tuning_tasks=40
+            tasks=200, searched=searched, lengths=(1, 5, 10, 20, 50), batch_size=999, space=space, tuning_tasks=40,
+            **compare,
         ),
     )  # fmt: skip
 
@@ -117,16 +120,17 @@ def full(
     )
 
 
-def several_horizons(case: Case, horizons: tuple[int, ...], power: float, shot: int) -> Case:
-    """From the pre-trained init, on more data, at several numbers of inner steps, with rates that fall with them."""
+def several_horizons(case: Case, horizons: tuple[int, ...], pretraining: int, shot: int = 0, **inner: Any) -> Case:
+    """From an init that was pre-trained for so many steps, at several numbers of inner steps, with rates that fall with
+    them. shot: of meta-training, if not the case's."""
     assert case.train is not None
-    inner = dataclasses.replace(case.train.inner, horizons=horizons, horizon_power=power)
-    tasks = dataclasses.replace(case.train.tasks, shot=shot)
-    return case._replace(train=dataclasses.replace(case.train, inner=inner, tasks=tasks), begins_pretrained=True)
+    settings = dataclasses.replace(case.train.inner, horizons=horizons, horizon_power=0.3, **inner)
+    tasks = dataclasses.replace(case.train.tasks, shot=shot or case.train.tasks.shot)
+    train = dataclasses.replace(case.train, inner=settings, tasks=tasks)
+    return case._replace(train=train, begins_pretrained=True, pretraining_steps=pretraining)
 
 
-PRETRAINING_STEPS = 4800  # as twice 2,400, the outer steps from a random init
-TEST_SEED = 20261126  # of tables drawn from then on; see TABLES.md
+NEW = ("grid", "tpe", "portfolio")  # the searches of newer tables
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
@@ -134,13 +138,20 @@ CASES = {
     "rotated, full data": full("rotated", steps=2400),
     "rotated, full data, several horizons": several_horizons(
         full(
-            "rotated", steps=400, rates_rate=5e-2, validate_every=50, seed=TEST_SEED, searched=10,
-            searchers=("grid", "tpe", "portfolio"),
+            "rotated", steps=400, rates_rate=5e-2, validate_every=50, seed=20261126, searched=10, searchers=NEW
         ),
-        horizons=(10, 50, 200, 480), power=0.3, shot=500,
+        horizons=(10, 50, 200, 480), pretraining=4800, shot=500,
     ),
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
+    ),
+    "rotated 10-way 5-shot, several horizons": several_horizons(
+        few_shot(
+            TaskConfig("rotated", 10, 5), MLP,
+            OuterConfig(steps=600, init_rate=2e-3, rates_rate=5e-2, validate_every=100),
+            seed=20261127, searchers=NEW,
+        ),
+        horizons=(1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3,
     ),
     "permuted 10-way 10-shot": few_shot(
         TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
@@ -193,7 +204,8 @@ def small(case: Case) -> Case:
     space = SpaceConfig((1e-3, 1e-2), (1, 2), compare.space.batch_sizes[-1:])
     changes: dict[str, Any] = {"data": None, "tasks": 8, "searched": 2, "tuning_tasks": 4, "space": space}
     changes |= {"lengths": (1, 2), "budgets": (1, 3), "shot": compare.shot and 20, "query": compare.query and 20}
-    return case._replace(train=train, compare=dataclasses.replace(compare, **changes))
+    compare = dataclasses.replace(compare, **changes)
+    return case._replace(train=train, compare=compare, pretraining_steps=0)
 
 
 def trained(name: str, train: TrainConfig, root: Path, network: models.Model | None) -> Path:
@@ -215,12 +227,9 @@ def folder_name(case: str) -> str:
     return case.replace(", ", "_").replace(" ", "_").replace("%", "percent")
 
 
-def pretraining(train: TrainConfig) -> TrainConfig:
-    """The jointly pre-trained rival of `train`: the same network and tasks, twice the outer steps, no learned rates.
-
-    Where meta-training starts from it, it is trained as long as where it does not.
-    """
-    steps = PRETRAINING_STEPS if train.inner.horizons and train.data == "mnist" else 2 * train.outer.steps
+def pretraining(train: TrainConfig, steps: int = 0) -> TrainConfig:
+    """The jointly pre-trained rival of `train`: the same network and tasks, no learned rates. steps 0: twice as many."""
+    steps = steps or 2 * train.outer.steps
     outer = dataclasses.replace(train.outer, steps=steps, validate_every=100, rates_rate=OuterConfig().rates_rate)
     tasks = dataclasses.replace(train.tasks, shot=min(train.tasks.shot, 40))
     # The step of pre-training that is best after five steps on validation tasks is kept: of Adam 1e-3, with which the
@@ -235,7 +244,7 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
     assert train is not None
     seeded, pretrained = [], []
     for seed in seeds:
-        joint = dataclasses.replace(pretraining(train), seed=seed)
+        joint = dataclasses.replace(pretraining(train, cases[source].pretraining_steps), seed=seed)
         pretrained.append(trained(f"{source}_joint", joint, root, network))
         start = pretrained[-1] if cases[source].begins_pretrained else None
         seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, network))
