@@ -212,7 +212,8 @@ def trained(name: str, train: TrainConfig, root: Path, network: models.Model | N
     """The run folder of `train`; a finished one of the same settings is kept, a stopped one goes on."""
     out = root / folder_name(name) / f"seed{train.seed}"
     if (out / "results.json").is_file():
-        changed = differences(dataclasses.replace(train, out=None), read_config(out)).keys() - {"out", "init"}
+        changed = differences(dataclasses.replace(train, out=None), read_config(out)).keys()
+        changed -= {"out", "init", "outer.checkpoint_every"}  # what the result does not depend on
         if changed:
             raise SystemExit(f"{out}: expected the settings of the case, found others: {sorted(changed)}; remove it")
     else:
@@ -228,7 +229,7 @@ def folder_name(case: str) -> str:
 
 
 def pretraining(train: TrainConfig, steps: int = 0) -> TrainConfig:
-    """The jointly pre-trained rival of `train`: the same network and tasks, no learned rates. steps 0: twice as many."""
+    """The jointly pre-trained rival of `train`: the same network and tasks, no learned rates. steps 0: twice its own."""
     steps = steps or 2 * train.outer.steps
     outer = dataclasses.replace(train.outer, steps=steps, validate_every=100, rates_rate=OuterConfig().rates_rate)
     tasks = dataclasses.replace(train.tasks, shot=min(train.tasks.shot, 40))
