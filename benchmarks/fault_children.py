@@ -20,7 +20,7 @@ TINY = TrainConfig(
     model=ModelConfig(widths=(16,)),
     inner=InnerConfig(steps=2),
     outer=OuterConfig(steps=6, meta_batch=2, validate_every=2, checkpoint_every=2),
-    evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=2),
+    evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=2, shown_tasks=0),
 )
 CONFIG = dataclasses.replace(  # dispatches stay short, so that kills fall everywhere
     TINY,

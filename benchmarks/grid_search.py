@@ -229,7 +229,7 @@ def folder_name(case: str) -> str:
 
 
 def pretraining(train: TrainConfig, steps: int = 0) -> TrainConfig:
-    """The jointly pre-trained rival of `train`: the same network and tasks, no learned rates. steps 0: twice its own."""
+    """The jointly pre-trained rival of `train`: same network and tasks, no learned rates. steps 0: twice its own."""
     steps = steps or 2 * train.outer.steps
     outer = dataclasses.replace(train.outer, steps=steps, validate_every=100, rates_rate=OuterConfig().rates_rate)
     tasks = dataclasses.replace(train.tasks, shot=min(train.tasks.shot, 40))

@@ -205,6 +205,8 @@ class EvaluationConfig:
     (as many as are trained with inner.extend error)."""
     seed: int = 0
     """Seed of those tasks."""
+    shown_tasks: int = 3
+    """Held-out tasks that the report shows, example by example, 0 to 3: the best, the median and the worst."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 340  # of the drawing; it scales with the page
@@ -139,39 +139,64 @@ def _cell(series: Series, x: float, percent: bool) -> str:
     return text + (f" ± {scale * (series.high[i] - value):.2g}" if series.high else "")
 
 
-def heat_map(title: str, description: str, rows: Sequence[tuple[str, Sequence[float]]], *, columns: str) -> str:
-    """A colour for each number: darker is larger, on a logarithmic scale; negative numbers are hatched in another one.
+def heat_map(
+    title: str,
+    description: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    *,
+    columns: str | Sequence[str],
+    linear: bool = False,
+    text: Callable[[float], str] = lambda value: f"{value:.3g}",
+) -> str:
+    """A colour for each number: darker is larger; negative numbers are in another one.
 
-    rows: (name, numbers), as many numbers in each.
+    Args:
+      rows: (name, numbers), as many numbers in each; what is not finite is left out.
+      columns: what a column is, to be numbered, or the name of each.
+      linear: colours go with the numbers; else with their logarithms.
+      text: of a number.
     """
     values = [abs(v) for _, found in rows for v in found if v and math.isfinite(v)]
     if not values:
         return ""
-    high = math.log(max(values))
-    low = min(math.log(min(values)), high - math.log(10))  # rates that are alike look alike
+
+    def position(value: float) -> float:
+        return value if linear else math.log(abs(value))
+
+    high = position(max(values))
+    low = position(min(values)) if linear else min(position(min(values)), high - math.log(10))  # alike: look alike
     count, left = max(len(found) for _, found in rows), 150
+    heads = [f"{columns} {j + 1}" for j in range(count)] if isinstance(columns, str) else list(columns)
     height, width = 30, (WIDTH - left - RIGHT) / count
     parts = []
     for i, (name, found) in enumerate(rows):
         y = i * height + 4
         parts.append(f'<text x="{left - 8}" y="{y + 19}" text-anchor="end">{html.escape(name)}</text>')
         for j, value in enumerate(found):
-            share = (math.log(abs(value)) - low) / (high - low) if value else 0.0
+            if not math.isfinite(value):
+                continue
+            share = (position(value) - low) / ((high - low) or 1.0) if value else 0.0
             color = "var(--c1)" if value < 0 else "var(--c0)"
             x, opacity = left + j * width, 0.12 + 0.88 * share
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="{height - 3}" fill="{color}" '
-                f'opacity="{opacity:.2f}"><title>{html.escape(name)}, {columns} {j + 1}: {value:.4g}</title></rect>'
+                f'opacity="{opacity:.2f}"><title>{html.escape(f"{name}, {heads[j]}: {text(value)}")}</title></rect>'
             )
             if width >= 44:
                 shade = "on-dark" if share > 0.55 else "on-light"
                 parts.append(
                     f'<text class="{shade}" x="{x + width / 2 - 1:.1f}" y="{y + 18}" text-anchor="middle">'
-                    f"{value:.3g}</text>"
+                    f"{html.escape(text(value))}</text>"
                 )
     total = len(rows) * height + 8
-    head = ["", *(f"{columns} {j + 1}" for j in range(count))] if count > 1 else ["", "value"]
-    numbers = [[name, *(f"{v:.4g}" for v in found)] for name, found in rows]
+    if not isinstance(columns, str):
+        total += 20
+        parts += [
+            f'<text x="{left + (j + 0.5) * width:.1f}" y="{total - 6}" text-anchor="middle">{html.escape(head)}</text>'
+            for j, head in enumerate(heads)
+        ]
+    head = ["", *heads] if count > 1 else ["", "value"]
+    numbers = [[name, *(text(v) if math.isfinite(v) else "diverged" for v in found)] for name, found in rows]
     return figure(title, description, "", parts, "", table(head, numbers), height=total)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from metalr.errors import ConfigError
+from metalr.report import examples
 from metalr.report import runs as listed
 from metalr.report.figures import Series, chart, heat_map, number, table
 from metalr.report.tables import conclusion, contest_conclusion, shown, shown_interval
@@ -71,7 +72,7 @@ def page(targets: Sequence[Path]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{examples.STYLE}</style></head><body><main>"
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}</main></body></html>\n"
     )
 
@@ -109,6 +110,12 @@ def _runs(runs: Sequence[listed.Run]) -> list[str]:
         for name, results in alike:
             if results.get("comparison"):
                 parts.append(_methods(f"{name}: beside a grid search on the same tasks", results["comparison"], metric))
+                cells = results.get("grid", {}).get("cells", [])
+                parts += _grid(name, cells, metric, results["metric"]["maximise"])
+        looked_at = [(name, _shown(run)) for name, (run, _) in zip(names, finished, strict=True)]
+        pictured = [part for name, facts in looked_at if facts for part in examples.parts(name, facts)]
+        if pictured:
+            parts += ["<h2>Some of these tasks</h2>", *pictured]
         parts.append("<h2>What was learned</h2>")
         parts += [_rates(name, results) for name, results in zip(names, (r for _, r in finished), strict=True)]
     parts.append("<h2>Meta-training</h2>")
@@ -191,6 +198,54 @@ def against_cost(rows: Sequence[dict[str, Any]], metric: str) -> list[Series]:
     ]  # fmt: skip
 
 
+def _shown(run: listed.Run) -> dict[str, Any] | None:
+    """The held-out tasks that a run left to be looked at, if it did."""
+    file = run.folder / folders.EXAMPLES
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _grid(name: str, cells: Sequence[dict[str, Any]], metric: str, maximise: bool) -> list[str]:
+    """A heat map for each init and optimizer of a grid: the best of its batch sizes, learning rate by steps."""
+    maps = []
+    better = max if maximise else min
+    for init, optimizer in dict.fromkeys((cell["init"], cell["optimizer"]) for cell in cells):
+        own = [cell for cell in cells if (cell["init"], cell["optimizer"]) == (init, optimizer)]
+        rates, lengths = (sorted({cell[key] for cell in own}) for key in ("learning_rate", "steps"))
+
+        def best(rate: float, steps: int, own: Sequence[dict[str, Any]] = own) -> float:
+            at = [c[metric] for c in own if (c["learning_rate"], c["steps"]) == (rate, steps) and c[metric] is not None]
+            return better(at, default=math.nan)
+
+        maps.append(
+            heat_map(
+                f"{name}: grid search from the {init} init, {optimizer}",
+                f"{metric} of each learning rate (rows) after each number of steps (columns), on the same tasks.",
+                [(f"rate {rate:g}", [best(rate, steps) for steps in lengths]) for rate in rates],
+                columns=[f"{steps} step{'' if steps == 1 else 's'}" for steps in lengths],
+                linear=True,
+                text=lambda value: shown(value, metric),
+            )
+        )
+    return maps
+
+
+def _path(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Learned rates over meta-training, a line for each group: the mean over its steps or knots."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for group, value in row.get("rates", {}).items():
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
+            if ":" not in group and numbers:
+                found.setdefault(group, []).append((row["step"], float(np.mean(numbers))))
+    lines = [Series(group, [x for x, _ in at], [y for _, y in at]) for group, at in found.items()]
+    if not any(len(set(line.y)) > 1 for line in lines):
+        return ""
+    return chart(
+        f"{name}: learning rates over meta-training", "The mean learning rate of each group of parameters.", lines,
+        x_label="outer steps", y_label="learning rate, mean over steps",
+    )  # fmt: skip
+
+
 def _rates(name: str, results: dict[str, Any]) -> str:
     """Learned rates, a row a group and a column a step; what is negative or dead is said."""
     rates = {k: v if isinstance(v, list) else [v] for k, v in results["rates"].items() if ":" not in k}
@@ -243,7 +298,7 @@ def _training(name: str, run: listed.Run) -> str:
             f"{name}: validation", f"{metric} on meta-validation tasks over outer steps; the best is kept.", [found],
             x_label="outer steps", y_label=metric, percent=metric == "accuracy",
         )  # fmt: skip
-    return drawn
+    return drawn + _path(name, rows)
 
 
 def _made(run: listed.Run) -> str:

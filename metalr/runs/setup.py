@@ -131,6 +131,8 @@ def set_up(
     for name in ("episodes", "validation_episodes"):
         if getattr(config.evaluation, name) < 2:
             raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
+    if not 0 <= config.evaluation.shown_tasks <= 3:
+        raise ConfigError(f"evaluation.shown_tasks: expected 0 to 3, got {config.evaluation.shown_tasks}")
     if config.grid.run:
         grid_of(config)
     optimizer = loop.make_optimizer(

@@ -34,7 +34,7 @@ from metalr.learner import Learner, artifact
 from metalr.learner.learner import LEARNED
 from metalr.models import Model
 from metalr.outer import devices, loop
-from metalr.runs import evaluating, preemption
+from metalr.runs import evaluating, examples, preemption
 from metalr.runs.job import Job
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
@@ -48,7 +48,16 @@ FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl"
 JOB = Job(
     "run",
     frozenset(FILES),
-    ("out", "data", "overwrite", "grid", "evaluation.episodes", "evaluation.steps", "outer.checkpoint_every"),
+    (
+        "out",
+        "data",
+        "overwrite",
+        "grid",
+        "evaluation.episodes",
+        "evaluation.steps",
+        "evaluation.shown_tasks",
+        "outer.checkpoint_every",
+    ),
     ("checkpoints",),
 )
 MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
@@ -224,6 +233,9 @@ def _carry_out(
         curve, seconds = evaluating.held_out(
             learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed
         )
+        shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
+        if shown is not None:
+            folders.write_json(folder / folders.EXAMPLES, shown)
         results = {
             "name": training.pop("name"),
             "command": command(),

@@ -22,7 +22,7 @@ from metalr.runs import setup
 
 SMALL = [
     "--tasks.family", "permuted", "--tasks.way", "10", "--tasks.shot", "2", "--tasks.query", "3",
-    "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8",
+    "--outer.steps", "6", "--outer.meta-batch", "2", "--evaluation.episodes", "8", "--evaluation.shown-tasks", "0",
     "--evaluation.validation-episodes", "4", "--model.widths", "16", "--inner.steps", "2", "--evaluation.steps", "3",
 ]  # fmt: skip
 

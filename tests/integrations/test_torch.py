@@ -155,7 +155,7 @@ def test_weights_of_a_torch_module_are_an_init(tmp_path):
     learned = metalr.meta_train(
         metalr.Tasks(sample, sample, sample), started, outer_steps=5, steps=2, out=tmp_path / "run",
         outer=OuterConfig(learns="rates", validate_every=5), reporter=ConsoleReporter(quiet=True),
-        evaluation=EvaluationConfig(episodes=5, validation_episodes=4),
+        evaluation=EvaluationConfig(episodes=5, validation_episodes=4, shown_tasks=0),
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, dict(learned.init), init)
     with pytest.raises(ArtifactError, match="holds a custom model"):  # its weights are no random ones

@@ -17,7 +17,7 @@ from metalr.storage import checkpoints
 
 TRAIN = [
     "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "6", "--outer.meta-batch", "4", "--outer.validate-every",
-    "3", "--inner.steps", "2", "--evaluation.steps", "3", "--evaluation.episodes", "8",
+    "3", "--inner.steps", "2", "--evaluation.steps", "3", "--evaluation.episodes", "8", "--evaluation.shown-tasks", "0",
     "--evaluation.validation-episodes", "8", "--model.widths", "16",
 ]  # fmt: skip
 

@@ -1,19 +1,22 @@
 """The HTML report: whole, alone, in numbers too, and without a scroll bar on a phone."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError
-from metalr.report import figures, page
+from metalr.report import examples, figures, page
 
-ALONE = {"meta"}
+ALONE = {"meta", "img"}
 
 
 class Balanced(html.parser.HTMLParser):
@@ -121,3 +124,68 @@ def test_a_report_imports_no_jax(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "one"), str(tmp_path / "r.html")], check=True)
     assert (tmp_path / "r.html").stat().st_size < 1 << 20
+
+
+def pictured(which, after):
+    """One task of two 4 x 3 images, whose class is 1."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3, 1)
+    images = {"size": 50, "x": base64.b64encode(pixels.tobytes()).decode(), "y": [1, 1]}
+    task = {"which": which, "score": 0.5, "support": images, "query": images | {"before": [0, 0], "after": after}}
+    return {"kind": "images", "shape": [4, 3, 1], "steps": 1, "metric": "accuracy", "tasks": [task]}
+
+
+def test_held_out_tasks_are_pictured_with_what_was_predicted(tmp_path):
+    folder = made(tmp_path / "run")
+    (folder / "examples.json").write_text(json.dumps(pictured("worst", [1, 2])))
+    text = page.page([folder])
+    Balanced().feed(text)
+    assert "run: the worst task, accuracy 50.00 % after 1 step<" in text
+    assert "Learned from 50 images, of which these are 2, each with its class." in text
+    assert text.count('class="wrong"') == 1
+    assert 'alt="class 1, predicted 0 before and 2 after"' in text
+    image = pytest.importorskip("PIL.Image")
+    found = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    assert len(found) == 4
+    again = image.open(io.BytesIO(base64.b64decode(found[1])))
+    np.testing.assert_array_equal(np.asarray(again), np.arange(12, 24).reshape(4, 3))
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(image.open(io.BytesIO(examples.png(colours)))), colours)
+
+
+def test_curves_are_drawn_before_and_after(tmp_path):
+    folder = made(tmp_path / "run", metric="mse", grid=False)
+    points = {"size": 2, "x": [1.0, -1.0], "y": [2.0, 3.0]}
+    task = {"which": "median", "score": 0.25, "support": points}
+    task["query"] = points | {"before": [0.0, 0.5], "after": [2.5, 3.5]}
+    facts = {"kind": "curves", "steps": 5, "metric": "mse", "tasks": [task]}
+    (folder / "examples.json").write_text(json.dumps(facts))
+    text = page.page([folder])
+    Balanced().feed(text)
+    assert "run: the median task, mse 0.25 after 5 steps" in text
+    assert "predicted after" in text
+    assert "<td>-1</td><td>3.5</td><td>0.5</td><td>3</td><td>3</td>" in text  # sorted by input
+
+
+def test_a_grid_is_a_heat_map_and_rates_have_a_path(tmp_path):
+    folder = made(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    cell = {"init": "random", "optimizer": "adam", "batch_size": 5}
+    results["grid"] = {
+        "cells": [
+            cell | {"learning_rate": rate, "steps": steps, "accuracy": None if rate == 1 and steps == 5 else rate / 10}
+            for rate in (0.1, 1) for steps in (1, 5)
+        ] + [cell | {"batch_size": 32, "learning_rate": 0.1, "steps": 1, "accuracy": 0.5}]
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    with (folder / "metrics.jsonl").open("a") as log:
+        for step, rate in ((350, 0.1), (700, 0.3)):
+            log.write(json.dumps({"step": step, "rates": {"dense_0": [rate, rate + 0.2], "momentum:head": 0.9}}) + "\n")
+    text = page.page([folder])
+    Balanced().feed(text)
+    assert "run: grid search from the random init, adam" in text
+    assert "rate 0.1, 1 step: 50.00 %" in text, "the best of its batch sizes"
+    assert "rate 0.1, 5 steps: 1.00 %" in text
+    assert "<td>rate 1</td><td>10.00 %</td><td>diverged</td>" in text
+    assert "learning rates over meta-training" in text
+    assert "<td>350</td><td>0.2</td>" in text
+    assert "<td>700</td><td>0.4</td>" in text

@@ -41,7 +41,7 @@ def trained(blobs, tmp_path_factory):
         model=ModelConfig(widths=(8,)),
         inner=InnerConfig(steps=4, base="adam", rate=1e-2, batch_size=8, knots=2),
         outer=OuterConfig(steps=3, meta_batch=2),
-        evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=4),
+        evaluation=EvaluationConfig(episodes=4, validation_episodes=2, steps=4, shown_tasks=0),
     )
     variants = {"a": {}, "b": {"seed": 1}, "joint": {"inner": InnerConfig(algorithm="joint", steps=4)}}
     for name, changes in variants.items():

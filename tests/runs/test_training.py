@@ -47,7 +47,7 @@ def small(blobs_npz):
         model=ModelConfig(widths=(16,)),
         inner=InnerConfig(steps=2),
         outer=OuterConfig(steps=4, meta_batch=2),
-        evaluation=EvaluationConfig(episodes=6, validation_episodes=2, steps=3),
+        evaluation=EvaluationConfig(episodes=6, validation_episodes=2, steps=3, shown_tasks=0),
     )
 
 
@@ -79,7 +79,7 @@ def test_all_rows_of_a_comparison_follow_one_policy(small, dropout):
         small,
         model=ModelConfig(widths=(16,), dropout=dropout),
         inner=InnerConfig(algorithm="maml", steps=3),
-        evaluation=EvaluationConfig(episodes=200, validation_episodes=2, steps=3),
+        evaluation=EvaluationConfig(episodes=200, validation_episodes=2, steps=3, shown_tasks=0),
         grid=GridConfig(run=True, learning_rates=(0.1,), steps=(3,), batch_sizes=(1000,), optimizers=("sgd",)),
     )
     rows = {row["method"]: row for row in results["comparison"] if row["steps"] == 3}
