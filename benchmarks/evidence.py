@@ -7,7 +7,6 @@ Draws docs/figures/CASE.svg for every case that the page has a place for (<!-- t
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from pathlib import Path
@@ -19,7 +18,6 @@ from metalr.report.figures import Series
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results" / "grid_search.json"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#444444")
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
 DRAWN = (  # of the methods that take one run a task; searches are points beside them
     "learned init + learned rates", "random init + learned rates", "pre-trained init, no search (momo_adam)",
@@ -53,26 +51,10 @@ def drawing(case: str, rows: list[dict[str, Any]]) -> str:
         searches.sort(key=lambda r: r["example_gradients"])
         x, y = [r["example_gradients"] for r in searches], [r["accuracy"] for r in searches]
         chosen.append(Series("searches of each task's own, trained again on all", x, y, points=True))
-    text = figures.chart(
+    return figures.standalone(
         case, f"Accuracy against the cost of one task: {case}.", chosen, x_label="example-gradients of one new task",
         y_label="accuracy, from 88 % up", log_x=True, percent=True,
     )  # fmt: skip
-    found = re.search(r"<svg[^>]*>(.*?)</svg>", text, re.S)
-    assert found is not None
-    inside = found.group(1)
-    for i, color in enumerate(COLORS):
-        inside = inside.replace(f"var(--c{i})", color)
-    keys = [
-        f'<rect x="{figures.LEFT}" y="{figures.HEIGHT + 8 + 20 * i}" width="12" height="12" rx="3" fill="{COLORS[i]}"/>'
-        f'<text x="{figures.LEFT + 20}" y="{figures.HEIGHT + 19 + 20 * i}">{html.escape(s.name)}</text>'
-        for i, s in enumerate(chosen)
-    ]
-    height = figures.HEIGHT + 20 * len(chosen) + 16
-    style = "text{font:13px system-ui,sans-serif;fill:#444}.grid{stroke:#ddd}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {figures.WIDTH} {height}" role="img">'
-        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{inside}{"".join(keys)}</svg>\n'
-    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

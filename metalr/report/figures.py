@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 640, 340  # of the drawing; it scales with the page
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46
 # As many as the style sheet has, --c0 … --c7, of Okabe & Ito, which most colour-blind people tell apart. Those beyond
 # are hollow and dashed.
 COLORS = 8
+FIXED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#444444")  # those, in files
 
 
 class Series(NamedTuple):
@@ -126,6 +128,26 @@ def chart(
     at = sorted({x for s in series for x in s.x})
     rows = [[number(x), *(_cell(s, x, percent) for s in series)] for x in at]
     return figure(title, description, f"{y_label}", parts, f'<ul class="legend">{keys}</ul>', table(head, rows))
+
+
+def standalone(title: str, description: str, series: Sequence[Series], **labels: Any) -> str:
+    """The drawing of `chart` as one SVG file, with its legend, for light and dark pages. labels: as of `chart`."""
+    found = re.search(r"<svg[^>]*>(.*?)</svg>", chart(title, description, series, **labels), re.S)
+    assert found is not None
+    inside = found.group(1)
+    for i, color in enumerate(FIXED):
+        inside = inside.replace(f"var(--c{i})", color)
+    keys = [
+        f'<rect x="{LEFT}" y="{HEIGHT + 8 + 20 * i}" width="12" height="12" rx="3" fill="{FIXED[i]}"/>'
+        f'<text x="{LEFT + 20}" y="{HEIGHT + 19 + 20 * i}">{html.escape(s.name)}</text>'
+        for i, s in enumerate(series)
+    ]
+    height = HEIGHT + 20 * len(series) + 16
+    style = "text{font:13px system-ui,sans-serif;fill:#444}.grid{stroke:#ddd}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{inside}{"".join(keys)}</svg>\n'
+    )
 
 
 def _cell(series: Series, x: float, percent: bool) -> str:
