@@ -70,6 +70,29 @@ def test_the_page_of_your_own_tasks_runs_from_top_to_bottom():
     assert scope["predicted"].shape == (20, 1)
 
 
+def test_the_tutorial_runs_and_prints_what_was_printed(tmp_path):
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    assert re.findall(r"```text\n(.*?)\n```", page, re.S) == ALL["tutorial"]["printed"]
+    scope = {}
+    with jax.numpy_rank_promotion("allow"):  # as users have it
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            short = block.replace("outer_steps=400", "outer_steps=20, meta_batch=4").replace(
+                "episodes=200", "episodes=10"
+            )
+            exec(short, scope)
+    assert Path("runs/tutorial/report.html").is_file()
+    assert scope["curve"].tasks.shape == (10, 11)
+
+
+def test_the_page_of_a_network_that_is_there_already_runs(tmp_path):
+    page = (ROOT / "docs" / "your_network.md").read_text()
+    scope = {}
+    with jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(block.replace("outer_steps=300", "outer_steps=10"), scope)
+    assert scope["learned"].facts["tasks"]
+
+
 def test_the_page_of_your_own_loop_runs_in_jax():
     page = (ROOT / "docs" / "own_loop.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)

@@ -15,6 +15,7 @@ from metalr.errors import ConfigError
 from metalr.inner import Objective, objective_of
 from metalr.learner import Learner, load
 from metalr.models import Model
+from metalr.report import page
 from metalr.runs import training
 from metalr.runs.progress import Reporter
 from metalr.runs.studies import over_seeds
@@ -73,7 +74,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
       reporter: where progress goes; default: the terminal.
 
     Returns:
-      A Learner; of several seeds a list of them.
+      A Learner; of several seeds a list of them. Each run folder has a report.html.
 
     Raises:
       MetalrError: a setting, the tasks or the model cannot work (nothing is written then), training diverged, a signal
@@ -118,7 +119,9 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         results = training.run(
             config, name=_named(tasks), model=model, reporter=reporter, given=tasks, objective=found,
         )  # fmt: skip
-    return load(results["folder"], model, found)
+    folder = Path(results["folder"])
+    page.write(folder / folders.REPORT, [folder])
+    return load(folder, model, found)
 
 
 def _named(tasks: Tasks) -> str:

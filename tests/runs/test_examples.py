@@ -62,6 +62,7 @@ def test_curves_of_one_number_are_left_too_and_of_more_are_not(tmp_path):
         out = tmp_path / f"inputs{inputs}"
         runs.meta_train(tasks, models.mlp(1, (inputs,), widths=(8,)), out=out, **settings)
         assert (out / "examples.json").exists() == left
+        assert ("the median task" in (out / "report.html").read_text()) == left
     facts = json.loads((tmp_path / "inputs1" / "examples.json").read_text())
     (shown,) = facts["tasks"]
     assert shown["which"] == "median"
