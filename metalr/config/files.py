@@ -41,7 +41,8 @@ def from_json(facts: dict[str, Any], kind: Any = TrainConfig) -> Any:
         if isinstance(default, tuple):
             if not isinstance(value, list):
                 raise ConfigError(f"{name}: expected a list, got {value!r}")
-            return tuple(convert(default[0] if default else kinds[0](), each, name) for each in value)
+            like = default[0] if default else get_args(kinds[0])[0] if get_origin(kinds[0]) is Literal else kinds[0]()
+            return tuple(convert(like, each, name) for each in value)
         wanted = type(default)
         if default is None:  # then the annotation says what else it may be
             wanted = next((k for k in kinds if k in (bool, int, float, str)), object)
@@ -62,7 +63,8 @@ def check_literals(config: Any, prefix: str = "") -> None:
             check_literals(value, f"{name}.")
         parts = (hint, *get_args(hint))
         choices = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
-        if choices and value not in choices and not (value is None and type(None) in parts):
+        values = value if get_origin(hint) is tuple else (value,)
+        if choices and not set(values) <= {*choices} and not (value is None and type(None) in parts):
             raise ConfigError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 
@@ -115,8 +117,8 @@ def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
 
 
 def settings_hash(config: TrainConfig) -> str:
-    """Eight hex digits that tell runs of different settings apart; where a run stands is none of its settings."""
-    settings = dataclasses.replace(config, out=None, overwrite=False)
+    """Eight hex digits that tell runs of different settings apart; where it stands and logs is none of them."""
+    settings = dataclasses.replace(config, out=None, overwrite=False, loggers=())
     return hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode()).hexdigest()[:8]
 
 

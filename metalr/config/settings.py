@@ -248,6 +248,8 @@ class TrainConfig:
     """Run folder; default in runs/, named by data, tasks, algorithm, seed and settings, and numbered if taken."""
     overwrite: bool = False
     """Replace a run folder that exists."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where numbers go while it runs, beside metrics.jsonl; each needs the extra of its name."""
     objective: str = "cross_entropy"
     """cross_entropy (classes, as of images), binary_cross_entropy (0, 1), squared_error or absolute_error (numbers)."""
     table: Annotated[TableConfig, arg(name="data")] = TableConfig()

@@ -17,6 +17,7 @@ from metalr.learner import Learner, load
 from metalr.models import Model
 from metalr.report import page
 from metalr.runs import training
+from metalr.runs.loggers import Logger
 from metalr.runs.progress import Reporter
 from metalr.runs.studies import over_seeds
 from metalr.storage import folders
@@ -49,6 +50,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     evaluation: EvaluationConfig | None = None,
     grid: GridConfig | None = None,
     reporter: Reporter | None = None,
+    loggers: Sequence[str | Logger] = (),
 ) -> Learner | list[Learner]:
     """Meta-train on tasks of your own; what was learned, which also stands in the run folder.
 
@@ -72,6 +74,8 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
       inner, outer, evaluation, grid: all other settings, as the command line has them. What the arguments above say
         is not taken from them.
       reporter: where progress goes; default: the terminal.
+      loggers: where numbers go while it runs, beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio", or
+        objects of your own with log(step, values) and close().
 
     Returns:
       A Learner; of several seeds a list of them. Each run folder has a report.html.
@@ -91,6 +95,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
                 tasks, model, objective=objective, algorithm=algorithm, steps=steps, outer_steps=outer_steps,
                 meta_batch=meta_batch, seed=one, out=folder, resume=resume, overwrite=overwrite, inner=inner,
                 outer=outer, evaluation=evaluation, grid=grid, reporter=reporter,
+                loggers=loggers,
             )  # fmt: skip
 
         parent = Path("runs") / _named(tasks) if out is None else Path(out)
@@ -107,17 +112,21 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         seed=int(seed),
         out=None if out is None else Path(out),
         overwrite=overwrite,
+        loggers=tuple(one for one in loggers if isinstance(one, str)),  # type: ignore[misc]  # checked with the rest
     )
+    own = [one for one in loggers if not isinstance(one, str)]
     begun = config.out is not None and (config.out / "config.json").is_file()
     if resume and begun:
         assert config.out is not None
         if (config.out / "results.json").is_file():
             training.check_same(config.out, config, model, tasks)
             return load(config.out, model, found)
-        results = training.resume(config.out, config, model=model, reporter=reporter, given=tasks, objective=found)
+        results = training.resume(
+            config.out, config, model=model, reporter=reporter, given=tasks, objective=found, loggers=own,
+        )  # fmt: skip
     else:
         results = training.run(
-            config, name=_named(tasks), model=model, reporter=reporter, given=tasks, objective=found,
+            config, name=_named(tasks), model=model, reporter=reporter, given=tasks, objective=found, loggers=own,
         )  # fmt: skip
     folder = Path(results["folder"])
     page.write(folder / folders.REPORT, [folder])

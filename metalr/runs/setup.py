@@ -19,6 +19,7 @@ from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
 from metalr.outer import Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, loop
+from metalr.runs import loggers
 from metalr.runs.sources import Source, load, model_of_table, of_images, of_tasks
 from metalr.types import Episode
 
@@ -131,6 +132,7 @@ def set_up(
     for name in ("episodes", "validation_episodes"):
         if getattr(config.evaluation, name) < 2:
             raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
+    loggers.check(config.loggers)
     if not 0 <= config.evaluation.shown_tasks <= 3:
         raise ConfigError(f"evaluation.shown_tasks: expected 0 to 3, got {config.evaluation.shown_tasks}")
     if config.grid.run:

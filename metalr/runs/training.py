@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,10 @@ from metalr.learner import Learner, artifact
 from metalr.learner.learner import LEARNED
 from metalr.models import Model
 from metalr.outer import devices, loop
+from metalr.report import runs as listed
 from metalr.runs import evaluating, examples, preemption
 from metalr.runs.job import Job
+from metalr.runs.loggers import Logger, opened
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up, task_cost
@@ -56,6 +58,7 @@ JOB = Job(
         "evaluation.episodes",
         "evaluation.steps",
         "evaluation.shown_tasks",
+        "loggers",
         "outer.checkpoint_every",
     ),
     ("checkpoints",),
@@ -73,6 +76,7 @@ def run(
     reporter: Reporter | None = None,
     given: tasks.Tasks | None = None,
     objective: Objective | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Meta-train, evaluate on held-out tasks, compare if asked to; leave a run folder; return its results.
 
@@ -83,6 +87,7 @@ def run(
       model: a network of your own (models.from_linen, models.from_nnx), instead of config.model.
       given: tasks of your own, instead of config.data and config.tasks; with a model.
       objective: one of your own, instead of config.objective.
+      loggers: your own, beside those of config.loggers.
 
     Raises:
       MetalrError: a setting cannot work (nothing is written then), training diverged, or the disk refuses.
@@ -94,7 +99,7 @@ def run(
         return setup, warm_start(begun, setup)
 
     def carry_out(parts: tuple[Setup, WarmStart | None], folder: Path) -> dict[str, Any]:
-        return _carry_out(begun, parts[0], folder, name, reporter or ConsoleReporter(), parts[1])
+        return _carry_out(begun, parts[0], folder, name, reporter or ConsoleReporter(), parts[1], loggers)
 
     return JOB.begin(begun, name, make, carry_out)
 
@@ -107,6 +112,7 @@ def resume(
     reporter: Reporter | None = None,
     given: tasks.Tasks | None = None,
     objective: Objective | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Go on with a stopped or killed run from its newest whole checkpoint; it ends as if it had never stopped.
 
@@ -135,7 +141,7 @@ def resume(
         return setup, None if checkpoints.any_in(folder / "checkpoints") else warm_start(begun, setup)
 
     def carry_out(parts: tuple[Setup, WarmStart | None], folder: Path) -> dict[str, Any]:
-        return _carry_out(begun, parts[0], folder, folder.name, reporter or ConsoleReporter(), parts[1])
+        return _carry_out(begun, parts[0], folder, folder.name, reporter or ConsoleReporter(), parts[1], loggers)
 
     return JOB.go_on(folder, make, carry_out, stored, begun)
 
@@ -209,8 +215,9 @@ def _agree(config: TrainConfig, setup: Setup) -> None:
 
 
 def _carry_out(
-    config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter, warm: WarmStart | None
-) -> dict[str, Any]:
+    config: TrainConfig, setup: Setup, folder: Path, name: str, reporter: Reporter, warm: WarmStart | None,
+    loggers: Sequence[Logger],
+) -> dict[str, Any]:  # fmt: skip
     began = time.perf_counter()
     own = setup.source.source == OWN_TASKS
     folders.remember_data(folder, OWN_TASKS if own else config.data, setup.source.sha256)
@@ -218,9 +225,11 @@ def _carry_out(
         _agree(config, setup)
         reporter.line(describe(config, setup))
         here = time.perf_counter()
-        init, rates, training = meta_train(
-            config, setup, folder, reporter, lambda: devices.in_any_process(asked()), name=name, warm=warm
-        )
+        named, own_ones = (config.loggers, loggers) if jax.process_index() == 0 else ((), ())
+        with opened(named, own_ones, folder, listed.flat(config.to_json()), reporter.line) as log:
+            init, rates, training = meta_train(
+                config, setup, folder, reporter, lambda: devices.in_any_process(asked()), name=name, warm=warm, log=log
+            )
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
         learner = Learner(
@@ -302,6 +311,7 @@ def meta_train(
     *,
     name: str = "",
     warm: WarmStart | None = None,
+    log: Callable[[int, dict[str, Any]], None] = lambda step, values: None,
 ) -> tuple[Params, Rates, dict[str, Any]]:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
@@ -311,6 +321,7 @@ def meta_train(
     Args:
       asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
       warm: where to start, unless there is a checkpoint.
+      log: called with numbers after so many outer steps: means over a dispatch, and those of each validation.
 
     Returns:
       (init, actual rates, facts for results.json).
@@ -365,10 +376,10 @@ def meta_train(
     every = config.outer.validate_every, config.outer.checkpoint_every
 
     def save(state: loop.TrainState) -> None:
-        facts["metrics_bytes"] = _flush(log, folder)
+        facts["metrics_bytes"] = _flush(lines, folder)
         checkpoints.save(store, int(state.step), {"state": state, "best": best}, facts)
 
-    with _open_log(folder, facts["metrics_bytes"]) as log:
+    with _open_log(folder, facts["metrics_bytes"]) as lines:
         in_a_row = 0
         if warm is not None and found is None:
             save(state)  # so that resuming never needs what it started from
@@ -391,19 +402,21 @@ def meta_train(
                         finite = bool(part.metrics["finite"][i])
                         in_a_row = 0 if finite else in_a_row + 1
                         facts["skipped"] += not finite
-                        _write_line(log, folder, _step_line(done - count + i, part.metrics, i))
+                        _write_line(lines, folder, _step_line(done - count + i, part.metrics, i))
                         if in_a_row == MOST_SKIPPED:
                             raise loop.DivergedError(done - count + i, part.metrics, i, state)
                     if not count:
                         facts["compile_seconds"] += part.seconds
                         continue
+                    log(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
                     facts["warm"] = [*facts["warm"][-99:], part.seconds / count]
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
                         score = float(np.mean([of(val_pool, init, rates, val_keys).mean[-1] for of in validators]))
                         line: dict[str, Any] = {"step": done, f"validation_{metric}": protocol.rounded(score)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
-                        _write_line(log, folder, line)
+                        _write_line(lines, folder, line)
+                        log(done, {name: value for name, value in line.items() if name != "step"})
                         if facts["score"] is None or setup.objective.better(score, facts["score"]):
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         spent = round(facts["seconds"] + part.seconds, 2)

@@ -1,0 +1,182 @@
+"""Where the numbers of a run go while it runs, beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio.
+
+A logger is an object with `log` and `close`; `LOGGERS` has those of libraries, each an extra that is imported when it
+is asked for. metrics.jsonl has everything anyway: a logger that fails is left out, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from metalr.errors import ConfigError, one_line
+from metalr.storage import folders
+
+PROJECT = "metalr"
+
+
+class Logger(Protocol):
+    """Takes the numbers of a run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers after so many outer steps: the means over the last dispatch, or those of a validation."""
+        ...
+
+    def close(self) -> None:
+        """The run is over, or stopped."""
+        ...
+
+
+class TensorBoard:
+    """Event files in the run folder, written without TensorFlow: tensorboard --logdir RUN."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
+        self.writer = _import("tensorboardX", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self.identity = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, which a resumed run goes on with."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
+        own = {"id": identity, "resume": "allow"} if identity else {}
+        self.run = _import("wandb", "wandb").init(
+            project=PROJECT, name=folder.name, dir=str(folder), config=settings, **own
+        )
+        self.identity = str(self.run.id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow, which a resumed run goes on with; where it goes says MLflow's own MLFLOW_TRACKING_URI."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
+        self.mlflow = _import("mlflow", "mlflow")
+        if identity is None:
+            self.mlflow.set_experiment(PROJECT)
+            self.run = self.mlflow.start_run(run_name=folder.name)
+            self.mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+        else:
+            self.run = self.mlflow.start_run(run_id=identity)
+        self.identity = str(self.run.info.run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+class Trackio:
+    """A run of trackio, in its local database: trackio show."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
+        self.identity = identity or folder.name
+        self.run = _import("trackio", "trackio").init(
+            project=PROJECT, name=self.identity, config=settings, resume="allow"
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], str | None], Any]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"loggers: expected {module} for {extra}; pip install 'metalr[{extra}]'") from error
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises ConfigError for a logger whose library is not installed."""
+    for name in names:
+        _import(MODULES[name], name)
+
+
+@contextlib.contextmanager
+def opened(
+    names: Sequence[str],
+    given: Sequence[Logger],
+    folder: Path,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Gives `log(step, values)`, which hands the numbers among the values to all loggers.
+
+    Args:
+      names: rows of LOGGERS; given: loggers of the user's own.
+      settings: of the run, by dotted name.
+      say: where it is said that a logger failed and is left out from then on.
+    """
+    file = folder / folders.LOGGERS
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    open_now: dict[str, Logger] = {type(one).__name__: one for one in given}
+
+    def attempt(name: str, what: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return what(*given)
+        except Exception as error:  # of somebody else's service: no reason to lose a run
+            open_now.pop(name, None)
+            return say(f"logger {name} failed and is left out from here on: {type(error).__name__}: {one_line(error)}")
+
+    for name in names:
+        made = attempt(name, LOGGERS[name], folder, settings, kept.get(name))
+        if made is not None:
+            open_now[name] = made
+            if made.identity is not None:
+                kept[name] = made.identity
+    if kept:
+        folders.write_json(file, kept)
+
+    def log(step: int, values: Mapping[str, Any]) -> None:
+        if open_now:
+            numbers = dict(_numbers(values))
+            for name, logger in list(open_now.items()):
+                attempt(name, logger.log, step, numbers)
+
+    try:
+        yield log
+    finally:
+        for name, logger in list(open_now.items()):
+            attempt(name, logger.close)
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers by name: a section's with its name in front, a list's with their place behind."""
+    for name, value in values.items():
+        whole = prefix + str(name).replace(":", "/")
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{whole}/")
+        elif isinstance(value, list):
+            yield from _numbers({str(i + 1): one for i, one in enumerate(value)}, f"{whole}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield whole, float(value)
