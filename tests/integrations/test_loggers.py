@@ -9,7 +9,8 @@ from metalr.runs import loggers
 def offline(tmp_path, monkeypatch):
     for name, value in {
         "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CACHE_DIR": str(tmp_path), "WANDB_DIR": str(tmp_path),
-        "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true", "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     folder = tmp_path / "run"
