@@ -222,7 +222,7 @@ def test_numbers_of_the_comparison_are_those_of_its_results():
             "" if row["steps"] is None else str(row["steps"]),
             f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}",
             *([] if in_readme else [str(row["tasks"])]),
-            f"{cost:,.0f}" if in_readme else f"{cost:,.1f}",
+            f"{cost:,.1f}",
             f"{100 * paired[0]:+.1f} ± {100 * paired[1]:.1f}" if paired else "",
         ]
 

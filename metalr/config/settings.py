@@ -21,9 +21,9 @@ class TaskConfig:
     way: int = 3
     """Classes a task (families rotated, permuted, relabeled and scaled use all classes of the data)."""
     shot: int = 1
-    """Support images a class."""
+    """Support images per class."""
     query: int = 15
-    """Query images a class."""
+    """Query images per class."""
     distort: float = 0.0
     """Family classes, meta-training only: strength, 0..1, of one random affine map an episode, mirrored or not, and
     of a weaker one an image."""
@@ -134,9 +134,9 @@ class InnerConfig:
     base: Literal["sgd", "adam"] = "sgd"
     """What rates scale: the gradient, or Adam's direction."""
     momentum: float | None = None
-    """Start of a learned momentum a layer."""
+    """Start of a learned momentum per layer."""
     decay: float | None = None
-    """Start of a learned weight decay a layer, a share of the weight in each step."""
+    """Start of a learned weight decay per layer, a share of the weight in each step."""
     clip: float | None = None
     """Start of a learned largest gradient norm a layer."""
     dropout: float | None = None
@@ -146,7 +146,7 @@ class InnerConfig:
     horizons: tuple[int, ...] = ()
     """Train at these numbers of inner steps: every outer step draws one. None: always inner.steps."""
     horizon_power: float | None = None
-    """Start of a learned power a layer: rates of a fine-tune of N steps are multiplied by (inner.steps / N) ** power,
+    """Start of a learned power per layer: rates of a fine-tune of N steps are multiplied by (inner.steps / N) ** power,
     so that one schedule serves short and long ones; with inner.horizons."""
     predicted: bool | None = None
     """Predict rates and decay of each step from the task's gradients and weights."""
@@ -308,9 +308,9 @@ class CompareConfig:
     family: str | None = None
     """Another task family than the runs'."""
     shot: int | None = None
-    """Support images a class; None: the runs'."""
+    """Support images per class; None: the runs'."""
     query: int | None = None
-    """Query images a class; None: the runs'."""
+    """Query images per class; None: the runs'."""
     label_noise: float | None = None
     """Share of the support labels that are drawn anew at random; None: the runs'."""
     tasks: int = 20

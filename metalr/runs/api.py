@@ -62,7 +62,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
       tasks: samplers of the three splits; `Tasks.check` is called first.
       model: the network: models.mlp for rows of numbers, or your own by models.from_function, from_linen or from_nnx.
       objective: a name in metalr.inner.OBJECTIVES, such as "squared_error", or an Objective of your own.
-      algorithm: a row of metalr.outer.algorithms.ALGORITHMS; "meta_sgd_layer" learns one rate a layer.
+      algorithm: a row of metalr.outer.algorithms.ALGORITHMS; "meta_sgd_layer" learns one rate per layer.
       steps: inner steps that are trained.
       outer_steps: meta-updates.
       meta_batch: tasks of one meta-update.

@@ -113,7 +113,7 @@ def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[
     """A family of image tasks and its samplers. Raises MetalrError."""
     t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns)
     samplers = tasks.make_samplers(splits, t.way, t.shot, t.query, distort=t.distort, label_noise=t.label_noise)
-    described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images a class"
+    described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images per class"
     facts = [part.describe() for part in splits]
     relabels = tasks.FAMILIES[t.family].labels != "fixed"
     described_by = splits.sha256, facts, str(dataset), described, relabels
