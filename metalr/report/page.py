@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
@@ -19,6 +20,7 @@ from metalr.report.tables import conclusion, contest_conclusion, shown, shown_in
 from metalr.storage import folders
 
 MOST_POINTS = 300  # of a line over outer steps
+MOST_LINES = 100_000  # of steps that are read
 
 STYLE = """
 :root{--ink:#1d1f23;--soft:#5c6470;--paper:#fff;--line:#dfe3e8;--card:#f6f7f9;
@@ -275,9 +277,24 @@ def _rates(name: str, results: dict[str, Any]) -> str:
     return drawn + text
 
 
+def _metrics(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl: all validations, and every n-th step; and n, which is 1 up to MOST_LINES."""
+    if not file.is_file():
+        return [], 1
+    with file.open("rb") as lines:
+        every = max(1, math.ceil(sum(1 for _ in lines) / MOST_LINES))
+        lines.seek(0)
+        chosen = [line for i, line in enumerate(lines) if i % every == 0 or b'"validation_' in line]
+    rows = []
+    for line in chosen:
+        with contextlib.suppress(ValueError):  # cut off by a kill
+            rows.append(json.loads(line))
+    return rows, every
+
+
 def _training(name: str, run: listed.Run) -> str:
     """Loss and validation over outer steps."""
-    rows = folders.read_rows(run.folder / "metrics.jsonl")
+    rows, every = _metrics(run.folder / "metrics.jsonl")
     steps = [row for row in rows if row.get("loss") is not None]
     validations = [
         (row["step"], k, v) for row in rows for k, v in row.items() if k.startswith("validation_") and v is not None
@@ -287,9 +304,11 @@ def _training(name: str, run: listed.Run) -> str:
     size = max(1, math.ceil(len(steps) / MOST_POINTS))
     groups = [steps[i : i + size] for i in range(0, len(steps), size)]
     loss = Series("loss", [g[-1]["step"] + 1 for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups])
+    label = f"loss, means over {size * every} steps" if size * every > 1 else "loss"
+    label += f", of which every {every}th is read" if every > 1 else ""
     drawn = chart(
         f"{name}: loss of meta-training", "Loss on query sets of meta-training tasks over outer steps.", [loss],
-        x_label="outer steps", y_label=f"loss, means of {size} steps" if size > 1 else "loss",
+        x_label="outer steps", y_label=label,
     )  # fmt: skip
     if validations:
         metric = validations[0][1].removeprefix("validation_")

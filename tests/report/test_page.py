@@ -189,3 +189,11 @@ def test_a_grid_is_a_heat_map_and_rates_have_a_path(tmp_path):
     assert "learning rates over meta-training" in text
     assert "<td>350</td><td>0.2</td>" in text
     assert "<td>700</td><td>0.4</td>" in text
+
+
+def test_of_a_very_long_run_every_nth_step_is_read_and_every_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST_LINES", 200)
+    text = page.page([made(tmp_path / "run")])  # 702 lines
+    assert "loss, means over 4 steps, of which every 4th is read" in text
+    assert "<td>350</td><td>60.00</td>" in text
+    assert len(page._metrics(tmp_path / "run" / "metrics.jsonl")[0]) == 177
