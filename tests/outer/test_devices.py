@@ -1,5 +1,6 @@
 """Devices: meshes, refusals, and two processes that train as one."""
 
+import json
 import os
 import socket
 import subprocess
@@ -120,6 +121,31 @@ def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
         assert one == two, name
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+    """A sum over tasks is taken in another order then, so the last digits may differ, and nothing else."""
+    longer = ["--outer.steps", "600", "--outer.checkpoint-every", "20", "--outer.validate-every", "300"]
+    begun = train("", *TRAIN, *longer, "--out", str(tmp_path / "moved"), JAX_NUM_CPU_DEVICES="2")
+    store, until = tmp_path / "moved" / "checkpoints", time.monotonic() + 200
+    while not any(store.glob("step_*")) and time.monotonic() < until and begun.poll() is None:
+        time.sleep(0.02)
+    begun.terminate()
+    begun.communicate(timeout=200)
+    assert begun.returncode == cli.EXIT_STOPPED
+    again = train("", "--resume", str(tmp_path / "moved"), JAX_NUM_CPU_DEVICES="1")
+    printed = again.communicate(timeout=300)
+    assert again.returncode == 0, printed
+    whole = train("", *TRAIN, *longer, "--out", str(tmp_path / "whole"), JAX_NUM_CPU_DEVICES="1")
+    printed = whole.communicate(timeout=300)
+    assert whole.returncode == 0, printed
+    moved, other = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("moved", "whole"))
+    assert len(moved) == len(other) == 602
+    for a, b in zip(moved, other, strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a.keys() == b.keys()
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
