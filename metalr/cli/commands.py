@@ -384,7 +384,7 @@ def report(
 
 def export(
     run: tyro.conf.Positional[Path],
-    to: Literal["stablehlo", "torch", "hub-folder"],
+    to: Literal["stablehlo", "onnx", "torch", "hub-folder"],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("export"),
     support: int | None = None,
     steps: int | None = None,
@@ -393,8 +393,8 @@ def export(
 
     Args:
       run: a run or artifact folder.
-      to: stablehlo: adapt and apply as programs that JAX alone runs; torch: the init as a state dict, with the learned
-        rates; hub-folder: a model repository with its card (uploading it is yours to do).
+      to: stablehlo: adapt and apply as programs that JAX alone runs; onnx: apply for ONNX runtimes; torch: the init
+        as a state dict, with the learned rates; hub-folder: a model repository with its card (uploading it is yours).
       out: the folder.
       support: stablehlo: examples of the support set; default: as in training.
       steps: stablehlo: inner steps; default: as trained.

@@ -1,7 +1,8 @@
 """`metalr export`: what was learned as files for programs without metalr.
 
-`stablehlo`: adapt and apply as serialized programs, which JAX alone runs (jax.export). `torch`: a state dict in the
-layouts of PyTorch. `hub-folder`: the folder of a model repository, with its card; uploading it is yours to do.
+`stablehlo`: adapt and apply as serialized programs, which JAX alone runs (jax.export). `onnx`: apply for ONNX runtimes.
+`torch`: a state dict in the layouts of PyTorch. `hub-folder`: the folder of a model repository, with its card;
+uploading it is yours to do.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ CARD_HEAD = "library_name: metalr"
 FILES = {
     "adapt.stablehlo",
     "apply.stablehlo",
+    "apply.onnx",
     "export.json",
     "model.safetensors",
     "README.md",
@@ -75,6 +77,40 @@ def stablehlo(learned: Learner, source: Path, out: Path, support: int, steps: in
         out / "export.json",
         {"support": support, "steps": steps, "input_shape": list(shape), "inputs": inputs, "platforms": PLATFORMS}
         | {"targets": learned.objective.targets, "params": trees.leaf_shapes(params), "jax": jax.__version__},
+    )
+
+
+def onnx(learned: Learner, source: Path, out: Path) -> None:
+    """Write apply.onnx, (params by name, x [n, …]) -> outputs; params are those that `metalr adapt --out` keeps.
+
+    ONNX has no gradients, so a fine-tune itself is not in it. Raises ConfigError where jax2onnx is missing, or cannot.
+    """
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise ConfigError("to: expected jax2onnx for onnx; pip install 'metalr[onnx]'") from error
+    shape = learned.model.input_shape
+    if shape is None or learned.model.uses_support:
+        raise ConfigError(f"{source}: expected a network whose inputs have one known shape, and are all that it sees")
+    named, tree = _init(learned), jax.tree.structure(learned.init)
+    own = learned.standardisation
+
+    def apply(*given: Any) -> Any:
+        *leaves, x = given
+        outputs = learned.model.apply(jax.tree.unflatten(tree, leaves), x if own is None else own.inputs(x))
+        return outputs if own is None else own.outputs(outputs)
+
+    inputs = [*(value.shape for value in named.values()), ("n", *shape)]
+    try:
+        made = to_onnx(
+            apply, inputs, model_name=learned.model.name, input_names=[*named, "x"], output_names=["outputs"]
+        )
+    except Exception as error:  # what a network's operations are to a converter
+        raise ConfigError(f"{source}: apply cannot be exported: {one_line(error)[:300]}") from error
+    folders.write_file(out / "apply.onnx", made.SerializeToString())
+    folders.write_json(
+        out / "export.json",
+        {"input_shape": list(shape), "params": {name: list(value.shape) for name, value in named.items()}},
     )
 
 
@@ -125,7 +161,7 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
     shutil.copytree(source, out / "artifact", dirs_exist_ok=True)
 
 
-FORMATS = ("stablehlo", "torch", "hub-folder")
+FORMATS = ("stablehlo", "onnx", "torch", "hub-folder")
 
 
 def export(run: Path, to: str, out: Path, support: int | None = None, steps: int | None = None) -> Path:
@@ -155,6 +191,8 @@ def export(run: Path, to: str, out: Path, support: int | None = None, steps: int
     def fill(folder: Path) -> None:
         if to == "torch":
             torch(learned, source, folder)
+        elif to == "onnx":
+            onnx(learned, source, folder)
         elif to == "hub-folder":
             hub_folder(learned, source, folder)
         else:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import metalr
-from metalr import cli, outer
+from metalr import Learner, cli, models, outer, trees
 from metalr.errors import ConfigError
 from metalr.inner import OBJECTIVES, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -130,3 +130,25 @@ def test_refusals(tmp_path):
     Path(tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="found other files"):
         export(tmp_path / "a", "torch", tmp_path / "full")
+
+
+@pytest.mark.filterwarnings("ignore")  # the converter's
+@pytest.mark.parametrize("kind", ["mlp", "conv4", "transformer"])
+def test_onnx_runs_fine_tuned_params_elsewhere(tmp_path, kind):
+    """jax2onnx and onnxruntime are not in the extra `test`: .ci/integrations installs them."""
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    settings = {"mlp": {"widths": (16,)}, "conv4": {"channels": 8, "norm": "instance"}, "transformer": {"width": 16}}
+    model = models.build(kind, 3, (28, 28, 1), **settings[kind])
+    spec = hyperparameters.RatesSpec(steps=2)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates), {})
+    metalr.save(tmp_path / "a", learned)
+    with jax.numpy_rank_promotion("allow"):  # the converter's own addition of a bias
+        folder = export(tmp_path / "a", "onnx", tmp_path / "out")
+    x = np.random.default_rng(0).random((7, 28, 28, 1)).astype(np.float32)
+    fast = learned.adapt(x[:3], np.arange(3))
+    session = runtime.InferenceSession(folder / "apply.onnx")
+    params = {name.removeprefix("/"): value for name, value in trees.named_arrays(fast, "").items()}
+    (outputs,) = session.run(None, params | {"x": x})
+    np.testing.assert_allclose(outputs, learned.apply(fast, x), atol=1e-5)
