@@ -117,7 +117,7 @@ def test_a_state_dict_has_the_layouts_of_torch(tmp_path):
 def test_refusals(tmp_path):
     numbers(tmp_path / "a")
     with pytest.raises(ConfigError, match="to: expected one of"):
-        export(tmp_path / "a", "onnx", tmp_path / "out")
+        export(tmp_path / "a", "coreml", tmp_path / "out")
     with pytest.raises(ConfigError, match="support: expected how many examples"):
         export(tmp_path / "a", "stablehlo", tmp_path / "out")
     with pytest.raises(ConfigError, match="support, steps: expected none with torch, got 3, None"):
@@ -152,3 +152,15 @@ def test_onnx_runs_fine_tuned_params_elsewhere(tmp_path, kind):
     params = {name.removeprefix("/"): value for name, value in trees.named_arrays(fast, "").items()}
     (outputs,) = session.run(None, params | {"x": x})
     np.testing.assert_allclose(outputs, learned.apply(fast, x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_takes_and_gives_numbers_in_their_own_units(tmp_path):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    numbers(tmp_path / "a")
+    learned, folder = metalr.load(tmp_path / "a"), export(tmp_path / "a", "onnx", tmp_path / "out")
+    x = np.random.default_rng(0).normal(size=(5, *learned.model.input_shape)).astype(np.float32)
+    params = {name.removeprefix("/"): value for name, value in trees.named_arrays(learned.init, "").items()}
+    (outputs,) = runtime.InferenceSession(folder / "apply.onnx").run(None, params | {"x": x})
+    np.testing.assert_allclose(outputs, learned.apply(learned.init, x), rtol=1e-4, atol=1e-4)
