@@ -153,6 +153,14 @@ CASES = {
         ),
         horizons=(1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3,
     ),
+    "rotated 10-way 1-shot, trained with 5, several horizons": Case(
+        None, few_shot(TaskConfig("rotated", 10, 1), MLP, OuterConfig(), seed=20261128, searched=0, shot=1).compare,
+        of="rotated 10-way 5-shot, several horizons",
+    ),
+    "rotated 10-way 20-shot, trained with 5, several horizons": Case(
+        None, few_shot(TaskConfig("rotated", 10, 20), MLP, OuterConfig(), seed=20261129, searched=0, shot=20).compare,
+        of="rotated 10-way 5-shot, several horizons",
+    ),
     "permuted 10-way 10-shot": few_shot(
         TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
