@@ -234,7 +234,7 @@ def test_numbers_of_the_comparison_are_those_of_its_results():
                  if line.startswith("| `") and line.split("`")[1] in cases]  # fmt: skip
         assert shown
         assert [row for row in shown if row not in expected] == []
-    newer = set(re.findall(r"<!-- table: (.*) -->", (ROOT / "docs" / "evidence.md").read_text()))
+    newer = set(re.findall(r"<!-- table: (.*) -->", (ROOT / "docs" / "evidence_tables.md").read_text()))
     assert {row[0].strip("`") for row in shown} == cases - newer
 
 

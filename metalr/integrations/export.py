@@ -53,7 +53,7 @@ def stablehlo(learned: Learner, source: Path, out: Path, support: int, steps: in
     if shape is None:
         raise ConfigError(f"{source}: expected a network whose inputs have one known shape")
     x = jax.ShapeDtypeStruct((support, *shape), jnp.float32)
-    outputs = jax.eval_shape(learned.model.apply, learned.init, x).shape[1:]
+    outputs = jax.eval_shape(learned.model.apply, _fine_tuned(learned), x).shape[1:]
     y = jax.ShapeDtypeStruct((support,) if classes else (support, *outputs), jnp.int32 if classes else jnp.float32)
     few = FEW_IMAGES_A_CLASS * learned.model.classes if learned.model.transductive else 1
     (n,) = jax.export.symbolic_shape("n", constraints=[f"n >= {few}"])
@@ -92,7 +92,8 @@ def onnx(learned: Learner, source: Path, out: Path) -> None:
     shape = learned.model.input_shape
     if shape is None or learned.model.uses_support:
         raise ConfigError(f"{source}: expected a network whose inputs have one known shape, and are all that it sees")
-    named, tree = _init(learned), jax.tree.structure(learned.init)
+    start = _fine_tuned(learned)
+    named, tree = trees.leaf_shapes(start), jax.tree.structure(start)
     own = learned.standardisation
 
     def apply(*given: Any) -> Any:
@@ -100,7 +101,7 @@ def onnx(learned: Learner, source: Path, out: Path) -> None:
         outputs = learned.model.apply(jax.tree.unflatten(tree, leaves), x if own is None else own.inputs(x))
         return outputs if own is None else own.outputs(outputs)
 
-    inputs = [*(value.shape for value in named.values()), ("n", *shape)]
+    inputs = [*(leaf.shape for leaf in jax.tree.leaves(start)), ("n", *shape)]
     try:
         made = to_onnx(
             apply, inputs, model_name=learned.model.name, input_names=[*named, "x"], output_names=["outputs"]
@@ -110,7 +111,7 @@ def onnx(learned: Learner, source: Path, out: Path) -> None:
     folders.write_file(out / "apply.onnx", made.SerializeToString())
     folders.write_json(
         out / "export.json",
-        {"input_shape": list(shape), "params": {name: list(value.shape) for name, value in named.items()}},
+        {"input_shape": list(shape), "params": named},
     )
 
 
@@ -121,10 +122,14 @@ def torch(learned: Learner, source: Path, out: Path) -> None:
     """
     tensors = {}
     for name, value in _init(learned).items():
-        layer, _, last = name.rpartition("/")
-        axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(value.ndim, tuple(range(value.ndim)))
+        *layers, last = name.split("/")
+        if last == "kernel" and value.ndim not in (2, 4):
+            raise ConfigError(
+                f"{source}: expected dense and convolutional kernels with torch, got {name} {value.shape}"
+            )
+        axes = {2: (1, 0), 4: (3, 2, 0, 1)}[value.ndim] if last == "kernel" else tuple(range(value.ndim))
         own = {"kernel": "weight", "scale": "weight"}.get(last, last)
-        tensors[".".join([*layer.split("/"), own])] = np.ascontiguousarray(value.transpose(axes))
+        tensors[".".join([*layers, own])] = np.ascontiguousarray(value.transpose(axes))
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     rates = {name: np.asarray(value).tolist() for name, value in learned.rates.items()}
     facts = {"rates": rates, "rates_spec": learned.spec.__dict__, "steps": learned.spec.steps}
@@ -210,6 +215,14 @@ def is_export(out: Path) -> bool:
     card = out / "README.md"
     of_hub = card.is_file() and CARD_HEAD in card.read_text(errors="replace")
     return names <= FILES and ("export.json" in names or of_hub)
+
+
+def _fine_tuned(learned: Learner) -> Any:
+    """The shapes of fine-tuned params: the init's, with as many outputs as a head is made for."""
+    shape, way = learned.model.input_shape, learned.model.way or 1
+    assert shape is not None
+    x, y = jax.ShapeDtypeStruct((way, *shape), jnp.float32), jax.ShapeDtypeStruct((way,), jnp.int32)
+    return jax.eval_shape(lambda x, y: learned.model.begin(learned.init, x, y), x, y)
 
 
 def _init(learned: Learner) -> dict[str, np.ndarray]:

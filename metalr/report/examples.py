@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import struct
 import zlib
 from typing import Any
@@ -37,8 +38,9 @@ def _curve(name: str, task: dict[str, Any], facts: dict[str, Any]) -> str:
     query, support = task["query"], task["support"]
     order = np.argsort(query["x"], kind="stable").tolist()
 
-    def line(label: str, values: list[float], points: bool = False) -> Series:
-        return Series(label, [query["x"][i] for i in order], [values[i] for i in order], points=points)
+    def line(label: str, values: list[float | None], points: bool = False) -> Series:
+        known = [math.nan if values[i] is None else values[i] for i in order]  # None: it diverged
+        return Series(label, [query["x"][i] for i in order], known, points=points)
 
     return chart(
         _title(name, task, facts), "Predictions before and after fine-tuning, and the points of the task.",

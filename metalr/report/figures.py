@@ -185,6 +185,8 @@ def heat_map(
     def position(value: float) -> float:
         return value if linear else math.log(abs(value))
 
+    if linear:
+        values = [v for _, found in rows for v in found if math.isfinite(v)]
     high = position(max(values))
     low = position(min(values)) if linear else min(position(min(values)), high - math.log(10))  # alike: look alike
     count, left = max(len(found) for _, found in rows), 150
@@ -197,8 +199,8 @@ def heat_map(
         for j, value in enumerate(found):
             if not math.isfinite(value):
                 continue
-            share = (position(value) - low) / ((high - low) or 1.0) if value else 0.0
-            color = "var(--c1)" if value < 0 else "var(--c0)"
+            share = (position(value) - low) / ((high - low) or 1.0) if value or linear else 0.0
+            color = "var(--c1)" if value < 0 and not linear else "var(--c0)"
             x, opacity = left + j * width, 0.12 + 0.88 * share
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="{height - 3}" fill="{color}" '

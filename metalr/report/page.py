@@ -57,7 +57,7 @@ def page(targets: Sequence[Path]) -> str:
     """The HTML of a report. Raises ConfigError as `write`."""
     if not targets:
         raise ConfigError("targets: expected one or more run folders, got none")
-    found = [listed.read(folder) for folder in targets]
+    found = [one for folder in targets for one in _expanded(listed.read(folder))]
     searches = [str(run.folder) for run in found if run.kind == "search"]
     if searches:
         raise ConfigError(
@@ -77,6 +77,16 @@ def page(targets: Sequence[Path]) -> str:
         f"<title>{html.escape(title)}</title><style>{STYLE}{examples.STYLE}</style></head><body><main>"
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}</main></body></html>\n"
     )
+
+
+def _expanded(run: listed.Run) -> list[listed.Run]:
+    """A sweep as its finished runs. Raises ConfigError if none is."""
+    if run.kind != "sweep":
+        return [run]
+    of_sweep = [one for one in listed.find(run.folder / "runs") if one.status == "finished"]
+    if not of_sweep:
+        raise ConfigError(f"targets: {run.folder}: expected a sweep with finished runs, found none")
+    return of_sweep
 
 
 def _results(run: listed.Run) -> dict[str, Any] | None:
@@ -221,10 +231,11 @@ def _grid(name: str, cells: Sequence[dict[str, Any]], metric: str, maximise: boo
         maps.append(
             heat_map(
                 f"{name}: grid search from the {init} init, {optimizer}",
-                f"{metric} of each learning rate (rows) after each number of steps (columns), on the same tasks.",
+                f"{metric} of each learning rate (rows) after each number of steps (columns), on the same tasks. "
+                f"Darker is {'better' if maximise else 'worse'}.",
                 [(f"rate {rate:g}", [best(rate, steps) for steps in lengths]) for rate in rates],
                 columns=[f"{steps} step{'' if steps == 1 else 's'}" for steps in lengths],
-                linear=True,
+                linear=maximise,  # of errors, one that nearly diverged would make all others look alike
                 text=lambda value: shown(value, metric),
             )
         )
@@ -305,7 +316,7 @@ def _training(name: str, run: listed.Run) -> str:
     groups = [steps[i : i + size] for i in range(0, len(steps), size)]
     loss = Series("loss", [g[-1]["step"] + 1 for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups])
     label = f"loss, means over {size * every} steps" if size * every > 1 else "loss"
-    label += f", of which every {every}th is read" if every > 1 else ""
+    label += f", of which one in {every} is read" if every > 1 else ""
     drawn = chart(
         f"{name}: loss of meta-training", "Loss on query sets of meta-training tasks over outer steps.", [loss],
         x_label="outer steps", y_label=label,

@@ -91,7 +91,7 @@ def read(folder: Path) -> Run:
         raise ConfigError(f"{folder}: expected a run with config.json, found none; see: metalr runs list")
     results = _json(folder / "results.json") if "results.json" in names else None
     kind = next((kind for name, kind in KINDS.items() if name in names), None)
-    if kind is None and results is None:  # begun, and none of its own files is there yet
+    if kind is None and "curve" not in (results or {}):  # none of its own files is there, or it needs none
         config = _json(folder / "config.json") or {}
         kind = next((kind for name, kind in BEGUN.items() if name in config), None)
     kind = kind or "run"

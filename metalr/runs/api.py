@@ -75,7 +75,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         is not taken from them.
       reporter: where progress goes; default: the terminal.
       loggers: where numbers go while it runs, beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio", or
-        objects of your own with log(step, values) and close().
+        objects of your own with log(step, values) and close() (of one seed).
 
     Returns:
       A Learner; of several seeds a list of them. Each run folder has a report.html.
@@ -89,6 +89,10 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     if not isinstance(model, Model):
         raise ConfigError(f"model: expected a metalr.models.Model, such as from_function(init, apply), got {model!r}")
     if not isinstance(seed, (int, np.integer)):
+        if any(not isinstance(one, str) for one in loggers):
+            raise ConfigError(
+                "loggers: expected names with several seeds, got objects, which could not tell them apart"
+            )
 
         def of_seed(one: int, folder: Path) -> Learner:
             return meta_train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from metalr.models import predict
 from metalr.runs.setup import Setup
 from metalr.tasks import second_key
 from metalr.trees import count
-from metalr.types import Curve
+from metalr.types import Curve, Episode
 
 MOST = 24  # examples of a set that are kept
 WHICH = {1: ("median",), 2: ("best", "worst"), 3: ("best", "median", "worst")}
@@ -44,6 +45,7 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
     at = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(seed, len(scores))
+    own = setup.standardisation
 
     @jax.jit
     def one(pool: Any, key: jax.Array, init: Any, rates: Any) -> tuple[Any, ...]:
@@ -62,6 +64,11 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
     found = []
     for which in WHICH[tasks]:
         episode, *outputs = jax.device_get(one(pool, keys[at[which]], learner.init, learner.rates))
+        if own is not None and kind == "curves":
+            x = (own.own_inputs(x) for x in (episode.support_x, episode.query_x))
+            y = (own.outputs(y) for y in (episode.support_y, episode.query_y))
+            episode = Episode(next(x), next(y), next(x), next(y))
+            outputs = [own.outputs(value) for value in outputs]
         before, after = (_predicted(kind, value) for value in outputs)
         facts: dict[str, Any] = {"which": which, "score": protocol.rounded(scores[at[which]])}
         facts["support"] = _set(kind, episode.support_x, episode.support_y)
@@ -77,12 +84,13 @@ def _kind(learner: Learner, setup: Setup) -> str | None:
     x, y = episode.query_x, episode.query_y
     if learner.classifies_images and learner.model.image_shape[2] in (1, 3):
         return "images"
-    single = all(isinstance(v, jax.ShapeDtypeStruct) and v.size == v.shape[0] for v in (x, y))
+    outputs = jax.eval_shape(functools.partial(predict, learner.model.apply), learner.init, episode.support_x, x)
+    single = all(isinstance(v, jax.ShapeDtypeStruct) and v.size == v.shape[0] for v in (x, y, outputs))
     return "curves" if single and learner.objective.targets == "numbers" else None
 
 
 def _set(kind: str, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    size, x, y = len(y), np.asarray(x)[:MOST], np.asarray(y)[:MOST]
+    size, x, y = len(y), np.asarray(x, np.float32)[:MOST], np.asarray(y)[:MOST]
     if kind == "curves":
         return {"size": size, "x": _numbers(x), "y": _numbers(y)}
     pixels = (255 * x / max(float(x.max()), 1e-9)).clip(0, 255).round().astype(np.uint8)

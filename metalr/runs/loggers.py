@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +73,11 @@ class MLflow:
         if identity is None:
             self.mlflow.set_experiment(PROJECT)
             self.run = self.mlflow.start_run(run_name=folder.name)
-            self.mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+            try:
+                self.mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+            except Exception:
+                self.mlflow.end_run("FAILED")  # else the next run of this process could not begin
+                raise
         else:
             self.run = self.mlflow.start_run(run_id=identity)
         self.identity = str(self.run.info.run_id)
@@ -88,7 +93,7 @@ class Trackio:
     """A run of trackio, in its local database: trackio show."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
-        self.identity = identity or folder.name
+        self.identity = identity or f"{folder.name}-{uuid.uuid4().hex[:8]}"  # trackio goes on with any run of that name
         self.run = _import("trackio", "trackio").init(
             project=PROJECT, name=self.identity, config=settings, resume="allow"
         )
@@ -139,7 +144,7 @@ def opened(
     """
     file = folder / folders.LOGGERS
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    open_now: dict[str, Logger] = {type(one).__name__: one for one in given}
+    open_now: dict[str, Logger] = {f"{type(one).__name__} {i}": one for i, one in enumerate(given, 1)}
 
     def attempt(name: str, what: Callable[..., Any], *given: Any) -> Any:
         try:

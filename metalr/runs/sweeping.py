@@ -521,11 +521,11 @@ def _finish(
     }
     if results["best"] is not None:
         folders.write_json(folder / BEST, sweep.config(ranked[0]["point"], sweep.seeds[0]).to_json())
+    folders.write_json(folder / "results.json", results)
     if ranked:
         shown = [folder / RUNS / name for row in ranked for name in row["runs"]]
         finished = [path for path in shown if (path / "results.json").is_file()]
         page.write(folder / folders.REPORT, finished[:SHOWN])
-    folders.write_json(folder / "results.json", results)
     return results | {"folder": str(folder)}
 
 

@@ -31,7 +31,7 @@ PERMUTATIONS = {
 }  # (first id, how many)
 
 
-GAINS = 0.1, 10.0  # the range is cut into 12 bands of equal ratio, dealt as the arcs are
+GAINS = 0.01, 1.0  # pixels stay within 0..1; the range is cut into 12 bands of equal ratio, dealt as the arcs are
 
 
 class Family(NamedTuple):

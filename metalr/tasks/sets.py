@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +120,10 @@ class Tasks:
                 a.shape == b.shape and bool((a == b).all()) for a, b in zip(support, query, strict=True)
             ):
                 raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
+            if model.takes_images and any(v.dtype == jnp.uint8 for v in jax.tree.leaves(first.support_x)):
+                raise DataError(
+                    f"tasks.{part}: support_x: expected images as float 0..1, got uint8; divide them by 255"
+                )
             shapes[part] = jax.tree.map(lambda v: (v.shape, str(v.dtype)), first)
             try:
                 init = model.init(jax.random.key(0))
@@ -225,7 +230,7 @@ class Tasks:
     @classmethod
     def from_images(
         cls,
-        images: Dataset | str,
+        images: Dataset | str | Path,
         family: str,
         way: int,
         shot: int,
@@ -250,7 +255,7 @@ class Tasks:
         Raises:
           ConfigError: what the family cannot do. DataError: no such dataset, or one that is too small.
         """
-        dataset = load(images) if isinstance(images, str) else images
+        dataset = load(str(images)) if isinstance(images, str | Path) else images
         splits = make_splits(dataset, family, seed, turns=turns)
         made = make_samplers(splits, way, shot, query, distort=distort, label_noise=label_noise)
         (train, train_of), (validation, validation_of), (test, test_of) = (made[split.part] for split in splits)

@@ -60,15 +60,17 @@ class Standardisation:
         """Inputs [n, …] in units of the deviation."""
         return _towards(x, self.x_mean, self.x_deviation)
 
+    def own_inputs(self, x: Any) -> Any:
+        """Standardised inputs [n, …] back in their own units."""
+        return _back(x, self.x_mean, self.x_deviation)
+
     def targets(self, y: Any) -> Any:
         """Targets [n, …] in units of the deviation; as they are where they are not standardised."""
         return y if self.y_mean is None else _towards(y, self.y_mean, self.y_deviation)
 
     def outputs(self, outputs: Any) -> Any:
         """Outputs (or targets) [n, …] back in the targets' own units."""
-        if self.y_mean is None:
-            return outputs
-        return jax.tree.map(lambda v, m, d: v * _beside(v, d) + _beside(v, m), outputs, self.y_mean, self.y_deviation)
+        return outputs if self.y_mean is None else _back(outputs, self.y_mean, self.y_deviation)
 
     def same_as(self, other: Standardisation | None) -> bool:
         """Whether another one has the same numbers."""
@@ -98,6 +100,10 @@ def _towards(tree: Any, mean: Any, deviation: Any) -> Any:
         return (value - _beside(value, mean)) / _beside(value, deviation)
 
     return jax.tree.map(of, tree, mean, deviation)
+
+
+def _back(tree: Any, mean: Any, deviation: Any) -> Any:
+    return jax.tree.map(lambda v, m, d: v * _beside(v, d) + _beside(v, m), tree, mean, deviation)
 
 
 def _beside(value: Any, row: Any) -> Any:

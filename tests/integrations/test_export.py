@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -130,6 +131,23 @@ def test_refusals(tmp_path):
     Path(tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="found other files"):
         export(tmp_path / "a", "torch", tmp_path / "full")
+
+
+def test_a_network_with_kernels_that_torch_has_no_layer_for_is_refused(tmp_path):
+    made(tmp_path / "a", models.build("transformer", 3, (6, 6, 1), width=8, layers=1, attention_heads=2))
+    with pytest.raises(ConfigError, match="expected dense and convolutional kernels with torch, got attention_0"):
+        export(tmp_path / "a", "torch", tmp_path / "out")
+
+
+def test_a_head_that_is_made_for_each_task_is_exported_as_it_is_made(tmp_path):
+    model = models.build("mlp", 3, (6, 6, 1), widths=(8,), head_start="shared")
+    learned = made(tmp_path / "a", model, facts={"tasks": {"way": 3, "shot": 2}})
+    folder = export(tmp_path / "a", "stablehlo", tmp_path / "out")
+    adapt, apply = (jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes())).call
+                    for name in ("adapt", "apply"))  # fmt: skip
+    x = np.random.default_rng(0).random((6, 6, 6, 1)).astype(np.float32)
+    fast = adapt(x, np.arange(6, dtype=np.int32) % 3)
+    np.testing.assert_allclose(apply(fast, x), learned.apply(learned.adapt(x, np.arange(6) % 3), x), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # the converter's

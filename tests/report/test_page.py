@@ -194,6 +194,37 @@ def test_a_grid_is_a_heat_map_and_rates_have_a_path(tmp_path):
 def test_of_a_very_long_run_every_nth_step_is_read_and_every_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_LINES", 200)
     text = page.page([made(tmp_path / "run")])  # 702 lines
-    assert "loss, means over 4 steps, of which every 4th is read" in text
+    assert "loss, means over 4 steps, of which one in 4 is read" in text
     assert "<td>350</td><td>60.00</td>" in text
     assert len(page._metrics(tmp_path / "run" / "metrics.jsonl")[0]) == 177
+
+
+def test_a_task_that_diverged_does_not_end_its_report(tmp_path):
+    folder = made(tmp_path / "run", metric="mse", grid=False)
+    points = {"size": 2, "x": [1.0, -1.0], "y": [2.0, 3.0]}
+    task = {"which": "worst", "score": None, "support": points}
+    task["query"] = points | {"before": [0.0, 0.5], "after": [None, None]}
+    (folder / "examples.json").write_text(json.dumps({"kind": "curves", "steps": 5, "metric": "mse", "tasks": [task]}))
+    text = page.page([folder])
+    Balanced().feed(text)
+    assert "run: the worst task" in text
+    assert "<td>diverged</td>" in text
+
+
+def test_a_sweep_is_the_page_of_its_finished_runs(tmp_path):
+    made(tmp_path / "sweep" / "runs" / "one")
+    made(tmp_path / "sweep" / "runs" / "two", status="stopped")
+    (tmp_path / "sweep" / "config.json").write_text(json.dumps({"sweep": {}, "config": {}}))
+    (tmp_path / "sweep" / "sweep.jsonl").write_text("")
+    text = page.page([tmp_path / "sweep"])
+    assert "<b>one</b>" in text
+    assert "two" not in text
+    (tmp_path / "sweep" / "runs" / "one" / "results.json").unlink()
+    with pytest.raises(ConfigError, match="expected a sweep with finished runs, found none"):
+        page.page([tmp_path / "sweep"])
+
+
+def test_of_errors_the_darker_cell_is_the_worse_and_numbers_below_zero_have_a_colour():
+    drawn = figures.heat_map("t", "d", [("a", [-3.0, -1.0])], columns="step", linear=True)
+    assert re.findall(r'opacity="([-\d.]+)"', drawn) == ["0.12", "1.00"]
+    assert "var(--c1)" not in drawn

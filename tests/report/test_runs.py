@@ -112,3 +112,16 @@ def test_a_thousand_runs_are_listed_in_a_moment(tmp_path):
     assert found[0].bytes > 5
     assert "50.00 %" in text
     assert runs.differing(found) == ["seed"]
+
+
+def test_a_comparison_without_searches_is_one_too(tmp_path):
+    """It has no file that only comparisons have."""
+    folder = tmp_path / "compare"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"runs": ["a"], "config": {"tasks": 3}}))
+    assert runs.read(folder).kind == "comparison"
+    row = {"method": "learned init + learned rates", "steps": 5, "accuracy": 0.9, "ci95": 0.1}
+    (folder / "results.json").write_text(json.dumps({"rows": [row], "metric": {"name": "accuracy"}}))
+    found = runs.read(folder)
+    assert (found.kind, found.score, found.steps) == ("comparison", 0.9, 5)
+    assert found.settings == {"tasks": 3}

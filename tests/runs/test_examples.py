@@ -4,10 +4,13 @@ import base64
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import Tasks, models, runs
+from metalr import Objective, Tasks, models, runs
+from metalr import tasks as metalr_tasks
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.report import page
@@ -63,6 +66,13 @@ def test_curves_of_one_number_are_left_too_and_of_more_are_not(tmp_path):
         runs.meta_train(tasks, models.mlp(1, (inputs,), widths=(8,)), out=out, **settings)
         assert (out / "examples.json").exists() == left
         assert ("the median task" in (out / "report.html").read_text()) == left
+    x = rng.uniform(100, 200, (96, 1)).astype(np.float32)
+    in_units = Tasks.from_arrays(x, x * 1000 + task[:, None], task, shot=4, query=5, standardise="both")
+    runs.meta_train(in_units, models.mlp(1, (1,), widths=(8,)), out=tmp_path / "units", **settings)
+    (shown,) = json.loads((tmp_path / "units" / "examples.json").read_text())["tasks"]
+    assert 100 <= min(shown["query"]["x"]) <= max(shown["support"]["x"] + shown["query"]["x"]) <= 200
+    residuals = np.array(shown["query"]["after"]) - np.array(shown["query"]["y"])
+    assert np.square(residuals).mean() == pytest.approx(shown["score"], rel=1e-3), "in the units of its score"
     facts = json.loads((tmp_path / "inputs1" / "examples.json").read_text())
     (shown,) = facts["tasks"]
     assert shown["which"] == "median"
@@ -70,3 +80,16 @@ def test_curves_of_one_number_are_left_too_and_of_more_are_not(tmp_path):
     assert np.square(np.array(shown["query"]["after"]) - np.array(shown["query"]["y"])).mean() == pytest.approx(
         shown["score"], rel=1e-4
     )
+
+
+def test_outputs_that_are_no_single_number_are_not_drawn(tmp_path):
+    network = models.from_function(
+        lambda key: {"head": {"kernel": jax.random.normal(key, (1, 2))}},
+        lambda params, x: dict(zip(("mean", "spread"), jnp.split(x @ params["head"]["kernel"], 2, 1), strict=True)),
+    )
+    objective = Objective("of the mean", lambda outputs, y: jnp.square(outputs["mean"] - y).mean())
+    runs.meta_train(
+        metalr_tasks.sinusoid(4, 4), network, objective=objective, outer_steps=2, meta_batch=2, steps=1,
+        out=tmp_path / "run", evaluation=EvaluationConfig(episodes=4, validation_episodes=4),
+    )  # fmt: skip
+    assert not (tmp_path / "run" / "examples.json").exists()

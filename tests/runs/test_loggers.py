@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from metalr import runs
+from metalr import Tasks, models, runs
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.runs import loggers
@@ -60,7 +60,7 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(blobs_npz, tmp_path
     train(blobs_npz, tmp_path / "run", broken, mine)
     assert len(broken.lines) == 1
     assert len(mine.lines) > 1
-    assert "logger Broken failed and is left out from here on: OSError: no network" in capsys.readouterr().err
+    assert "logger Broken 1 failed and is left out from here on: OSError: no network" in capsys.readouterr().err
     assert (tmp_path / "run" / "results.json").is_file()
 
 
@@ -102,7 +102,7 @@ class Service:
     [
         ("wandb", "init", {"id": "id7", "resume": "allow"}, "log"),
         ("mlflow", "start_run", {"run_id": "id7"}, "log_metrics"),
-        ("trackio", "init", {"name": "run", "resume": "allow"}, "log"),
+        ("trackio", "init", {"resume": "allow"}, "log"),
     ],
 )
 def test_services_get_the_same_and_a_second_process_goes_on(tmp_path, monkeypatch, name, begin, resumed, log):
@@ -115,6 +115,8 @@ def test_services_get_the_same_and_a_second_process_goes_on(tmp_path, monkeypatc
     begun = [kwargs for call, _, kwargs in service.calls if call == begin]
     assert "id7" not in str(begun[0])
     assert resumed.items() <= begun[1].items()
+    if name == "trackio":
+        assert begun[0]["name"] == begun[1]["name"] != "run"
     written = [(args[0], kwargs) for call, args, kwargs in service.calls if call == log]
     assert written == [({"loss": 0.5, "rates/head/1": 0.1, "rates/head/2": 0.2}, {"step": step}) for step in (5, 10)]
 
@@ -124,3 +126,17 @@ def test_a_library_that_is_missing_is_named_before_anything_is_written(blobs_npz
     with pytest.raises(ConfigError, match=r"loggers: expected wandb for wandb; pip install 'metalr\[wandb\]'"):
         train(blobs_npz, tmp_path / "run", loggers=("wandb",))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_loggers_of_one_class_both_get_the_numbers(blobs_npz, tmp_path):
+    one, two = Mine(), Mine()
+    train(blobs_npz, tmp_path / "run", one, two)
+    assert one.lines == two.lines != []
+    assert one.closed
+    assert two.closed
+
+
+def test_loggers_of_ones_own_are_of_one_seed():
+    tasks, model = Tasks.from_images("mnist12k", "digits", 3, 1), models.mlp(3)
+    with pytest.raises(ConfigError, match="loggers: expected names with several seeds, got objects"):
+        runs.meta_train(tasks, model, seed=(0, 1), loggers=[Mine()])

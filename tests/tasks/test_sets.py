@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import Episode, Tasks, models, tasks
+from metalr import Episode, Learner, Tasks, models, outer, tasks
 from metalr.errors import ConfigError, DataError
-from metalr.inner import OBJECTIVES
+from metalr.inner import OBJECTIVES, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
 
 ERROR = OBJECTIVES["squared_error"]
 LINE = models.from_function(
@@ -190,3 +191,23 @@ def test_image_families_are_those_of_the_command_line(blobs):
         tasks.Tasks.from_images(blobs, "digits", 5, 2, 3)
     with pytest.raises(DataError, match="fashion"):
         tasks.Tasks.from_images("fashion", "digits", 5, 2, 3)
+
+
+def test_bytes_are_refused_where_a_network_takes_images():
+    """Training would see 0..255, and adapt 0..1."""
+    x = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 1)).astype(np.uint8)
+    made = Tasks.from_arrays(x, np.tile([0, 1, 2], 14)[:40], np.repeat(np.arange(4), 10), shot=3, query=3)
+    with pytest.raises(DataError, match="support_x: expected images as float 0..1, got uint8; divide them by 255"):
+        made.check(models.mlp(3, (6, 6, 1)), OBJECTIVES["cross_entropy"])
+
+
+def test_a_learner_takes_the_images_of_every_family(blobs):
+    model = models.mlp(10, (8, 8, 1), widths=(8,))
+    spec = RatesSpec(steps=1)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates))
+    made = Tasks.from_images(blobs, "scaled", 10, 2, 3)
+    pool, sample = made.sampler("test")
+    for seed in range(5):
+        episode = sample(pool, jax.random.key(seed))
+        learned.apply(learned.adapt(episode.support_x, episode.support_y), episode.query_x)
