@@ -178,51 +178,27 @@ class Tasks:
                 raise ConfigError(f"{what}: expected at least 1, got {value}")
         ids = np.asarray(task)
         x, y = (jax.tree.map(functools.partial(as_numbers, what="x, y"), tree) for tree in (x, y))
-        for what, tree in (("x", x), ("y", y)):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                column = f"{what} {path_name(path)}".strip()
-                if leaf.shape[:1] != ids.shape:
-                    raise DataError(f"{column}: expected {len(ids)} rows, one a task id, got shape {list(leaf.shape)}")
-                if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
-                    bad = np.flatnonzero(~np.isfinite(leaf).reshape(len(leaf), -1).all(1))
-                    raise DataError(
-                        f"{column}: expected finite values, got others in {len(bad)} rows, first in row {bad[0]}"
-                    )
+        _check_rows({"x": x, "y": y}, len(ids), ids.shape)
         names, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        lonely = [str(n) for n in names[counts < 2]]
-        if lonely:
-            raise DataError(f"task: expected at least 2 rows of each task, got one of {', '.join(lonely[:5])}")
-        if len(names) < 3:
-            raise DataError(f"task: expected at least 3 tasks, one for each split, got {len(names)}")
-        held = {"validation": max(1, round(validation * len(names))), "test": max(1, round(test * len(names)))}
-        if not (0 < validation < 1 and 0 < test < 1) or sum(held.values()) >= len(names):
-            raise ConfigError(
-                f"validation, test: expected shares that leave tasks to train on, got {validation}, {test}"
-            )
-        order = np.random.default_rng(seed).permutation(len(names))
-        dealt = np.split(order, [held["test"], held["test"] + held["validation"]])
-        chosen = {"test": np.sort(dealt[0]), "validation": np.sort(dealt[1]), "train": np.sort(dealt[2])}
+        chosen = _dealt(names, counts, validation, test, seed)
         rows = np.argsort(number, kind="stable")
         first = np.cumsum(counts) - counts
         digest = hashlib.sha256()
         for leaf in (*jax.tree.leaves((x, y)), ids.astype(str)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
         seen = np.isin(number, chosen["train"])
-        rows_x, rows_y = jax.tree.map(lambda v: v[seen], (x, y))
-        standardisation = Standardisation.of(rows_x, rows_y, standardise)
+        of_training = jax.tree.map(lambda v: v[seen], x), jax.tree.map(lambda v: v[seen], y)
+        standardisation = Standardisation.of(of_training[0], of_training[1], standardise)
         if standardisation is not None:
             x, y = standardisation.inputs(x), standardisation.targets(y)
-        few = [str(n) for n in names[counts < shot + query]]
         facts = {
             "rows": len(ids), "shot": shot, "query": query, "sha256": digest.hexdigest(),
-            "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS}, "small_tasks": few,
+            "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS},
+            "small_tasks": [str(n) for n in names[counts < shot + query]],
         } | ({"standardise": standardise} if standardisation else {})  # fmt: skip
         xs, ys = jax.tree.map(lambda v: jnp.asarray(v[rows]), (x, y))
         pool = {
-            part: _Rows(
-                xs, ys, jnp.asarray(first[chosen[part]], jnp.int32), jnp.asarray(counts[chosen[part]], jnp.int32)
-            )
-            for part in PARTS
+            part: _Rows(xs, ys, *(jnp.asarray(v[chosen[part]], jnp.int32) for v in (first, counts))) for part in PARTS
         }
         sample = _row_sampler(shot, query)
         return cls(sample, sample, sample, pool, name, facts, standardisation)
@@ -325,6 +301,38 @@ class _Rows(NamedTuple):
     y: Any
     first: jax.Array  # [tasks] int32
     size: jax.Array  # [tasks] int32
+
+
+def _check_rows(trees: Mapping[str, Any], rows: int, shape: tuple[int, ...]) -> None:
+    """Raises DataError unless every column has one finite value a task id, which are of `shape`."""
+    for what, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            column = f"{what} {path_name(path)}".strip()
+            if leaf.shape[:1] != shape:
+                raise DataError(f"{column}: expected {rows} rows, one a task id, got shape {list(leaf.shape)}")
+            if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+                bad = np.flatnonzero(~np.isfinite(leaf).reshape(len(leaf), -1).all(1))
+                raise DataError(
+                    f"{column}: expected finite values, got others in {len(bad)} rows, first in row {bad[0]}"
+                )
+
+
+def _dealt(names: np.ndarray, counts: np.ndarray, validation: float, test: float, seed: int) -> dict[str, np.ndarray]:
+    """The tasks of each split, by their places in `names`, sorted. counts: rows of each task.
+
+    Raises DataError for tasks of one row, or too few tasks; ConfigError for shares that leave none to train on.
+    """
+    lonely = [str(n) for n in names[counts < 2]]
+    if lonely:
+        raise DataError(f"task: expected at least 2 rows of each task, got one of {', '.join(lonely[:5])}")
+    if len(names) < 3:
+        raise DataError(f"task: expected at least 3 tasks, one for each split, got {len(names)}")
+    held = {"validation": max(1, round(validation * len(names))), "test": max(1, round(test * len(names)))}
+    if not (0 < validation < 1 and 0 < test < 1) or sum(held.values()) >= len(names):
+        raise ConfigError(f"validation, test: expected shares that leave tasks to train on, got {validation}, {test}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    parts = np.split(order, [held["test"], held["test"] + held["validation"]])
+    return dict(zip(("test", "validation", "train"), map(np.sort, parts), strict=True))
 
 
 def _row_sampler(shot: int, query: int) -> Sample:
