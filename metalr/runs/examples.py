@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 from typing import Any
 
 import jax
@@ -84,9 +83,16 @@ def _kind(learner: Learner, setup: Setup) -> str | None:
     x, y = episode.query_x, episode.query_y
     if learner.classifies_images and learner.model.image_shape[2] in (1, 3):
         return "images"
-    outputs = jax.eval_shape(functools.partial(predict, learner.model.apply), learner.init, episode.support_x, x)
+    if learner.objective.targets != "numbers":
+        return None
+
+    def outputs_of(init: Any, episode: Episode) -> Any:
+        start = learner.model.begin(init, episode.support_x, episode.support_y)
+        return predict(learner.model.apply, start, episode.support_x, episode.query_x)
+
+    outputs = jax.eval_shape(outputs_of, learner.init, episode)
     single = all(isinstance(v, jax.ShapeDtypeStruct) and v.size == v.shape[0] for v in (x, y, outputs))
-    return "curves" if single and learner.objective.targets == "numbers" else None
+    return "curves" if single else None
 
 
 def _set(kind: str, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def test_every_combination_is_run_for_every_seed_and_the_best_is_kept(stand_in, 
     assert text.splitlines()[1].startswith("0.01")  # the best first
     found = listed.find(tmp_path / "s")
     assert [run.kind for run in found].count("run") == 8
-    assert listed.read(tmp_path / "s")[1:3] == ("sweep", "finished")
+    whole = listed.read(tmp_path / "s")
+    assert (whole.kind, whole.status) == ("sweep", "finished")
     with pytest.raises(ConfigError, match="this sweep is finished"):
         sweeping.resume(tmp_path / "s", reporter=QUIET)
 
