@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from metalr.errors import ConfigError
 from metalr.models.convolution import conv_as_patches
-from metalr.models.flax import dtype_setting, image_example, layer_dtype, linen_apply, linen_init, logits
+from metalr.models.flax import dtype_setting, layer_dtype, linen_apply, logits, network
 from metalr.models.mlp import MOST_LAYERS
 from metalr.models.model import Apply, Model, WithSupport
 
@@ -43,16 +43,10 @@ def conv4(
     settings = {"channels": channels, "layers": layers, "norm": norm} | dtype_setting(dtype)
     plain, patched = (_Conv4(way, channels, layers, norm, dtype, patches) for patches in (False, True))
     wrapped: Callable[[Apply], Apply] = WithSupport if norm == "support" else lambda apply: apply
-    return Model(
-        name="conv4",
-        init=linen_init(plain, image_example(input_shape)),
-        apply=wrapped(linen_apply(plain)),
-        input_shape=input_shape,
-        way=way,
-        settings=settings,
-        cpu_apply=wrapped(linen_apply(patched)),
-        transductive=norm == "batch",
-    )
+    return network(
+        "conv4", plain, input_shape, way, settings,
+        apply=wrapped(linen_apply(plain)), cpu_apply=wrapped(linen_apply(patched)), transductive=norm == "batch",
+    )  # fmt: skip
 
 
 class _Conv4(nn.Module):

@@ -51,8 +51,13 @@ def linen_init(module: nn.Module, example: Any) -> Callable[[jax.Array], Params]
     return init
 
 
-def image_example(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+def network(
+    name: str, module: nn.Module, input_shape: tuple[int, ...], way: int, settings: dict[str, Any], **facts: Any
+) -> Model:
+    """A kind of this package: `module` over inputs [n, *input_shape] float32. facts: other fields of the Model."""
+    init = linen_init(module, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    apply = facts.pop("apply", linen_apply(module))
+    return Model(name, init, apply, input_shape, way, settings=settings, **facts)
 
 
 def linen_apply(module: nn.Module) -> Apply:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from metalr.errors import ConfigError
-from metalr.models.flax import dtype_setting, image_example, layer_dtype, linen_apply, linen_init, logits
+from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.model import Model
 
 MOST_LAYERS = 64  # a model is built from an artifact's facts before those can be trusted
@@ -37,17 +37,10 @@ def mlp(
         raise ConfigError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}")
     settings = {"widths": list(widths), "dropout": dropout} | dtype_setting(dtype)
     module = _Mlp(way, widths, dropout, dtype)
-    return Model(
-        name="mlp",
-        init=linen_init(module, image_example(input_shape)),
-        apply=linen_apply(module),
-        input_shape=input_shape,
-        way=way,
-        settings=settings,
-        relu_stack=dtype == "float32",
-        dropout=dropout > 0,
-        learned_dropout=True,
-    )
+    return network(
+        "mlp", module, input_shape, way, settings,
+        relu_stack=dtype == "float32", dropout=dropout > 0, learned_dropout=True,
+    )  # fmt: skip
 
 
 def _kernel_first(x: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metalr.errors import ConfigError
-from metalr.models.flax import dtype_setting, image_example, layer_dtype, linen_apply, linen_init, logits
+from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.model import Model
 
 CELLS = ("gru", "lstm")
@@ -30,14 +30,7 @@ def rnn(
         raise ConfigError(f"model.width: expected a positive number, got {width}")
     settings = {"cell": cell, "width": width} | dtype_setting(dtype)
     module = _Rnn(way, cell, width, dtype)
-    return Model(
-        name="rnn",
-        init=linen_init(module, image_example(input_shape)),
-        apply=linen_apply(module),
-        input_shape=input_shape,
-        way=way,
-        settings=settings,
-    )
+    return network("rnn", module, input_shape, way, settings)
 
 
 class _Rnn(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from metalr.errors import ConfigError
-from metalr.models.flax import dtype_setting, image_example, layer_dtype, linen_apply, linen_init, logits
+from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.mlp import MOST_LAYERS
 from metalr.models.model import Model
 
@@ -33,14 +33,7 @@ def transformer(
         raise ConfigError(f"model.layers: expected 1..{MOST_LAYERS}, got {layers}")
     settings = {"width": width, "layers": layers, "attention_heads": attention_heads} | dtype_setting(dtype)
     module = _Transformer(way, width, layers, attention_heads, dtype)
-    return Model(
-        name="transformer",
-        init=linen_init(module, image_example(input_shape)),
-        apply=linen_apply(module),
-        input_shape=input_shape,
-        way=way,
-        settings=settings,
-    )
+    return network("transformer", module, input_shape, way, settings)
 
 
 class _Transformer(nn.Module):

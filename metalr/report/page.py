@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import math
@@ -296,11 +295,7 @@ def _metrics(file: Path) -> tuple[list[dict[str, Any]], int]:
         every = max(1, math.ceil(sum(1 for _ in lines) / MOST_LINES))
         lines.seek(0)
         chosen = [line for i, line in enumerate(lines) if i % every == 0 or b'"validation_' in line]
-    rows = []
-    for line in chosen:
-        with contextlib.suppress(ValueError):  # cut off by a kill
-            rows.append(json.loads(line))
-    return rows, every
+    return folders.rows_of(chosen), every
 
 
 def _training(name: str, run: listed.Run) -> str:

@@ -64,9 +64,10 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
     for which in WHICH[tasks]:
         episode, *outputs = jax.device_get(one(pool, keys[at[which]], learner.init, learner.rates))
         if own is not None and kind == "curves":
-            x = (own.own_inputs(x) for x in (episode.support_x, episode.query_x))
-            y = (own.outputs(y) for y in (episode.support_y, episode.query_y))
-            episode = Episode(next(x), next(y), next(x), next(y))
+            episode = Episode(
+                own.own_inputs(episode.support_x), own.outputs(episode.support_y),
+                own.own_inputs(episode.query_x), own.outputs(episode.query_y),
+            )  # fmt: skip
             outputs = [own.outputs(value) for value in outputs]
         before, after = (_predicted(kind, value) for value in outputs)
         facts: dict[str, Any] = {"which": which, "score": protocol.rounded(scores[at[which]])}

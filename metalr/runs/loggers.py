@@ -36,7 +36,7 @@ class TensorBoard:
     """Event files in the run folder, written without TensorFlow: tensorboard --logdir RUN."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
-        self.writer = _import("tensorboardX", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self.writer = _import("tensorboard").SummaryWriter(str(folder / "tensorboard"))
         self.identity = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -48,15 +48,10 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """A run of Weights & Biases, which a resumed run goes on with."""
+class _OfRun:
+    """What loggers share whose library gives a run with log and finish."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
-        own = {"id": identity, "resume": "allow"} if identity else {}
-        self.run = _import("wandb", "wandb").init(
-            project=PROJECT, name=folder.name, dir=str(folder), config=settings, **own
-        )
-        self.identity = str(self.run.id)
+    run: Any
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -65,11 +60,20 @@ class WandB:
         self.run.finish()
 
 
+class WandB(_OfRun):
+    """A run of Weights & Biases, which a resumed run goes on with."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
+        own = {"id": identity, "resume": "allow"} if identity else {}
+        self.run = _import("wandb").init(project=PROJECT, name=folder.name, dir=str(folder), config=settings, **own)
+        self.identity = str(self.run.id)
+
+
 class MLflow:
     """A run of MLflow, which a resumed run goes on with; where it goes says MLflow's own MLFLOW_TRACKING_URI."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
-        self.mlflow = _import("mlflow", "mlflow")
+        self.mlflow = _import("mlflow")
         if identity is None:
             self.mlflow.set_experiment(PROJECT)
             self.run = self.mlflow.start_run(run_name=folder.name)
@@ -89,20 +93,12 @@ class MLflow:
         self.mlflow.end_run()
 
 
-class Trackio:
+class Trackio(_OfRun):
     """A run of trackio, in its local database: trackio show."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
         self.identity = identity or f"{folder.name}-{uuid.uuid4().hex[:8]}"  # trackio goes on with any run of that name
-        self.run = _import("trackio", "trackio").init(
-            project=PROJECT, name=self.identity, config=settings, resume="allow"
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+        self.run = _import("trackio").init(project=PROJECT, name=self.identity, config=settings, resume="allow")
 
 
 LOGGERS: dict[str, Callable[[Path, dict[str, Any], str | None], Any]] = {
@@ -114,17 +110,18 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], str | None], Any]] = {
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
-def _import(module: str, extra: str) -> Any:
+def _import(name: str) -> Any:
+    """The library of a logger, which the extra of its name installs."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[name])
     except ImportError as error:
-        raise ConfigError(f"loggers: expected {module} for {extra}; pip install 'metalr[{extra}]'") from error
+        raise ConfigError(f"loggers: expected {MODULES[name]} for {name}; pip install 'metalr[{name}]'") from error
 
 
 def check(names: Sequence[str]) -> None:
     """Raises ConfigError for a logger whose library is not installed."""
     for name in names:
-        _import(MODULES[name], name)
+        _import(name)
 
 
 @contextlib.contextmanager

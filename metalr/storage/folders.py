@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NoReturn
@@ -255,8 +255,13 @@ def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, without lines that a kill cut off; none if there is no file."""
+    return rows_of(file.read_bytes().splitlines() if file.is_file() else ())
+
+
+def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The rows of JSON lines, without those that a kill cut off."""
     rows = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict):
