@@ -130,6 +130,13 @@ def several_horizons(case: Case, horizons: tuple[int, ...], pretraining: int, sh
     return case._replace(train=train, begins_pretrained=True, pretraining_steps=pretraining)
 
 
+def few_shot_several_horizons(tasks: TaskConfig, seed: int) -> Case:
+    """The settings that were chosen for rotated 5-shot tasks, on any tasks. seed: of the test tasks."""
+    outer = OuterConfig(steps=600, init_rate=2e-3, rates_rate=5e-2, validate_every=100)
+    case = few_shot(tasks, MLP, outer, seed=seed, searchers=NEW)
+    return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
+
+
 NEW = ("grid", "tpe", "portfolio")  # the searches of newer tables
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
@@ -145,14 +152,13 @@ CASES = {
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
-    "rotated 10-way 5-shot, several horizons": several_horizons(
-        few_shot(
-            TaskConfig("rotated", 10, 5), MLP,
-            OuterConfig(steps=600, init_rate=2e-3, rates_rate=5e-2, validate_every=100),
-            seed=20261127, searchers=NEW,
-        ),
-        horizons=(1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3,
+    "rotated 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261127),
+    "scaled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("scaled", 10, 5), 20261130),
+    "relabeled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("relabeled", 10, 5), 20261201),
+    "rotated 10-way 5-shot, label noise 0.4, several horizons": few_shot_several_horizons(
+        TaskConfig("rotated", 10, 5, label_noise=0.4), 20261202
     ),
+    "permuted 10-way 10-shot, several horizons": few_shot_several_horizons(TaskConfig("permuted", 10, 10), 20261203),
     "rotated 10-way 1-shot, trained with 5, several horizons": Case(
         None, few_shot(TaskConfig("rotated", 10, 1), MLP, OuterConfig(), seed=20261128, searched=0, shot=1).compare,
         of="rotated 10-way 5-shot, several horizons",
