@@ -205,7 +205,7 @@ def _train(
         folders.refuse_if_locked(folder)  # before the seconds that it takes to start
     start_jax()
     from metalr import report, runs
-    from metalr.outer import devices
+    from metalr.outer import processes
     from metalr.runs import progress
 
     begun = None if again is None else again if again.is_dir() else again.parent
@@ -214,14 +214,16 @@ def _train(
 
         config = with_data_of(config, begun)
     try:
-        if devices.join_processes():  # one of the others: works along (on with what the first one has), leaves nothing
+        if (
+            processes.join_processes()
+        ):  # one of the others: works along (on with what the first one has), leaves nothing
             with tempfile.TemporaryDirectory() as temporary:
                 config = dataclasses.replace(config, out=Path(temporary), overwrite=False)
                 runs.run(config, name=name, reporter=progress.ConsoleReporter(quiet=True))
             return
         results = runs.run(config, name=name) if resume is None else runs.resume(resume, config)
     except (RuntimeError, ValueError) as error:
-        if not devices.lost_process(error):
+        if not processes.lost_process(error):
             raise
         raise LostProcessError(
             f"another process of this run is gone ({one_line(error)}); when all can start again, go on from the last "

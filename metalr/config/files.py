@@ -117,9 +117,10 @@ def differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
 
 
 def settings_hash(config: TrainConfig) -> str:
-    """Eight hex digits that tell runs of different settings apart; where it stands and logs is none of them."""
-    settings = dataclasses.replace(config, out=None, overwrite=False, loggers=())
-    return hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hex digits that tell runs of different settings apart; where it stands, runs and logs is none of them."""
+    settings = dataclasses.replace(config, out=None, overwrite=False, loggers=()).to_json()
+    del settings["mesh"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(config: TrainConfig) -> str:

@@ -228,6 +228,16 @@ class TableConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How a run is laid out over the devices of each process. Results are the same but for the last digits."""
+
+    tasks: int | None = None
+    """Devices that the tasks of a meta-batch are split over; None: as many as divide it."""
+    params: int = 1
+    """Devices that each large tensor is split over, for a network that one device does not hold (FSDP); 1: none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One meta-training run: data, tasks, model, inner loop, outer loop, evaluation."""
 
@@ -239,6 +249,7 @@ class TrainConfig:
     outer: OuterConfig = OuterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     grid: GridConfig = GridConfig()
+    mesh: MeshConfig = MeshConfig()
     init: Path | None = None
     """Run or artifact folder whose init and rates meta-training starts from, with a fresh outer optimizer (the init
     alone if its rates were not learned)."""

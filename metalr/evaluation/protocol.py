@@ -135,6 +135,7 @@ def make_evaluator(
     of_steps: int | None = None,
     at: Sequence[int] | None = None,
     objective: Objective = CROSS_ENTROPY,
+    layout: devices.Layout = devices.Layout(),  # noqa: B008 - a tuple
 ) -> Evaluator:
     """A compiled `evaluate(pool, init, rates, keys) -> Curve` for actual learned rates, to `steps` inner steps.
 
@@ -145,6 +146,7 @@ def make_evaluator(
       of_steps: over how many steps a schedule with knots is spread; default: the trained ones.
       at: after which numbers of steps the curve has a point, ascending; default: as `points` says.
       objective: what adapts, and what the curve is of.
+      layout: of tasks and params over this process's devices.
 
     Raises ConfigError where spec.extend forbids so many steps.
     """
@@ -168,7 +170,7 @@ def make_evaluator(
     def fits(support: int) -> bool:
         return objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
 
-    return _compiled(model, sample, plain, at, random_init, fast, fits)
+    return _compiled(model, sample, plain, at, random_init, fast, fits, layout)
 
 
 def make_baseline(
@@ -215,6 +217,7 @@ def _compiled(
     random_init: bool,
     fast: Callable[..., jax.Array] | None = None,
     fits: Callable[[int], bool] = lambda support: False,
+    layout: devices.Layout = devices.Layout(),  # noqa: B008 - a tuple
 ) -> Evaluator:
     """plain(apply, episode, key, init, rates), or fast(episode, init, rates) where it fits the support set's size."""
 
@@ -246,8 +249,10 @@ def _compiled(
     compiled: dict[int, Callable[..., jax.Array]] = {}
 
     def evaluate(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> Curve:
+        mesh = devices.task_mesh(len(keys), layout=layout)
+        if layout.params > 1:
+            init, rates = devices.place((init, rates), mesh)
         if len(keys) not in compiled:
-            mesh = devices.task_mesh(len(keys))
             compiled[len(keys)] = jax.jit(devices.split_tasks(curves, mesh, replicated=3, mean=False))
         return curve_of(compiled[len(keys)](pool, init, rates, keys), at)
 

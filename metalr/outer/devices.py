@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +21,13 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalr.errors import ConfigError, one_line
+from metalr.errors import ConfigError
 from metalr.models import Apply, Model
 
-AXIS = "tasks"
-HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a process counts as gone
-SIGNS_OF_LOSS = ("Gloo", "NCCL", "heartbeat", "Connection closed by peer", "Connection reset by peer", "UNAVAILABLE")
+AXIS, PARAMS = "tasks", "params"
 SETTINGS: Any = jax.config  # its options are not in its type
-ACCELERATOR_BYTES = (
-    64 << 30
-)  # of the tasks vmapped together on an accelerator, by `bytes_of`; XLA keeps far less at once
+ACCELERATOR_BYTES = 64 << 30  # of the tasks vmapped together there, by `bytes_of`; XLA keeps far less at once
+SMALLEST_SPLIT = 1 << 14  # numbers of a tensor that is worth splitting over devices
 
 
 def cores() -> int:
@@ -61,107 +56,105 @@ def use_compilation_cache(folder: os.PathLike | str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-COUNTS = {  # what a launcher sets in each process that it starts: (how many there are, which one this is)
-    "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-}
+class Layout(NamedTuple):
+    """How work is laid out over the devices of each process.
 
-
-def launched(environment: Mapping[str, str]) -> int:
-    """How many processes srun or mpirun started this one with; 1 for none.
-
-    Only what they set in the processes themselves counts: in the shell of an allocation other SLURM_ variables are set
-    too, where nobody else would come to join.
+    Attributes:
+      tasks: most devices that tasks are split over; None: all.
+      params: devices that each large tensor of the init, the rates and their optimizer is split over, for models that
+        one device does not hold (as FSDP does; Zhao et al. 2023); every group of them works on the same tasks.
     """
-    found = [environment[count] for count, number in COUNTS.values() if count in environment and number in environment]
-    return next((int(count) for count in found if count.isdigit()), 1)
+
+    tasks: int | None = None
+    params: int = 1
 
 
-def join_processes() -> bool:
-    """Join a run of several processes, if there are any; True in all of them but the first.
-
-    There are if JAX_COORDINATOR_ADDRESS is set (JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many and which), or if
-    srun or mpirun started several, of which JAX finds the coordinator by itself. Call it before anything runs.
-
-    Raises ConfigError where JAX cannot join, and for a coordinator that other machines cannot reach.
-    """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None and launched(os.environ) == 1:
-        return False
-    if address is not None and os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
-        host = address.rpartition(":")[0]
-        with contextlib.suppress(OSError):
-            if socket.gethostbyname(host).startswith("127."):  # every rank on another machine would wait for itself
-                raise ConfigError(
-                    f"JAX_COORDINATOR_ADDRESS: expected a host that all machines reach, got {address}, which is this "
-                    "one alone; give its name in the network, or leave it out under srun"
-                )
-    try:
-        given: dict[str, Any] = {
-            setting: int(os.environ[name])
-            for setting, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-            if name in os.environ
-        }
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected host:port, a count, and a number "
-            f"below it; cannot join: {one_line(error)}"
-        ) from error
-    return jax.process_index() > 0
-
-
-def lost_process(error: Exception) -> bool:
-    """Whether an error of JAX says that another process of this run is gone, as collectives of gloo and NCCL do."""
-    return jax.process_count() > 1 and any(word in str(error) for word in SIGNS_OF_LOSS)
-
-
-def from_first_process(content: bytes) -> bytes:
-    """The first process's bytes, in all processes of a run; all of them must call it."""
-    if jax.process_count() == 1:
-        return content
-    from jax.experimental import multihost_utils
-
-    (size,) = multihost_utils.broadcast_one_to_all(np.array([len(content)], np.int32))
-    mine = np.frombuffer(content, np.uint8) if jax.process_index() == 0 else np.zeros(int(size), np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
-
-
-def in_any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process of a run; all of them must call it."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
-
-
-def check_same_in_all_processes(facts: dict[str, str]) -> None:
-    """Raises ConfigError in a process whose facts are not those of the first one; all of them must call it."""
-    first = json.loads(from_first_process(json.dumps(facts).encode()))
-    differing = sorted(name for name in facts if facts[name] != first.get(name))
-    if in_any_process(bool(differing)):
-        what = f"this one differs in {differing}" if differing else "another one differs"
-        raise ConfigError(f"processes: expected the same settings, data and versions in all; {what} from the first")
-
-
-def task_mesh(tasks: int, *, all_processes: bool = False) -> Mesh:
+def task_mesh(tasks: int, *, all_processes: bool = False, layout: Layout = Layout()) -> Mesh:  # noqa: B008 - a tuple
     """A mesh over the most devices that divide `tasks` evenly: this process's, or the same number in all processes.
 
-    Raises ConfigError if `tasks` cannot be split evenly over all processes.
+    Its axis is "tasks"; with layout.params above 1 it has "params" as a second one.
+
+    Raises ConfigError if `tasks` cannot be split evenly over all processes, or there are fewer devices than asked for.
     """
     processes = jax.process_count() if all_processes else 1
     if tasks % processes:
         raise ConfigError(f"outer.meta_batch: expected a multiple of the {processes} processes, got {tasks}")
-    each = max(n for n in range(1, jax.local_device_count() + 1) if tasks // processes % n == 0)
-    devices = jax.local_devices()[:each]
+    groups = jax.local_device_count() // layout.params
+    if groups < (layout.tasks or 1):
+        wanted = f"mesh.tasks {layout.tasks or 'auto'} x mesh.params {layout.params}"
+        raise ConfigError(f"mesh: expected at most {jax.local_device_count()} devices of a process, got {wanted}")
+    each = max(n for n in range(1, min(groups, layout.tasks or groups) + 1) if tasks // processes % n == 0)
+    if all_processes and layout.tasks and each < layout.tasks:
+        raise ConfigError(
+            f"mesh.tasks: expected a number that divides the {tasks // processes} tasks of a process, got "
+            f"{layout.tasks}"
+        )
+    size = each * layout.params
+    devices = jax.local_devices()[:size]
     if processes > 1:
         devices = [
             device
             for index in range(processes)
-            for device in [d for d in jax.devices() if d.process_index == index][:each]
+            for device in [d for d in jax.devices() if d.process_index == index][:size]
         ]
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    if layout.params == 1:
+        return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    shape = len(devices) // layout.params, layout.params
+    return jax.make_mesh(shape, (AXIS, PARAMS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each array of a pytree (or its shape) belongs: the largest dimension of a large one split over "params"."""
+
+    def of(leaf: Any) -> NamedSharding:
+        count = mesh.shape.get(PARAMS, 1)
+        fitting = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % count == 0]
+        if count == 1 or leaf.size < SMALLEST_SPLIT or not fitting:
+            return NamedSharding(mesh, P())
+        axis = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*[None] * axis, PARAMS))
+
+    return jax.tree.map(of, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on a mesh, each as `shardings` says; costs nothing for what is there already."""
+    if PARAMS not in mesh.shape:
+        return replicate(tree, mesh)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return leaf if there else jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def keep_placed(tree: Any, mesh: Mesh) -> Any:
+    """Inside a compiled function: `tree` laid out as `place` does."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh)) if PARAMS in mesh.shape else tree
+
+
+def local(tree: Any) -> Any:
+    """A pytree off its mesh, so that computations on another one take it.
+
+    What is on several devices of this process becomes an array of one; what other processes hold too becomes numpy;
+    what is split over this process's devices stays.
+    """
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.is_fully_addressable:
+            several = len(leaf.sharding.device_set) > 1
+            return jnp.asarray(np.asarray(leaf)) if several and leaf.is_fully_replicated else leaf
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        found = np.empty(leaf.shape, leaf.dtype)
+        for part in leaf.addressable_shards:  # a process holds all parts, see task_mesh
+            found[part.index] = part.data
+        return found
+
+    return jax.tree.map(whole, tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -191,6 +184,8 @@ def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, me
         result = function(*args)
         if not mean:
             return result
+        if PARAMS in mesh.shape:  # tensors that are split stay so
+            return jax.lax.pmean(result, AXIS)
         flat, restore = ravel_pytree(result)  # one reduction, not one a tensor: each waits for all devices
         return restore(jax.lax.pmean(flat, AXIS))
 
@@ -198,7 +193,9 @@ def split_tasks(function: Callable[..., Any], mesh: Mesh, replicated: int, *, me
     def split(*args: Any) -> Any:
         specs = tuple(P() if i < replicated else P(AXIS) for i in range(len(args)))
         out = P() if mean else P(AXIS)
-        return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+        return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, axis_names={AXIS}, check_vma=False)(
+            *args
+        )
 
     return split
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from metalr.errors import ConfigError, MetalrError
 from metalr.inner import hyperparameters
@@ -142,11 +143,25 @@ def start(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     meta: MetaParams | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first outer step. meta: where to start, in place of a random init and the spec's rates."""
+    """The state before the first outer step.
+
+    Args:
+      meta: where to start, in place of a random init and the spec's rates.
+      mesh: where large tensors are made and stay, split over its axis "params", if it has one.
+    """
+
+    def begin(function: Callable[[Any], Any], given: Any) -> Any:
+        if mesh is None or devices.PARAMS not in mesh.shape:
+            return jax.jit(function)(given)
+        return jax.jit(function, out_shardings=devices.shardings(jax.eval_shape(function, given), mesh))(given)
+
     if meta is None:
-        meta = jax.jit(lambda key: meta_gradients.initial(model, spec, key))(key)
-    return TrainState(meta, jax.jit(optimizer.init)(meta), jnp.zeros((), jnp.int32))
+        meta = begin(lambda key: meta_gradients.initial(model, spec, key), key)
+    elif mesh is not None:
+        meta = devices.place(meta, mesh)
+    return TrainState(meta, begin(optimizer.init, meta), jnp.zeros((), jnp.int32))
 
 
 def make_chunk(
@@ -160,6 +175,7 @@ def make_chunk(
     phases: Phases = Phases(),  # noqa: B008 - a tuple
     on_divergence: str = "stop",
     objective: Objective = CROSS_ENTROPY,
+    mesh: Mesh | None = None,
 ) -> ChunkFunction:
     """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
 
@@ -167,6 +183,9 @@ def make_chunk(
     same bits however it is cut into chunks. Tasks are split over the devices of all processes, as many as divide
     `meta_batch`. A step whose loss, gradient or result is not finite changes no parameter: "stop" stays at that step
     (and fails it again until the chunk ends), "skip" goes on with the next.
+
+    Args:
+      mesh: of devices.task_mesh; default: all devices. With an axis "params" large tensors are split over it.
 
     Returns:
       (state, metrics): what the objective measures (query set, after adaptation) and "gradient_norm", each [CHUNK]
@@ -177,7 +196,7 @@ def make_chunk(
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
     gradient = make_gradient(model, spec, method, sample, phases, objective)
-    mesh = devices.task_mesh(meta_batch, all_processes=True)
+    mesh = devices.task_mesh(meta_batch, all_processes=True) if mesh is None else mesh
     split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
 
     def finite_after(meta: MetaParams) -> jax.Array:
@@ -197,7 +216,7 @@ def make_chunk(
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         if on_divergence == "skip":
             kept = kept._replace(step=new.step)
-        return kept, metrics | {"gradient_norm": norm, "finite": finite}
+        return devices.keep_placed(kept, mesh), metrics | {"gradient_norm": norm, "finite": finite}
 
     def chunk(
         state: TrainState, pool: Pool, key: jax.Array, count: jax.Array
@@ -219,8 +238,9 @@ def make_chunk(
         """The first state comes from one device and the next ones from all: placed alike, one program serves both."""
         if jax.process_count() > 1:
             pool, key = devices.replicate((pool, key), mesh)
-        return compiled(devices.replicate(state, mesh), pool, key, count)
+        return compiled(devices.place(state, mesh), pool, key, count)
 
+    placed.lower = compiled.lower  # type: ignore[attr-defined] # as a compiled function has
     return placed
 
 
@@ -358,4 +378,4 @@ def run_chunks(
 def learned(spec: RatesSpec, meta: MetaParams) -> tuple[Params, Rates]:
     """The init and the actual rates of meta-parameters, copied off the training state (which is donated)."""
     copies = jax.tree.map(jnp.copy, (meta.init, hyperparameters.actual(spec, meta.rates)))
-    return copies if jax.process_count() == 1 else jax.tree.map(np.asarray, copies)
+    return devices.local(copies)

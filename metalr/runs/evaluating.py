@@ -13,13 +13,20 @@ import numpy as np
 from metalr.config import GridConfig, TrainConfig
 from metalr.evaluation import protocol, small_grid
 from metalr.learner import Learner
+from metalr.outer.devices import Layout
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
 from metalr.types import Curve, Episode
 
 
 def held_out(
-    learner: Learner, setup: Setup, episodes: int, steps: int, seed: int, of_steps: int | None = None
+    learner: Learner,
+    setup: Setup,
+    episodes: int,
+    steps: int,
+    seed: int,
+    of_steps: int | None = None,
+    layout: Layout = Layout(),  # noqa: B008 - a tuple
 ) -> tuple[Curve, float]:
     """The adaptation curve of a learner on the fixed meta-test tasks, and the seconds it took with compilation.
 
@@ -37,6 +44,7 @@ def held_out(
         random_init=random_init,
         of_steps=of_steps,
         objective=learner.objective,
+        layout=layout,
     )
     curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import metalr
 from metalr import models, outer, tasks
@@ -33,7 +34,7 @@ from metalr.inner.objective import Objective
 from metalr.learner import Learner, artifact
 from metalr.learner.learner import LEARNED
 from metalr.models import Model
-from metalr.outer import devices, loop
+from metalr.outer import devices, loop, processes
 from metalr.report import runs as listed
 from metalr.runs import evaluating, examples, preemption
 from metalr.runs.job import Job
@@ -59,6 +60,7 @@ JOB = Job(
         "evaluation.steps",
         "evaluation.shown_tasks",
         "loggers",
+        "mesh",
         "outer.checkpoint_every",
     ),
     ("checkpoints",),
@@ -95,6 +97,7 @@ def run(
     begun = config if model is None else dataclasses.replace(config, model=ModelConfig.of(model))
 
     def make() -> tuple[Setup, WarmStart | None]:
+        mesh_of(begun)
         setup = set_up(begun, model, given, objective=objective)
         return setup, warm_start(begun, setup)
 
@@ -137,6 +140,7 @@ def resume(
 
     def make() -> tuple[Setup, WarmStart | None]:
         where = begun.data if begun.data != stored.data else None
+        mesh_of(begun)
         setup = set_up(begun, model, given or load(stored, folder, where), objective=objective)
         return setup, None if checkpoints.any_in(folder / "checkpoints") else warm_start(begun, setup)
 
@@ -156,6 +160,22 @@ def check_same(folder: Path, config: TrainConfig, model: Model, given: tasks.Tas
 def _check_tasks(folder: Path, given: tasks.Tasks) -> None:
     if folders.data_of(folder).get("sha256", given.sha256) != given.sha256:
         raise ConfigError(f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)")
+
+
+def layout_of(config: TrainConfig) -> devices.Layout:
+    """Of the work of a run over devices."""
+    return devices.Layout(config.mesh.tasks, config.mesh.params)
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The devices that a run trains on. Raises ConfigError for a mesh that they cannot be."""
+    for name in ("tasks", "params"):
+        value = getattr(config.mesh, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"mesh.{name}: expected at least 1, got {value}")
+    if config.mesh.params > 1 and config.grid.run:
+        raise ConfigError(f"mesh.params: expected 1 with grid.run, whose cells are not split, got {config.mesh.params}")
+    return devices.task_mesh(config.outer.meta_batch, all_processes=True, layout=layout_of(config))
 
 
 class WarmStart(NamedTuple):
@@ -208,7 +228,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
 def _agree(config: TrainConfig, setup: Setup) -> None:
     """Raises ConfigError unless all processes of this run are about to do the same."""
     settings = {k: v for k, v in config.to_json().items() if k not in ("out", "overwrite", "data", "init")}
-    devices.check_same_in_all_processes(
+    processes.check_same_in_all_processes(
         {"settings": json.dumps(settings), "data": setup.source.sha256, "jax": jax.__version__}
         | {"metalr": metalr.__version__}
     )
@@ -228,10 +248,19 @@ def _carry_out(
         named, own_ones = (config.loggers, loggers) if jax.process_index() == 0 else ((), ())
         with opened(named, own_ones, folder, listed.flat(config.to_json()), reporter.line) as log:
             init, rates, training = meta_train(
-                config, setup, folder, reporter, lambda: devices.in_any_process(asked()), name=name, warm=warm, log=log
+                config,
+                setup,
+                folder,
+                reporter,
+                lambda: processes.in_any_process(asked()),
+                name=name,
+                warm=warm,
+                log=log,
             )
         here = time.perf_counter() - here
         before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
+        if config.mesh.params > 1:  # of the last local mesh, for what follows here
+            init, rates = devices.place((init, rates), devices.task_mesh(1, layout=layout_of(config)))
         learner = Learner(
             setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
             setup.standardisation,
@@ -240,8 +269,9 @@ def _carry_out(
             folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
         artifact.save(folder / "artifact", learner, overwrite=True)
         curve, seconds = evaluating.held_out(
-            learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed
-        )
+            learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed,
+            layout=layout_of(config),
+        )  # fmt: skip
         shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
         if shown is not None:
             folders.write_json(folder / folders.EXAMPLES, shown)
@@ -329,7 +359,7 @@ def meta_train(
     Raises:
       StoppedError, DivergedError (the last finite state is saved), StorageError.
     """
-    key = jax.random.key(config.seed)
+    key, mesh = jax.random.key(config.seed), mesh_of(config)
     pool, sample = setup.samplers["train"]
     val_pool, val_sample = setup.samplers["val"]
     chunk = loop.make_chunk(
@@ -342,18 +372,19 @@ def meta_train(
         phases=setup.phases,
         on_divergence=config.outer.on_divergence,
         objective=setup.objective,
+        mesh=mesh,
     )
     horizons = setup.phases.horizons or (setup.spec.steps,)
     validators = [
         protocol.make_evaluator(
             setup.model, setup.spec, val_sample, steps, of_steps=steps, at=[steps],
-            random_init=setup.phases.fresh_init, objective=setup.objective,
+            random_init=setup.phases.fresh_init, objective=setup.objective, layout=layout_of(config),
         )
         for steps in horizons
     ]  # fmt: skip
     val_keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     state = loop.start(
-        setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0), warm.meta if warm else None
+        setup.model, setup.spec, setup.optimizer, jax.random.fold_in(key, 0), warm.meta if warm else None, mesh
     )
     best = loop.learned(setup.spec, state.meta)
     facts: dict[str, Any] = {
@@ -366,10 +397,10 @@ def meta_train(
     like = {"state": state, "best": best}
     found = checkpoints.load(store, like, reporter.line)
     if jax.process_count() > 1:
-        found = checkpoints.shared(found, like, devices.from_first_process)
+        found = checkpoints.shared(found, like, processes.from_first_process)
     if found is not None:
         tree, facts = found[0], facts | found[1]
-        tree = jax.tree.map(jnp.asarray, tree)
+        tree = devices.place(tree, mesh) if config.mesh.params > 1 else jax.tree.map(jnp.asarray, tree)
         state, best = tree["state"], tree["best"]
         reporter.line(f"resumed at outer step {int(state.step)}")
     steps, metric = config.outer.steps, setup.objective.choose_by
@@ -377,7 +408,7 @@ def meta_train(
 
     def save(state: loop.TrainState) -> None:
         facts["metrics_bytes"] = _flush(lines, folder)
-        checkpoints.save(store, int(state.step), {"state": state, "best": best}, facts)
+        checkpoints.save(store, int(state.step), devices.local({"state": state, "best": best}), facts)
 
     with _open_log(folder, facts["metrics_bytes"]) as lines:
         in_a_row = 0
@@ -480,7 +511,7 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     pool, sample = setup.samplers["train"]
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
-    local = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), meta)
+    local = jax.tree.map(jnp.asarray, devices.local(meta))
     gradient = loop.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases, setup.objective)
     now = loop.trained_from(setup.model, setup.phases, local, key, step)
     bad = loop.failing_tasks(gradient, now, pool, step, keys)

@@ -1,26 +1,17 @@
-"""Devices: meshes, refusals, and two processes that train as one."""
+"""Devices: meshes, and tensors that are split over them."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from metalr.cli import commands as cli
+from metalr.config import MeshConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.outer import devices
-from metalr.storage import checkpoints
-
-TRAIN = [
-    "--tasks.way", "3", "--tasks.query", "3", "--outer.steps", "6", "--outer.meta-batch", "4", "--outer.validate-every",
-    "3", "--inner.steps", "2", "--evaluation.steps", "3", "--evaluation.episodes", "8", "--evaluation.shown-tasks", "0",
-    "--evaluation.validation-episodes", "8", "--model.widths", "16",
-]  # fmt: skip
+from metalr.runs import training
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 6, 7])
@@ -28,156 +19,105 @@ def test_mesh_divides_the_tasks(tasks):
     assert tasks % devices.task_mesh(tasks).size == 0
 
 
-def test_a_wrong_process_is_refused(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES.*cannot join.*two"):
-        devices.join_processes()
-
-
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    ("mesh", "message"),
     [
-        ({}, 1),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 1),  # the shell of an allocation: nobody else comes
-        ({"SLURM_STEP_NUM_TASKS": "4"}, 1),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, 4),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),
-        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}, 3),
-        ({"OMPI_COMM_WORLD_SIZE": "many", "OMPI_COMM_WORLD_RANK": "0"}, 1),
+        (MeshConfig(tasks=0), "mesh.tasks: expected at least 1, got 0"),
+        (MeshConfig(params=-1), "mesh.params: expected at least 1, got -1"),
+        (MeshConfig(params=1000), "mesh: expected at most .* devices of a process, got mesh.tasks auto x mesh.params"),
+        (MeshConfig(tasks=1000), "mesh: expected at most .* devices of a process, got mesh.tasks 1000"),
     ],
 )
-def test_how_many_processes_a_launcher_started(environment, expected):
-    assert devices.launched(environment) == expected
+def test_a_mesh_that_cannot_be_is_refused(mesh, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        training.run(TrainConfig(mesh=mesh, out=tmp_path / "x"), name="x")
+    assert not (tmp_path / "x").exists()
 
 
-def test_processes_of_a_launcher_join_and_a_coordinator_that_nobody_reaches_is_refused(monkeypatch):
-    calls = []
-    monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **given: calls.append(given))
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
-        monkeypatch.delenv(name, raising=False)
-    assert not devices.join_processes()
-    assert calls == []
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    devices.join_processes()
-    assert calls == [{"heartbeat_timeout_seconds": devices.HEARTBEAT_SECONDS}]
-    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
-    with pytest.raises(ConfigError, match="expected a host that all machines reach, got 127.0.0.1:1234"):
-        devices.join_processes()
-    assert len(calls) == 1
-
-
-def train(out, *more, **env):
+def with_devices(count, code, *arguments):
+    """What `code` prints as JSON at its end, in a process with so many CPU devices."""
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
-    call = [sys.executable, "-m", "metalr.cli", "train", *(more or [*TRAIN, "--out", str(out)])]
-    return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = [sys.executable, "-c", code, *map(str, arguments)]
+    env = clean | flags | {"JAX_NUM_CPU_DEVICES": str(count)}
+    ended = subprocess.run(given, env=env, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
-def two_processes(out, *more):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        join = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process"]
-    call = more or [*TRAIN, "--out", str(out)]
-    return [train(out, *call, *join, str(i), JAX_NUM_CPU_DEVICES="1") for i in (0, 1)]
+TRAINED = """
+import json, pathlib, sys
+import numpy as np
+import metalr
+from metalr import runs
+from metalr.config import EvaluationConfig, MeshConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig, InnerConfig
+from metalr.outer import devices
+from metalr.runs import progress, training
+devices.SMALLEST_SPLIT = 256
+
+def config(out, **mesh):
+    return TrainConfig(
+        tasks=TaskConfig(way=3, query=3), model=ModelConfig(widths=(16,)), inner=InnerConfig(steps=2),
+        outer=OuterConfig(steps=4, meta_batch=2, validate_every=4), mesh=MeshConfig(**mesh),
+        evaluation=EvaluationConfig(4, 4, steps=2, shown_tasks=0), out=pathlib.Path(sys.argv[1]) / out,
+    )
+
+quiet = progress.ConsoleReporter(quiet=True)
+split = training.run(config("split", tasks=2, params=2), name="split", reporter=quiet)
+plain = training.run(config("plain"), name="plain", reporter=quiet)  # 2 tasks, on 2 of 4 devices; 4 to evaluate
+learner = metalr.load(plain["folder"])
+x = np.random.default_rng(0).uniform(size=(4, 3, 28, 28, 1)).astype(np.float32)
+learner.adapt(x, np.tile(np.arange(3), (4, 1)))
+print(json.dumps([split["curve"], plain["curve"]]))
+"""
 
 
-def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
-    both = two_processes(tmp_path / "two")
-    printed = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    assert "accuracy" in printed[0][0]
-    assert "accuracy" not in "".join(printed[1]), "only the first process reports"
-    alone = train(tmp_path / "one", JAX_NUM_CPU_DEVICES="2")
-    printed = alone.communicate(timeout=300)
-    assert alone.returncode == 0, printed
-    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
-        one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
-        assert one == two, name
-    assert np.size(list(tmp_path.glob("*/artifact"))) == 2
+def test_tensors_that_are_split_give_the_same_run(tmp_path):
+    split, plain = with_devices(4, TRAINED, tmp_path)
+    assert [point["accuracy"] for point in split] == [point["accuracy"] for point in plain]
+    losses = []
+    for name in ("split", "plain"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    np.testing.assert_allclose(*losses, atol=2e-6)
 
 
-def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
-    """Both are killed once a checkpoint is there; the second one never sees the run folder's checkpoints itself."""
-    longer = ["--outer.steps", "3000", "--outer.checkpoint-every", "20", "--outer.validate-every", "1000"]
-    both = two_processes(tmp_path / "two", *TRAIN, *longer, "--out", str(tmp_path / "two"))
-    store, until = tmp_path / "two" / "checkpoints", time.monotonic() + 200
-    while not any(store.glob("step_*")) and time.monotonic() < until and both[0].poll() is None:
-        time.sleep(0.05)
-    for process in both:
-        process.kill()
-        process.communicate()
-    assert any(store.glob("step_*"))
-    assert not (tmp_path / "two" / "results.json").exists()
-    again = two_processes(tmp_path / "two", "--resume", str(tmp_path / "two"))
-    printed = [process.communicate(timeout=300) for process in again]
-    assert [process.returncode for process in again] == [0, 0], printed
-    assert "resumed at outer step" in printed[0][1]
-    alone = train(tmp_path / "one", *TRAIN, *longer, "--out", str(tmp_path / "one"), JAX_NUM_CPU_DEVICES="2")
-    printed = alone.communicate(timeout=300)
-    assert alone.returncode == 0, printed
-    for name in ("metrics.jsonl", "artifact/learner.safetensors"):
-        one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
-        assert one == two, name
+LOWERED = """
+import json
+import jax, jax.numpy as jnp
+from metalr import models
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.outer import Reverse, devices, initial_shapes, loop
+from metalr.types import Episode
+
+model = models.mlp(4, (16, 16, 1), widths=(2048, 2048))
+spec = RatesSpec(steps=2, head=model.head)
+
+def sample(pool, key):
+    which, labels = jax.random.permutation(key, 16), jnp.arange(16) % 4
+    return Episode(pool[which[:8]], labels[which[:8]], pool[which[8:]], labels[which[8:]])
+
+optimizer = loop.make_optimizer(steps=10, init_rate=1e-3, rates_rate=1e-2)
+mesh = devices.task_mesh(4, layout=devices.Layout(tasks=2, params=4))
+meta = initial_shapes(model, spec)
+state = loop.TrainState(meta, jax.eval_shape(optimizer.init, meta), jax.ShapeDtypeStruct((), jnp.int32))
+state = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state,
+    devices.shardings(state, mesh),
+)
+chunk = loop.make_chunk(model, spec, Reverse(remat=True), optimizer, sample, 4, mesh=mesh)
+pool = jax.ShapeDtypeStruct((16, 16, 16, 1), jnp.float32)
+compiled = chunk.lower(state, pool, jax.random.key(0), jnp.int32(1)).compile()
+memory, text = compiled.memory_analysis(), compiled.as_text()
+numbers = sum(leaf.size for leaf in jax.tree.leaves(meta.init))
+print(json.dumps([numbers, memory.argument_size_in_bytes, memory.temp_size_in_bytes, text.count("all-gather(")]))
+"""
 
 
-def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
-    """A sum over tasks is taken in another order then, so the last digits may differ, and nothing else."""
-    longer = ["--outer.steps", "600", "--outer.checkpoint-every", "20", "--outer.validate-every", "300"]
-    begun = train("", *TRAIN, *longer, "--out", str(tmp_path / "moved"), JAX_NUM_CPU_DEVICES="2")
-    store, until = tmp_path / "moved" / "checkpoints", time.monotonic() + 200
-    while not any(store.glob("step_*")) and time.monotonic() < until and begun.poll() is None:
-        time.sleep(0.02)
-    begun.terminate()
-    begun.communicate(timeout=200)
-    assert begun.returncode == cli.EXIT_STOPPED
-    again = train("", "--resume", str(tmp_path / "moved"), JAX_NUM_CPU_DEVICES="1")
-    printed = again.communicate(timeout=300)
-    assert again.returncode == 0, printed
-    whole = train("", *TRAIN, *longer, "--out", str(tmp_path / "whole"), JAX_NUM_CPU_DEVICES="1")
-    printed = whole.communicate(timeout=300)
-    assert whole.returncode == 0, printed
-    moved, other = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("moved", "whole"))
-    assert len(moved) == len(other) == 602
-    for a, b in zip(moved, other, strict=True):
-        a, b = json.loads(a), json.loads(b)
-        assert a.keys() == b.keys()
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_other_and_what_was_saved_goes_on(tmp_path, lost):
-    longer = ["--outer.steps", "200000", "--outer.checkpoint-every", "20", "--outer.validate-every", "100000"]
-    both = two_processes(tmp_path / "two", *TRAIN, *longer, "--out", str(tmp_path / "two"))
-    store, until = tmp_path / "two" / "checkpoints", time.monotonic() + 200
-    while not any(store.glob("step_*")) and time.monotonic() < until and both[0].poll() is None:
-        time.sleep(0.05)
-    assert any(store.glob("step_*"))
-    both[lost].kill()
-    began = time.monotonic()
-    _, said = both[1 - lost].communicate(timeout=200)
-    assert time.monotonic() - began < 60
-    both[lost].communicate()
-    if lost == 1:
-        assert both[0].returncode == cli.EXIT_STOPPED, said
-        assert f"metalr train --resume {tmp_path / 'two'}" in said
-    else:  # JAX ends a process whose coordinator is gone by itself
-        assert both[1].returncode != 0
-        assert "another task died" in said or "another process of this run is gone" in said
-    assert any(checkpoints._is_whole(path) for path in store.glob("step_*"))
-
-
-def test_processes_of_different_settings_are_refused(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    both = [
-        train("", *TRAIN, "--seed", str(i), "--out", str(tmp_path / "x"), **join, JAX_PROCESS_ID=str(i)) for i in (0, 1)
-    ]
-    printed = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [2, 2], printed
-    assert "processes: expected the same settings, data and versions in all" in printed[0][1]
-    assert "this one differs in ['settings']" in printed[1][1]
+def test_a_model_too_large_for_one_device_takes_a_quarter_of_the_memory_on_four():
+    """Of the init, Adam's moments and what a second-order step keeps; lowered for 2 x 4 devices, nothing is run."""
+    numbers, kept, between, gathers = with_devices(8, LOWERED)
+    assert numbers > 4e6
+    assert kept < 0.26 * 3 * 4 * numbers  # the init and two moments
+    assert between < 0.5 * 3 * 4 * numbers  # without the split it is more than twice the kept
+    assert gathers > 0
