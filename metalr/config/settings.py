@@ -370,11 +370,15 @@ class SlurmConfig:
     minutes: int = 60
     """Longest time of a job. One that needs more saves, and is submitted again (`attempts`)."""
     gpus: int | None = None
-    """GPUs of a job."""
+    """GPUs of each machine of a job."""
     cores: int | None = None
-    """CPU cores of a job."""
+    """CPU cores of a process."""
+    nodes: int = 1
+    """Machines of a job. With several, or several processes, a job is one run over all of them."""
+    processes: int = 1
+    """Processes on each of its machines."""
     memory: str | None = None
-    """Memory of a job, such as 16GB."""
+    """Memory of each machine, such as 16GB."""
     setup: tuple[str, ...] = ()
     """Lines of shell before each run, such as "module load cuda"."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
@@ -395,7 +399,8 @@ class SweepConfig:
     devices: tuple[str, ...] = ()
     """What CUDA_VISIBLE_DEVICES is for the workers, dealt out in turn (0 1 2 3); none: as it is."""
     launcher: Literal["local", "slurm"] = "local"
-    """local: processes on this machine; slurm: a job for each run, through submitit (pip install 'metalr[slurm]')."""
+    """local: processes on this machine; slurm: an array with a job for each run, through submitit (pip install
+    'metalr[slurm]')."""
     slurm: SlurmConfig = SlurmConfig()
     timeout: float | None = None
     """Seconds after which a run is stopped, saved, and counted as failed."""

@@ -162,7 +162,7 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
     from_json(config.to_json(), SweepConfig)  # the types, as in a config file
     check_literals(config)
     check_choices("seed", sweep.seeds)
-    if not sweep.axes and len(sweep.seeds) < 2:
+    if not sweep.axes and len(sweep.seeds) < 2 and config.launcher == "local":
         raise ConfigError("sweep: expected a setting with values, or several seeds, got neither")
     for name in ("workers", "attempts", "trials", "timeout"):
         value = getattr(config, name)
@@ -183,6 +183,9 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
         )
     if config.launcher == "slurm":
         launchers.import_submitit()
+        for name in ("nodes", "processes", "minutes"):
+            if getattr(config.slurm, name) < 1:
+                raise ConfigError(f"slurm.{name}: expected at least 1, got {getattr(config.slurm, name)}")
         for name in ("devices", "timeout"):
             if getattr(config, name):
                 raise ConfigError(
@@ -315,6 +318,7 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
     began = time.perf_counter()
     for name in (RUNS, LOGS):
         folders.make(folder / name)
+    launchers.cancel_left(folder / LOGS)
     ended = {row["name"]: row for row in folders.read_rows(folder / ENDED)}
     combinations = config.trials or math.prod(len(list(axis)) for axis in sweep.axes.values())
     total = len(sweep.seeds) * combinations
@@ -348,11 +352,12 @@ def _run_all(
     between: Callable[[], None],
     say: Callable[[str], None],
 ) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Each trial and the row that says how it ended, as they end; at most config.workers at a time.
+    """Each trial and the row that says how it ended, as they end; at most config.workers at a time (see launchers).
 
     A run that goes on by itself, because its sweep was killed, takes the place of a worker until it is over.
     """
-    free, running = list(range(config.workers)), list[_Worker]()
+    most = launchers.most_at_once(config)
+    free, running = list(range(most)), list[_Worker]()
     waiting: collections.deque[Trial] = collections.deque()  # to be taken up again
     elsewhere: list[Trial] = []
     tries: collections.Counter[str] = collections.Counter()
@@ -370,7 +375,8 @@ def _run_all(
             for trial in [one for one in elsewhere if folders.holder(folder / RUNS / one.name) is None]:
                 elsewhere.remove(trial)
                 waiting.append(trial)
-            while len(running) + len(elsewhere) < config.workers and (waiting or more):
+            begun: list[Trial] = []
+            while len(running) + len(begun) + len(elsewhere) < most and (waiting or more):
                 found = waiting.popleft() if waiting else next(trials, None)
                 if found is None:
                     more = False
@@ -384,7 +390,9 @@ def _run_all(
                     yield found, _row(found, folder, "", tries[found.name])
                 else:
                     tries[found.name] += 1
-                    running.append(_start(found, free.pop(0), config, folder))
+                    begun.append(found)
+            if begun:
+                running += _start(begun, [free.pop(0) for _ in begun], config, folder)
             between()
             time.sleep(POLL_SECONDS if running or elsewhere else 0)
             for worker in list(running):
@@ -410,16 +418,17 @@ def _run_all(
         _stop(running)
 
 
-def _start(trial: Trial, slot: int, config: SweepConfig, folder: Path) -> _Worker:
-    """Begin a run, or go on with one that was cut off."""
-    out = folder / RUNS / trial.name
-    settings = folder / LOGS / f"{trial.name}.json"
-    folders.write_json(settings, trial.config.to_json())
-    given = (
-        ["--resume", str(out)] if (out / "config.json").is_file() else ["--config", str(settings), "--out", str(out)]
-    )
-    process = launchers.start(given, folder / LOGS / f"{trial.name}.txt", slot, config)
-    return _Worker(trial, slot, process, time.perf_counter())
+def _start(trials: Sequence[Trial], slots: Sequence[int], config: SweepConfig, folder: Path) -> list[_Worker]:
+    """Begin runs, or go on with those that were cut off."""
+    calls = []
+    for trial, slot in zip(trials, slots, strict=True):
+        out, settings = folder / RUNS / trial.name, folder / LOGS / f"{trial.name}.json"
+        folders.write_json(settings, trial.config.to_json())
+        begin = ["--config", str(settings), "--out", str(out)]
+        given = ["--resume", str(out)] if (out / "config.json").is_file() else begin
+        calls.append(launchers.Call(given, folder / LOGS / f"{trial.name}.txt", slot))
+    processes, now = launchers.start(calls, config), time.perf_counter()
+    return [_Worker(*each, now) for each in zip(trials, slots, processes, strict=True)]
 
 
 def _killed(worker: _Worker) -> bool:
@@ -540,8 +549,8 @@ def plan(sweep: Sweep, config: SweepConfig) -> str:
     total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
     lines = [*names, f"{total} runs, {config.workers} at a time"]
     if config.launcher == "slurm":
-        folder = (config.out or Path("runs") / "sweep") / LOGS / "slurm"
-        lines += ["", launchers.script(config.slurm, folder)]
+        folder = (config.out or Path("runs") / "sweep") / LOGS / launchers.SLURM
+        lines += ["", launchers.script(config, folder, total)]
     return "\n".join(lines)
 
 

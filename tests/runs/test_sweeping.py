@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-import types
 
 import numpy as np
 import pytest
@@ -237,14 +236,14 @@ def test_a_run_that_was_begun_twice_is_waited_for(stand_in, tmp_path, monkeypatc
     script.write_text(
         "print('metalr: error: out: x: in use by the run with pid 1 on y; choose another folder'); exit(2)"
     )
-    real, starts = launchers.TRAIN, []
+    real, begin, starts = launchers.TRAIN, launchers.start, []
 
     def start(*given):
         starts.append(given)
         monkeypatch.setattr(launchers, "TRAIN", real if len(starts) > 1 else (sys.executable, str(script)))
-        return launchers.start(*given)
+        return begin(*given)
 
-    monkeypatch.setattr(sweeping, "launchers", types.SimpleNamespace(start=start, Process=launchers.Process))
+    monkeypatch.setattr(launchers, "start", start)
     results = sweeping.run(
         Sweep(BASE, {"outer.init_rate": [0.1, 0.2]}), SweepConfig(out=tmp_path / "s"), reporter=QUIET
     )
@@ -314,18 +313,55 @@ def test_runs_go_as_jobs_through_submitit(stand_in, tmp_path):
 
 def test_the_script_of_a_job(tmp_path):
     slurm = SlurmConfig(
-        partition="gpu", account="lab", minutes=90, gpus=2, cores=8, memory="16GB", setup=("module load cuda",)
-    )
-    config = SweepConfig(launcher="slurm", slurm=slurm, workers=4, out=tmp_path / "s")
+        partition="gpu", account="lab", minutes=90, gpus=2, cores=8, memory="16GB", setup=("module load cuda",),
+        nodes=2, processes=4,
+    )  # fmt: skip
+    config = SweepConfig(launcher="slurm", slurm=slurm, workers=3, out=tmp_path / "s")
     text = sweeping.plan(Sweep(BASE, {"outer.init_rate": [0.1, 0.2]}, (0, 1)), config)
     for line in (
-        "--partition=gpu", "--account=lab", "--time=90", "--gpus-per-node=2", "--cpus-per-task=8", "--mem=16GB"
+        "--partition=gpu", "--account=lab", "--time=90", "--gpus-per-node=2", "--cpus-per-task=8", "--mem=16GB",
+        "--nodes=2", "--ntasks-per-node=4", "--array=0-3%3",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
     assert "\nmodule load cuda\n" in text
-    assert "4 runs, 4 at a time" in text
+    assert "4 runs, 3 at a time" in text
     assert not (tmp_path / "s").exists()
     with pytest.raises(ConfigError, match="slurm: expected nothing of it without --launcher slurm"):
         sweeping.plan(Sweep(BASE, {}, (0, 1)), dataclasses.replace(config, launcher="local"))
     with pytest.raises(ConfigError, match="expected a machine with Slurm's commands"):
-        launchers.executor(tmp_path / "x", slurm)
+        launchers.executor(tmp_path / "x", config)
+    with pytest.raises(ConfigError, match="slurm.nodes: expected at least 1, got 0"):
+        sweeping.plan(Sweep(BASE, {}, (0, 1)), dataclasses.replace(config, slurm=SlurmConfig(nodes=0)))
+
+
+def test_the_processes_of_a_job_are_one_run(stand_in, tmp_path, monkeypatch):
+    """submitit's executor for this machine, whose processes have no SLURM_ variables to find each other by."""
+    script = tmp_path / "who.py"
+    names = "JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"
+    script.write_text(
+        "import os\n"
+        f"with open(os.environ['STARTS'], 'a') as file: print(*(os.environ[n] for n in {names}), file=file, flush=True)"
+    )
+    monkeypatch.setattr(launchers, "TRAIN", (sys.executable, str(script)))
+    slurm = SlurmConfig(cluster="local", minutes=2, processes=2)
+    config = SweepConfig(launcher="slurm", slurm=slurm, attempts=1, out=tmp_path / "s")
+    sweeping.run(Sweep(BASE, {}, (0,)), config, reporter=QUIET)
+    found = [line.split() for line in stand_in()]
+    assert sorted(number for number, *_ in found) == ["0", "1"]
+    assert {tuple(rest) for _, *rest in found} == {("2", found[0][2])}
+    assert found[0][2].startswith("127.0.0.1:")
+    assert launchers.joined({"SLURM_STEP_NUM_TASKS": "2"}, 0, 2, "7") == {}
+
+
+def test_jobs_of_a_killed_sweep_are_taken_back(tmp_path, monkeypatch):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
+    (tools / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    jobs = tmp_path / "logs" / launchers.SLURM / launchers.JOBS
+    jobs.parent.mkdir(parents=True)
+    jobs.write_text("17_0\n17_1\n")
+    launchers.cancel_left(tmp_path / "logs")
+    launchers.cancel_left(tmp_path / "logs")
+    assert (tmp_path / "cancelled").read_text() == "--quiet 17_0 17_1\n"
