@@ -1,10 +1,11 @@
 """How cost grows: with tasks, inner steps, width, classes; what compiles how long; what the outer loop adds.
 
-    python benchmarks/scaling.py [--section NAME] [--json]
+    python benchmarks/scaling.py [--section NAME ...] [--json]
 
 Sections: tasks, steps, width, way (time, compile time and memory of one meta-gradient, with the exponent of a power
 law fitted to them), dtype (bfloat16 beside float32), compile (a new process with an empty and with a filled
-compilation cache), outer (time outside the compiled steps), start (import and --help).
+compilation cache), outer (time outside the compiled steps), start (import and --help), launch (until the first
+compiled step, beside a plain script), listing (10,000 runs).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ import jax
 import measure
 import numpy as np
 
-from metalr import config, models, outer
+from metalr import config, data, models, outer
 from metalr.inner import hyperparameters
 from metalr.outer import loop
 from metalr.runs import (
@@ -175,8 +177,6 @@ def compile_section() -> list[Row]:
 
 def compile_child(workload: str) -> None:
     """Print the seconds from Python functions to a compiled meta-gradient."""
-    from metalr import data
-
     devices.use_compilation_cache(data.cache_dir() / "compiled")
     print(cost(workload, shot=1, tasks=4)["compile_seconds"])
 
@@ -242,6 +242,80 @@ def start_section() -> list[Row]:
     return rows
 
 
+PLAIN = """
+import sys, time
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+data = np.load(sys.argv[1])
+images = jnp.asarray(data[data.files[0]][:1000])
+params = jax.jit(nn.Dense(10).init)(jax.random.key(0), jnp.zeros((1, 784)))
+state = jax.jit(optax.adam(1e-3).init)(params)
+print(time.time())
+"""  # up to where a script of one's own would call its compiled step for the first time
+TRAIN = """
+import sys, time
+from metalr import cli
+from metalr.outer import loop
+class Reached(BaseException): pass
+def first(*given, **named):
+    print(time.time())
+    raise Reached
+loop.run_chunks = first
+try:
+    cli.main(["train", "--out", sys.argv[1] + "/run"])
+except Reached:
+    pass
+"""
+
+
+def launch_section() -> list[Row]:
+    """Seconds from starting a process to its first compiled outer step, beside a plain script; the median of five."""
+    images = str(Path(data.__file__).parent / "bundled" / "mnist12k.npz")
+    rows = []
+    for name, code in (("a plain script", PLAIN), ("metalr train", TRAIN)):
+        seconds = []
+        for _ in range(6):
+            with tempfile.TemporaryDirectory() as folder:
+                given = images if code is PLAIN else folder
+                began = time.time()
+                said = subprocess.run([sys.executable, "-c", code, given], check=True, capture_output=True, text=True)
+                seconds.append(float(said.stdout.split()[-1]) - began)
+        rows.append({"section": "launch", "call": name, "seconds": round(float(np.median(seconds[1:])), 3)})
+    return rows
+
+
+def listing_section() -> list[Row]:
+    """Seconds and memory of `metalr runs list` for 10,000 finished runs, the median of five."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "one"
+        settings = config.TrainConfig(outer=config.OuterConfig(steps=20, validate_every=10), out=made)
+        settings = dataclasses.replace(settings, evaluation=config.EvaluationConfig(10, 10, shown_tasks=0))
+        training.run(settings, name="one", reporter=progress.ConsoleReporter(quiet=True))
+        stored = json.loads((made / "config.json").read_text())
+        results = json.loads((made / "results.json").read_text())
+        for i in range(10_000):
+            run = Path(folder) / "many" / f"run{i}"
+            shutil.copytree(made / "artifact", run / "artifact")
+            stored["seed"] = results["config"]["seed"] = i
+            (run / "config.json").write_text(json.dumps(stored))
+            (run / "results.json").write_text(json.dumps(results))
+        call = [sys.executable, "-c", LIST, str(Path(folder) / "many")]
+        seconds, peak = [], 0
+        for _ in range(6):
+            began = time.perf_counter()
+            said = subprocess.run(call, check=True, capture_output=True, text=True).stderr
+            seconds.append(time.perf_counter() - began)
+            peak = max(peak, int(said.split()[-1]))
+    median = round(float(np.median(seconds[1:])), 2)
+    return [{"section": "listing", "runs": 10_000, "seconds": median, "peak_mebibytes": round(peak / 1024)}]
+
+
+LIST = """
+import sys
+from metalr import cli
+cli.main(["runs", "list", sys.argv[1]])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
 SECTIONS = {
     "tasks": tasks_section,
     "steps": steps_section,
@@ -251,12 +325,14 @@ SECTIONS = {
     "compile": compile_section,
     "outer": outer_section,
     "start": start_section,
+    "launch": launch_section,
+    "listing": listing_section,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", choices=SECTIONS, help="only this one; writes no results file")
+    parser.add_argument("--section", choices=SECTIONS, nargs="+", help="only these; the file keeps the others' rows")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -264,15 +340,21 @@ def main() -> None:
         compile_child(options.child)
         return
     rows = []
-    for name in [options.section] if options.section else SECTIONS:
+    for name in options.section or SECTIONS:
         rows += (part := SECTIONS[name]())
         if not options.json:
             for row in part:
                 print(*(f"{k}={v}" for k, v in row.items() if k not in ("devices", "shot")), flush=True)
     if options.json:
         print(json.dumps(rows, indent=1))
-    if not options.section:
-        measure.save("scaling", rows)
+    stored = measure.RESULTS / "scaling.json"
+    if options.section and stored.is_file():
+        content = json.loads(stored.read_text())
+        of = {name: content["provenance"][name] for name in ("commit", "machine")}
+        kept = [of | row for row in content["rows"] if row["section"] not in options.section]
+        here = {name: measure.provenance()[name] for name in of}
+        rows = kept + [here | row for row in rows]
+    measure.save("scaling", rows)
 
 
 if __name__ == "__main__":
