@@ -1,7 +1,8 @@
 """Where the numbers of a run go while it runs, beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio.
 
-A logger is an object with `log` and `close`; `LOGGERS` has those of libraries, each an extra that is imported when it
-is asked for. metrics.jsonl has everything anyway: a logger that fails is left out, and the run goes on.
+A logger is an object with `log` and `close`, and `picture` if it takes pictures. `LOGGERS` has those of libraries, each
+an extra that is imported when it is asked for. metrics.jsonl has everything anyway: a logger that fails is left out,
+and the run goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from metalr.errors import ConfigError, one_line
 from metalr.storage import folders
@@ -31,6 +34,21 @@ class Logger(Protocol):
         """The run is over, or stopped."""
         ...
 
+    # A logger may also have picture(step, name, image), image [height, width, 3] uint8: the rates at each validation,
+    # and held-out tasks at the end.
+
+
+class Log(NamedTuple):
+    """What a run hands its numbers and pictures to.
+
+    Attributes:
+      numbers: (outer steps so far, values by name, in sections or lists).
+      picture: (outer steps so far, name, a function that draws it: [height, width, 3] uint8).
+    """
+
+    numbers: Callable[[int, Mapping[str, Any]], None] = lambda step, values: None
+    picture: Callable[[int, str, Callable[[], np.ndarray]], None] = lambda step, name, draw: None
+
 
 class TensorBoard:
     """Event files in the run folder, written without TensorFlow: tensorboard --logdir RUN."""
@@ -44,6 +62,10 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        self.writer.add_image(name, image, step, dataformats="HWC")
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -52,6 +74,10 @@ class _OfRun:
     """What loggers share whose library gives a run with log and finish."""
 
     run: Any
+    library: Any
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        self.run.log({name: self.library.Image(image)}, step=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -65,7 +91,8 @@ class WandB(_OfRun):
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
         own = {"id": identity, "resume": "allow"} if identity else {}
-        self.run = _import("wandb").init(project=PROJECT, name=folder.name, dir=str(folder), config=settings, **own)
+        self.library = _import("wandb")
+        self.run = self.library.init(project=PROJECT, name=folder.name, dir=str(folder), config=settings, **own)
         self.identity = str(self.run.id)
 
 
@@ -89,6 +116,9 @@ class MLflow:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.mlflow.log_metrics(dict(values), step=step)
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        self.mlflow.log_image(image, key=name.replace("/", "_"), step=step)
+
     def close(self) -> None:
         self.mlflow.end_run()
 
@@ -98,7 +128,8 @@ class Trackio(_OfRun):
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None) -> None:
         self.identity = identity or f"{folder.name}-{uuid.uuid4().hex[:8]}"  # trackio goes on with any run of that name
-        self.run = _import("trackio").init(project=PROJECT, name=self.identity, config=settings, resume="allow")
+        self.library = _import("trackio")
+        self.run = self.library.init(project=PROJECT, name=self.identity, config=settings, resume="allow")
 
 
 LOGGERS: dict[str, Callable[[Path, dict[str, Any], str | None], Any]] = {
@@ -131,8 +162,8 @@ def opened(
     folder: Path,
     settings: dict[str, Any],
     say: Callable[[str], None],
-) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Gives `log(step, values)`, which hands the numbers among the values to all loggers.
+) -> Iterator[Log]:
+    """Gives a Log, which hands the numbers among the values to all loggers, and pictures to those that take them.
 
     Args:
       names: rows of LOGGERS; given: loggers of the user's own.
@@ -165,8 +196,14 @@ def opened(
             for name, logger in list(open_now.items()):
                 attempt(name, logger.log, step, numbers)
 
+    def picture(step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
+        taking = {key: logger for key, logger in open_now.items() if hasattr(logger, "picture")}
+        image = draw() if taking else None
+        for key, logger in taking.items():
+            attempt(key, logger.picture, step, name, image)
+
     try:
-        yield log
+        yield Log(log, picture)
     finally:
         for name, logger in list(open_now.items()):
             attempt(name, logger.close)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import time
@@ -36,9 +37,9 @@ from metalr.learner.learner import LEARNED
 from metalr.models import Model
 from metalr.outer import devices, loop, processes
 from metalr.report import runs as listed
-from metalr.runs import evaluating, examples, preemption
+from metalr.runs import evaluating, examples, pictures, preemption
 from metalr.runs.job import Job
-from metalr.runs.loggers import Logger, opened
+from metalr.runs.loggers import Log, Logger, opened
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up, task_cost
@@ -248,33 +249,30 @@ def _carry_out(
         named, own_ones = (config.loggers, loggers) if jax.process_index() == 0 else ((), ())
         with opened(named, own_ones, folder, listed.flat(config.to_json()), reporter.line) as log:
             init, rates, training = meta_train(
-                config,
-                setup,
-                folder,
-                reporter,
-                lambda: processes.in_any_process(asked()),
-                name=name,
-                warm=warm,
+                config, setup, folder, reporter, lambda: processes.in_any_process(asked()), name=name, warm=warm,
                 log=log,
-            )
-        here = time.perf_counter() - here
-        before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
-        if config.mesh.params > 1:  # of the last local mesh, for what follows here
-            init, rates = devices.place((init, rates), devices.task_mesh(1, layout=layout_of(config)))
-        learner = Learner(
-            setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
-            setup.standardisation,
-        )  # fmt: skip
-        if not (folder / "config.json").is_file():
-            folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
-        artifact.save(folder / "artifact", learner, overwrite=True)
-        curve, seconds = evaluating.held_out(
-            learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed,
-            layout=layout_of(config),
-        )  # fmt: skip
-        shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
-        if shown is not None:
-            folders.write_json(folder / folders.EXAMPLES, shown)
+            )  # fmt: skip
+            here = time.perf_counter() - here
+            before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
+            if config.mesh.params > 1:  # of the last local mesh, for what follows here
+                init, rates = devices.place((init, rates), devices.task_mesh(1, layout=layout_of(config)))
+            learner = Learner(
+                setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
+                setup.standardisation,
+            )  # fmt: skip
+            if not (folder / "config.json").is_file():
+                folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
+            artifact.save(folder / "artifact", learner, overwrite=True)
+            curve, seconds = evaluating.held_out(
+                learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed,
+                layout=layout_of(config),
+            )  # fmt: skip
+            shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
+            if shown is not None:
+                folders.write_json(folder / folders.EXAMPLES, shown)
+                for task in shown["tasks"]:
+                    draw = functools.partial(pictures.task, task, shown)
+                    log.picture(config.outer.steps, f"held-out tasks/{task['which']}", draw)
         results = {
             "name": training.pop("name"),
             "command": command(),
@@ -341,7 +339,7 @@ def meta_train(
     *,
     name: str = "",
     warm: WarmStart | None = None,
-    log: Callable[[int, dict[str, Any]], None] = lambda step, values: None,
+    log: Log = Log(),  # noqa: B008 - a tuple
 ) -> tuple[Params, Rates, dict[str, Any]]:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
@@ -351,7 +349,7 @@ def meta_train(
     Args:
       asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
       warm: where to start, unless there is a checkpoint.
-      log: called with numbers after so many outer steps: means over a dispatch, and those of each validation.
+      log: gets numbers after so many outer steps: means over a dispatch, and those of each validation, with a picture.
 
     Returns:
       (init, actual rates, facts for results.json).
@@ -439,7 +437,7 @@ def meta_train(
                     if not count:
                         facts["compile_seconds"] += part.seconds
                         continue
-                    log(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
+                    log.numbers(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
                     facts["warm"] = [*facts["warm"][-99:], part.seconds / count]
                     if done % every[0] == 0 or done == steps:
                         init, rates = loop.learned(setup.spec, state.meta)
@@ -447,7 +445,9 @@ def meta_train(
                         line: dict[str, Any] = {"step": done, f"validation_{metric}": protocol.rounded(score)}
                         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
                         _write_line(lines, folder, line)
-                        log(done, {name: value for name, value in line.items() if name != "step"})
+                        log.numbers(done, {name: value for name, value in line.items() if name != "step"})
+                        title = f"rates after {done} outer steps"
+                        log.picture(done, "rates", functools.partial(pictures.heat_map, line["rates"], title))
                         if facts["score"] is None or setup.objective.better(score, facts["score"]):
                             best, facts["score"], facts["best_step"] = (init, rates), score, done
                         spent = round(facts["seconds"] + part.seconds, 2)

@@ -1,5 +1,6 @@
 """Loggers against the real libraries, offline. They are not in the extra `test`: .ci/integrations installs them."""
 
+import numpy as np
 import pytest
 
 from metalr.runs import loggers
@@ -26,7 +27,8 @@ def test_a_run_and_its_continuation_are_taken(offline, name):
     for steps in ((1, 2), (3,)):
         with loggers.opened([name], [], offline, {"seed": 0, "outer.steps": 3}, said.append) as log:
             for step in steps:
-                log(step, {"loss": 1 / step, "rates": {"head": [0.1, 0.2]}})
+                log.numbers(step, {"loss": 1 / step, "rates": {"head": [0.1, 0.2]}})
+                log.picture(step, "held-out tasks/best", lambda: np.zeros((8, 8, 3), np.uint8))
     assert said == []
     assert (offline / "loggers.json").is_file()
     if name == "mlflow":

@@ -50,6 +50,23 @@ def test_a_logger_of_ones_own_gets_what_the_metrics_file_has(blobs_npz, tmp_path
     assert mine.closed
 
 
+def test_a_logger_that_takes_pictures_gets_the_rates_and_the_held_out_tasks(blobs_npz, tmp_path):
+    class Seeing(Mine):
+        def __init__(self):
+            super().__init__()
+            self.seen = {}
+
+        def picture(self, step, name, image):
+            self.seen[step, name] = image
+
+    seeing = Seeing()
+    shown = dataclasses.replace(TINY.evaluation, shown_tasks=2)
+    train(blobs_npz, tmp_path / "run", seeing, Mine(), evaluation=shown)
+    tasks = [(4, "held-out tasks/best"), (4, "held-out tasks/worst")]
+    assert sorted(seeing.seen) == [(2, "rates"), *tasks, (4, "rates")]
+    assert all(image.dtype == "uint8" and image.shape[2] == 3 for image in seeing.seen.values())
+
+
 def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(blobs_npz, tmp_path, capsys):
     class Broken(Mine):
         def log(self, step, values):
@@ -70,16 +87,18 @@ def test_tensorboard_gets_scalars_without_tensorflow(blobs_npz, tmp_path):
 
     train(blobs_npz, tmp_path / "run", loggers=("tensorboard",))
     (file,) = (tmp_path / "run" / "tensorboard").glob("events.*")
-    content, at, found = file.read_bytes(), 0, {}
+    content, at, found, pictures = file.read_bytes(), 0, {}, set()
     while at < len(content):  # TFRecord: length, its checksum, the record, its checksum
         (length,) = struct.unpack_from("<Q", content, at)
         event = Event.FromString(content[at + 12 : at + 12 + length])
         at += 16 + length
         found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        pictures |= {(value.tag, event.step) for value in event.summary.value if value.image.encoded_image_string}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in lines if "validation_accuracy" in line and line["step"] == 4)
     assert found["validation_accuracy", 4] == pytest.approx(last["validation_accuracy"], abs=1e-6)
     assert found["rates/head/2", 4] == pytest.approx(last["rates"]["head"][1], rel=1e-6)
+    assert {("rates", 2), ("rates", 4)} <= pictures
     assert "tensorflow" not in sys.modules
 
 
@@ -111,7 +130,7 @@ def test_services_get_the_same_and_a_second_process_goes_on(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, loggers.MODULES[name], service)
     for step in (5, 10):
         with loggers.opened([name], [], folder, {"seed": 3}, pytest.fail) as to:
-            to(step, {"loss": 0.5, "skipped": True, "rates": {"head": [0.1, 0.2]}})
+            to.numbers(step, {"loss": 0.5, "skipped": True, "rates": {"head": [0.1, 0.2]}})
     begun = [kwargs for call, _, kwargs in service.calls if call == begin]
     assert "id7" not in str(begun[0])
     assert resumed.items() <= begun[1].items()
