@@ -51,7 +51,7 @@ from metalr import cli, config, outer, runs
 from metalr.config import files
 from metalr.errors import ConfigError, StorageError
 from metalr.outer import devices, loop
-from metalr.runs import progress, setup, training
+from metalr.runs import meta_training, progress, setup
 from metalr.runs.provenance import provenance
 from metalr.storage import checkpoints, folders
 
@@ -219,7 +219,7 @@ def divergence(root: Path, n: int) -> Row:
         folder = root / f"diverge{i}"
         folder.mkdir()
         try:
-            training.meta_train(changed, parts, folder, QUIET)
+            meta_training.meta_train(changed, parts, folder, QUIET)
         except loop.DivergedError as error:
             expect("tasks [" in str(error) or "the update" in str(error), f"names no task: {error}")
         stored = list((folder / "checkpoints").glob(f"step_*/{checkpoints.TENSORS}"))

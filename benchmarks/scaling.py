@@ -34,11 +34,7 @@ import numpy as np
 from metalr import config, data, models, outer
 from metalr.inner import hyperparameters
 from metalr.outer import loop
-from metalr.runs import (
-    progress,
-    setup,
-    training,
-)
+from metalr.runs import meta_training, progress, setup, training
 from metalr.types import Episode
 
 Row = dict[str, Any]
@@ -205,7 +201,8 @@ def outer_section() -> list[Row]:
             if repeat == 0:
                 continue  # compiled only now; the loop below compiles every time, and takes that off
             with tempfile.TemporaryDirectory() as folder:
-                *_, facts = training.meta_train(settings, parts, Path(folder), progress.ConsoleReporter(quiet=True))
+                quiet = progress.ConsoleReporter(quiet=True)
+                *_, facts = meta_training.meta_train(settings, parts, Path(folder), quiet)
             looped.append(facts["seconds"] - facts["validation_seconds"] - facts["step_seconds"])
         step_seconds = float(np.median(alone[1:]))
         rows.append(

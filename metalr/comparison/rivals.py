@@ -167,17 +167,19 @@ def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = Fa
     return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not of_length)
 
 
-Baselines = Callable[[str, bool, bool], Callable[[Params | None, float], np.ndarray]]
+Baselines = Callable[[str, bool, bool], Callable[[Params | None, Sequence[float]], np.ndarray]]
 
 
 def baselines(model: Model, field: Field) -> Baselines:
-    """(optimizer, from random inits?, on meta-validation tasks?) -> (init, rate) -> [tasks, lengths], fixed-rate runs.
+    """(optimizer, from random inits?, on meta-validation tasks?) -> (init, rates) -> [rates, tasks, lengths].
 
-    Each is compiled once; share it between the inits of one network.
+    Runs with fixed rates. Each is compiled once; share it between the inits of one network.
     """
 
     @functools.cache
-    def evaluator(optimizer: str, random_init: bool, val: bool) -> Callable[[Params | None, float], np.ndarray]:
+    def evaluator(
+        optimizer: str, random_init: bool, val: bool
+    ) -> Callable[[Params | None, Sequence[float]], np.ndarray]:
         pool, sample = field.val_sampler if val else field.sampler
         keys = field.val_keys if val else field.keys
         of_length = optimizer == "adam_cosine"
@@ -192,9 +194,13 @@ def baselines(model: Model, field: Field) -> Baselines:
         ]  # fmt: skip
         unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
 
-        def run(init: Params | None, rate: float) -> np.ndarray:
-            start = unused if random_init else init
-            return np.concatenate([of(pool, start, np.float32(rate), keys).tasks for of in evaluators], axis=1)
+        def run(init: Params | None, rates: Sequence[float]) -> np.ndarray:
+            start, found = unused if random_init else init, []
+            for few in devices.at_once(rates):
+                given = np.asarray(few[0] if len(few) == 1 else few, np.float32)
+                curves = [of(pool, start, given, keys).tasks for of in evaluators]
+                found.append(np.concatenate(curves, axis=-1).reshape(len(keys), len(few), -1))
+            return np.concatenate(found, axis=1).swapaxes(0, 1)
 
         return run
 
@@ -206,7 +212,7 @@ def unsearched(name: str, inits: Inits, field: Field, runs: Baselines) -> list[S
     run = runs("adam", inits[0] is None, False)
     return of_lengths(
         f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", inits, field,
-        lambda init, _: run(init, UNSEARCHED_RATE), every=True,
+        lambda init, _: run(init, [UNSEARCHED_RATE])[0], every=True,
     )  # fmt: skip
 
 
@@ -240,7 +246,10 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
     found: dict[tuple[str, float], np.ndarray] = {}  # (optimizer, rate) -> score at each length
     wanted = [(optimizer, rate) for optimizer, rates in TUNED.items() for rate in rates]
     for _ in range(WIDENINGS + 1):
-        found |= {(o, rate): runs(o, first is None, True)(first, rate).mean(0) for o, rate in wanted}
+        for optimizer in dict.fromkeys(optimizer for optimizer, _ in wanted):
+            rates = [rate for name, rate in wanted if name == optimizer]
+            scores = runs(optimizer, first is None, True)(first, rates).mean(1)
+            found |= {(optimizer, rate): score for rate, score in zip(rates, scores, strict=True)}
         cells = sorted(found)
         by_length = [{cell: float(found[cell][at]) for cell in cells} for at in range(len(field.lengths))]
         best = [field.objective.best(cells, scores.__getitem__) for scores in by_length]
@@ -257,7 +266,7 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
     cost = steps * len(field.val_keys) * field.batch_size
 
     def score(init: Params | None, _: int) -> np.ndarray:
-        curves = {cell: runs(cell[0], init is None, False)(init, cell[1]) for cell in sorted(set(best))}
+        curves = {cell: runs(cell[0], init is None, False)(init, [cell[1]])[0] for cell in sorted(set(best))}
         return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
 
     rows = of_lengths(f"{name} init + one tuned rate", inits, field, score, every=True)

@@ -39,10 +39,10 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
 def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
     """Mean and 95 % half-width over tasks (Student's t).
 
-    tasks: [tasks, points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
+    tasks: [tasks, ..., points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
     """
     tasks = np.asarray(tasks, np.float64)
-    at = np.arange(tasks.shape[1]) if steps is None else np.asarray(steps)
+    at = np.arange(tasks.shape[-1]) if steps is None else np.asarray(steps)
     return Curve(at, tasks.mean(0), half_width(tasks), tasks)
 
 
@@ -186,25 +186,30 @@ def make_baseline(
 ) -> Evaluator:
     """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for optimizer(learning_rate) as inner loop.
 
+    learning_rate: [] or [rates] float32; with several, side by side in one program, the curve's arrays have an axis of
+    rates before that of points.
     at: after which numbers of steps, ascending, the curve has an entry.
     random_init: ignore `init` and draw a new one for every task. Dropout is active in training if the model has it.
     evaluated: as in inner.adapt.
     """
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
-        return inner.adaptation_curve(
-            apply,
-            init,
-            episode,
-            optimizer(learning_rate),
-            max(at),
-            observe_at=at,
-            objective=objective,
-            batch_size=batch_size,
-            key=key,
-            dropout=model.dropout,
-            evaluated=evaluated,
-        )
+        def of_rate(rate: jax.Array) -> jax.Array:
+            return inner.adaptation_curve(
+                apply,
+                init,
+                episode,
+                optimizer(rate),
+                max(at),
+                observe_at=at,
+                objective=objective,
+                batch_size=batch_size,
+                key=key,
+                dropout=model.dropout,
+                evaluated=evaluated,
+            )
+
+        return devices.vmap_group(of_rate, learning_rate) if learning_rate.ndim else of_rate(learning_rate)
 
     return _compiled(model, sample, plain, at, random_init)
 

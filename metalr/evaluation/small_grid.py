@@ -15,6 +15,7 @@ from metalr.evaluation import protocol
 from metalr.inner import optimizers
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Model
+from metalr.outer import devices
 from metalr.spaces import GridConfig
 from metalr.tasks import Pool, Sampler
 from metalr.types import Params
@@ -70,8 +71,8 @@ def run_grid(
 ) -> tuple[list[Cell], dict[str, float]]:
     """Score every cell on the tasks of `keys`.
 
-    Steps are snapshots of one trajectory, and one compilation serves all learning rates, so the grid costs far less
-    than its cells alone; both costs are given.
+    Steps are snapshots of one trajectory, and one compilation serves all learning rates (on accelerators one dispatch,
+    side by side), so the grid costs far less than its cells alone; both costs are given.
 
     Args:
       grid: every combination; batch sizes larger than the support set become the whole set.
@@ -80,7 +81,7 @@ def run_grid(
       objective: what is minimised, and what a cell's score is.
       report: called with a line of text after each optimizer and batch size.
       known: cells of an earlier call with the same arguments, which are not run again.
-      keep: called with the cells of each trajectory (all its steps) as soon as they are there.
+      keep: called with the cells of each dispatch (all steps of its rates) as soon as they are there.
 
     Returns:
       (cells, cost): cost has, for one task, "naive_example_gradients" (each cell alone), "example_gradients" (as
@@ -103,14 +104,20 @@ def run_grid(
             random_init=init is None,
             objective=objective,
         )
-        for rate in grid.learning_rates:
-            wanted = [(origin, name, rate, batch_size, steps) for steps in sorted(grid.steps)]
-            if not all(key in found for key in wanted):
-                curve = evaluator(pool, start, np.float32(rate), keys)
-                fresh = [Cell(*key, curve.tasks[:, i], key[4] * batch_size) for i, key in enumerate(wanted)]
-                keep(fresh)
-                found |= {cell[:5]: cell for cell in fresh}
-            cells += [found[key] for key in wanted]
+        steps = sorted(grid.steps)
+        wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
+        missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]
+        for rates in devices.at_once(missing):
+            curve = evaluator(pool, start, np.asarray(rates[0] if len(rates) == 1 else rates, np.float32), keys)
+            tasks = curve.tasks.reshape(len(keys), len(rates), len(steps))
+            fresh = [
+                Cell(*key, tasks[:, i, j], key[4] * batch_size)
+                for i, rate in enumerate(rates)
+                for j, key in enumerate(wanted[rate])
+            ]
+            keep(fresh)
+            found |= {cell[:5]: cell for cell in fresh}
+        cells += [found[key] for cells_of in wanted.values() for key in cells_of]
         report(f"{name}, batch {batch_size}")
     cost = {
         "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),

@@ -294,6 +294,15 @@ def spread(
             raise error
 
 
+def at_once(values: Sequence[float]) -> list[list[float]]:
+    """Values of one setting in the groups that a dispatch takes side by side.
+
+    One on CPUs, where more at a time gain nothing and a signal would be heard late; all on accelerators, which wait for
+    each small step and have room for all of them.
+    """
+    return [[value] for value in values] if jax.default_backend() == "cpu" else [list(values)] if values else []
+
+
 def vmap_group(function: Callable[[Any], Any], tasks: Any) -> Any:
     """vmap over the leading axis of `tasks`, left out where it has size 1."""
     if jax.tree.leaves(tasks)[0].shape[0] > 1:

@@ -42,6 +42,22 @@ def test_cells_are_what_each_alone_gives(setting, from_init):
     assert cost["example_gradients"] == (5 + 20) * 6 * 2
 
 
+def test_rates_side_by_side_are_one_dispatch_and_the_same_cells(setting, monkeypatch):
+    """As on accelerators."""
+    model, pool, sample, keys = setting
+    grid = GridConfig(learning_rates=(1e-2, 3e-2, 1e-1), steps=(2, 6), batch_sizes=(5,), optimizers=("adam",))
+    found, dispatches = [], []
+    for side_by_side in (False, True):
+        if side_by_side:
+            monkeypatch.setattr(small_grid.devices, "at_once", lambda values: [list(values)] if values else [])
+        cells, _ = small_grid.run_grid(grid, model, pool, sample, 20, keys, init=None, keep=dispatches.append)
+        found.append(cells)
+    assert [cell[:5] for cell in found[0]] == [cell[:5] for cell in found[1]]
+    assert [len(cells) for cells in dispatches] == [2, 2, 2, 6]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.tasks, other.tasks, atol=0.034)
+
+
 def test_best(setting):
     def cell(steps, score):
         return small_grid.Cell("random", "adam", 0.1, 5, steps, np.full(4, score), 5)

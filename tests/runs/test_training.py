@@ -34,7 +34,7 @@ from metalr.config import files as config_files
 from metalr.errors import ConfigError, DataError, StoppedError
 from metalr.inner import hyperparameters as rates
 from metalr.outer import loop
-from metalr.runs import comparing, progress, searching, studies, training
+from metalr.runs import comparing, meta_training, progress, searching, studies, training
 from metalr.runs.setup import set_up
 from metalr.storage import checkpoints
 
@@ -281,7 +281,7 @@ def test_a_warm_start_takes_init_and_rates(small, tmp_path):
     before = metalr.load(tmp_path / "first" / "artifact")
     config = dataclasses.replace(small, init=tmp_path / "first", outer=dataclasses.replace(small.outer, steps=1))
     parts = set_up(config)
-    warm = training.warm_start(config, parts)
+    warm = meta_training.warm_start(config, parts)
     jax.tree.map(np.testing.assert_array_equal, before.init, warm.meta.init)
     actual = rates.actual(parts.spec, warm.meta.rates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), before.rates, actual)
@@ -333,9 +333,9 @@ def test_a_wish_to_stop_is_heard_at_the_next_step(longer, tmp_path):
     folder.mkdir()
     setup, asked = set_up(longer), iter([False, False, True, True])
     with pytest.raises(StoppedError, match=r"stopped after 1 of 12 outer steps, and saved; go on with: .*--resume"):
-        training.meta_train(longer, setup, folder, QUIET, lambda: next(asked), name="x")
+        meta_training.meta_train(longer, setup, folder, QUIET, lambda: next(asked), name="x")
     with pytest.raises(StoppedError, match="stopped after 1 of 12"):
-        training.meta_train(longer, setup, folder, QUIET, lambda: True)
+        meta_training.meta_train(longer, setup, folder, QUIET, lambda: True)
     (folder / "config.json").write_text(json.dumps(longer.to_json()))
     assert runs.resume(folder, reporter=QUIET)["name"] == "x"
     assert everything(tmp_path / "whole") == everything(folder)
@@ -392,7 +392,7 @@ def test_divergence_stops_with_step_task_and_rates_and_saves_the_last_finite_sta
     setup = poisoned(set_up(longer), 0.2)
     message = r"outer step (\d+): loss nan.*\(tasks \[\d.*\] of 2; rates {.*\); lower outer.init_rate"
     with pytest.raises(loop.DivergedError, match=message) as caught:
-        training.meta_train(longer, setup, tmp_path, QUIET)
+        meta_training.meta_train(longer, setup, tmp_path, QUIET)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "loss" in line] == list(range(caught.value.step))
     state = caught.value.state
@@ -404,7 +404,7 @@ def test_divergence_stops_with_step_task_and_rates_and_saves_the_last_finite_sta
 def test_skipping_leaves_out_the_update_and_logs_it(longer, tmp_path):
     config = dataclasses.replace(longer, outer=dataclasses.replace(longer.outer, on_divergence="skip"))
     setup = poisoned(set_up(config), 0.2)
-    init, rates, facts = training.meta_train(config, setup, tmp_path, QUIET)
+    init, rates, facts = meta_training.meta_train(config, setup, tmp_path, QUIET)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(12))
@@ -415,7 +415,7 @@ def test_skipping_leaves_out_the_update_and_logs_it(longer, tmp_path):
     (tmp_path / "b").mkdir()
     everything_bad = dataclasses.replace(config, outer=dataclasses.replace(config.outer, steps=60))
     with pytest.raises(loop.DivergedError, match="outer step 49"):
-        training.meta_train(everything_bad, poisoned(set_up(everything_bad), 1.0), tmp_path / "b", QUIET)
+        meta_training.meta_train(everything_bad, poisoned(set_up(everything_bad), 1.0), tmp_path / "b", QUIET)
 
 
 @pytest.mark.smoke

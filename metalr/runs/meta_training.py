@@ -1,0 +1,390 @@
+"""The outer loop in a run folder: metrics, validations, checkpoints, and what it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from metalr import models, outer
+from metalr.config import TrainConfig
+from metalr.errors import ConfigError, StoppedError
+from metalr.evaluation import protocol
+from metalr.inner import hyperparameters
+from metalr.learner import artifact
+from metalr.learner.learner import LEARNED
+from metalr.outer import devices, loop, processes
+from metalr.runs import pictures
+from metalr.runs.loggers import Log
+from metalr.runs.progress import Reporter
+from metalr.runs.setup import Setup, task_cost
+from metalr.runs.sources import OWN_TASKS
+from metalr.storage import checkpoints, folders
+from metalr.trees import path_name
+from metalr.types import MetaParams, Params, Rates
+
+MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
+
+Asked = Callable[[], bool]
+
+
+def layout_of(config: TrainConfig) -> devices.Layout:
+    """Of the work of a run over devices."""
+    return devices.Layout(config.mesh.tasks, config.mesh.params)
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The devices that a run trains on. Raises ConfigError for a mesh that they cannot be."""
+    for name in ("tasks", "params"):
+        value = getattr(config.mesh, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"mesh.{name}: expected at least 1, got {value}")
+    if config.mesh.params > 1 and config.grid.run:
+        raise ConfigError(f"mesh.params: expected 1 with grid.run, whose cells are not split, got {config.mesh.params}")
+    return devices.task_mesh(config.outer.meta_batch, all_processes=True, layout=layout_of(config))
+
+
+class WarmStart(NamedTuple):
+    """What meta-training starts from in place of a random init, and what a result says of it."""
+
+    meta: MetaParams
+    facts: dict[str, Any]
+
+
+def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
+    """The init and rates of config.init; None if there is none. Raises ConfigError unless they fit the settings."""
+    if config.init is None:
+        return None
+    learner = artifact.load(config.init, setup.model if setup.model.name == models.CUSTOM else None)
+    shapes = outer.initial_shapes(setup.model, setup.spec)
+
+    def described(tree: Any) -> dict[str, tuple[Any, str]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+    takes_rates = learner.kind_of_rates == LEARNED
+    for part, wanted, found in (("init", shapes.init, learner.init), ("rates", shapes.rates, learner.rates)):
+        if part == "rates" and not takes_rates:
+            continue
+        wanted, found = described(wanted), described(found)
+        wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if wrong:
+            raise ConfigError(
+                f"init: {config.init}: its {part} do not fit these settings: expected {wrong[0]} "
+                f"{wanted.get(wrong[0], 'to be absent')}, got {found.get(wrong[0], 'none')}"
+            )
+    if takes_rates and (learner.spec.positive, learner.spec.knots) != (setup.spec.positive, setup.spec.knots):
+        raise ConfigError(
+            f"init: {config.init}: its rates are of another kind: expected {setup.spec}, got {learner.spec}"
+        )
+    raw = jax.tree.map(
+        jnp.asarray,
+        hyperparameters.raw_of(setup.spec, learner.rates)
+        if takes_rates
+        else hyperparameters.initial_raw(setup.spec, learner.init),
+    )
+    facts = {
+        "folder": str(config.init),
+        "takes": "init and rates" if takes_rates else "init",
+        "example_gradients": learner.facts.get("example_gradients", 0),
+    }
+    return WarmStart(MetaParams(jax.tree.map(jnp.asarray, learner.init), raw), facts)
+
+
+def meta_train(
+    config: TrainConfig,
+    setup: Setup,
+    folder: Path,
+    reporter: Reporter,
+    asked: Asked = lambda: False,
+    *,
+    name: str = "",
+    warm: WarmStart | None = None,
+    log: Log = Log(),  # noqa: B008 - a tuple
+) -> tuple[Params, Rates, dict[str, Any]]:
+    """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
+
+    Goes on from the newest whole checkpoint in folder/checkpoints; appends a line an outer step to
+    folder/metrics.jsonl, which is first cut back to that step.
+
+    Args:
+      asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
+      warm: where to start, unless there is a checkpoint.
+      log: gets numbers after so many outer steps: means over a dispatch, and those of each validation, with a picture.
+
+    Returns:
+      (init, actual rates, facts for results.json).
+
+    Raises:
+      StoppedError, DivergedError (the last finite state is saved), StorageError.
+    """
+    key, mesh = jax.random.key(config.seed), mesh_of(config)
+    step_key = jax.random.fold_in(key, 1)
+    pool, sample = setup.samplers["train"]
+    chunk = loop.make_chunk(
+        setup.model,
+        setup.spec,
+        setup.method,
+        setup.optimizer,
+        sample,
+        config.outer.meta_batch,
+        phases=setup.phases,
+        on_divergence=config.outer.on_divergence,
+        objective=setup.objective,
+        mesh=mesh,
+    )
+    run, resumed = _begun(config, setup, folder, reporter, name, warm, mesh)
+    steps, every = config.outer.steps, (config.outer.validate_every, config.outer.checkpoint_every)
+
+    def before(first: int, last: int) -> None:
+        if setup.prefetch is not None:
+            keys = [loop.task_keys(step_key, step, config.outer.meta_batch) for step in range(first, last)]
+            setup.prefetch(jnp.concatenate(keys))
+
+    with _open_log(folder, run.facts["metrics_bytes"]) as lines:
+        book = _Book(config, setup, folder, lines, log, run, _validator(config, setup))
+        if warm is not None and not resumed:
+            book.save()  # so that resuming never needs what it started from
+        try:
+            with reporter.bar("meta-training", steps, int(run.state.step)) as advance:
+                for part in loop.run_chunks(chunk, run.state, pool, step_key, steps, every, stop=asked, before=before):
+                    began, count = time.perf_counter(), len(part.metrics["loss"])
+                    book.write_steps(part)
+                    if not count:
+                        run.facts["compile_seconds"] += part.seconds
+                        continue
+                    done = int(run.state.step)
+                    if done % every[0] == 0 or done == steps:
+                        book.validate(part.seconds)
+                        run.facts["validation_seconds"] += time.perf_counter() - began
+                    if done % every[1] == 0 or done == steps:
+                        book.save()
+                    run.facts["step_seconds"] += part.seconds
+                    run.facts["seconds"] += part.seconds + time.perf_counter() - began
+                    advance(count, book.note(part))
+        except loop.DivergedError as error:
+            run.state = error.state
+            book.save()
+            raise error.noted(_diagnosis(config, setup, run.state.meta, error.step)) from None
+        done = int(run.state.step)
+        if done < steps:
+            book.save()
+            own = setup.source.source == OWN_TASKS
+            raise stopped(folder, f"after {done} of {steps} outer steps", config, own)
+    init, rates = run.best
+    return init, rates, _training_facts(config, setup, run.facts)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a run has come to; all of it is in its checkpoints.
+
+    Attributes:
+      best: the init and actual rates that did best on meta-validation tasks so far.
+      facts: for results.json, and "metrics_bytes": the size of metrics.jsonl.
+    """
+
+    state: loop.TrainState
+    best: tuple[Params, Rates]
+    facts: dict[str, Any]
+
+
+def _begun(
+    config: TrainConfig, setup: Setup, folder: Path, reporter: Reporter, name: str, warm: WarmStart | None, mesh: Mesh
+) -> tuple[_Run, bool]:
+    """A run before its first step, or as its newest whole checkpoint has it; and whether that was found."""
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    state = loop.start(setup.model, setup.spec, setup.optimizer, key, warm.meta if warm else None, mesh)
+    run = _Run(state, loop.learned(setup.spec, state.meta), {
+        "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
+        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
+        "validations": [], "warm_start": warm.facts if warm else None,
+    })  # fmt: skip
+    store = folder / "checkpoints"
+    folders.make(store)
+    like = {"state": run.state, "best": run.best}
+    found = checkpoints.load(store, like, reporter.line)
+    if jax.process_count() > 1:
+        found = checkpoints.shared(found, like, processes.from_first_process)
+    if found is None:
+        return run, False
+    tree, facts = found
+    tree = devices.place(tree, mesh) if config.mesh.params > 1 else jax.tree.map(jnp.asarray, tree)
+    reporter.line(f"resumed at outer step {int(tree['state'].step)}")
+    return _Run(tree["state"], tree["best"], run.facts | facts), True
+
+
+def _validator(config: TrainConfig, setup: Setup) -> Callable[[Params, Rates], np.ndarray]:
+    """The score on each fixed meta-validation task, mean over the numbers of steps that are trained for: [tasks]."""
+    pool, sample = setup.samplers["val"]
+    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
+    evaluators = [
+        protocol.make_evaluator(
+            setup.model, setup.spec, sample, steps, of_steps=steps, at=[steps],
+            random_init=setup.phases.fresh_init, objective=setup.objective, layout=layout_of(config),
+        )
+        for steps in setup.phases.horizons or (setup.spec.steps,)
+    ]  # fmt: skip
+    return lambda init, rates: np.mean([of(pool, init, rates, keys).tasks[:, -1] for of in evaluators], axis=0)
+
+
+class _Book:
+    """Keeps the books of a run: lines of metrics.jsonl, validations, checkpoints; tells loggers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        setup: Setup,
+        folder: Path,
+        lines: RawIOBase,
+        log: Log,
+        run: _Run,
+        validator: Callable[[Params, Rates], np.ndarray],
+    ) -> None:
+        self.config, self.setup, self.folder, self.lines = config, setup, folder, lines
+        self.log, self.run, self.validator = log, run, validator
+        self.metric = setup.objective.choose_by
+        self.skipped_in_a_row = 0
+        self.validated = ""
+
+    def write_steps(self, part: loop.Chunk) -> None:
+        """A line for each outer step of a chunk. Raises DivergedError if too many in a row were skipped."""
+        run, count = self.run, len(part.metrics["loss"])
+        run.state = part.state
+        done = int(part.state.step)
+        for i in range(count):
+            finite = bool(part.metrics["finite"][i])
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+            run.facts["skipped"] += not finite
+            _write_line(self.lines, self.folder, _step_line(done - count + i, part.metrics, i))
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                raise loop.DivergedError(done - count + i, part.metrics, i, part.state)
+        if count:
+            self.log.numbers(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
+            run.facts["warm"] = [*run.facts["warm"][-99:], part.seconds / count]
+
+    def validate(self, seconds: float) -> None:
+        """Score on meta-validation tasks, and keep what is best. seconds: of the last chunk."""
+        run, setup = self.run, self.setup
+        done = int(run.state.step)
+        init, rates = loop.learned(setup.spec, run.state.meta)
+        tasks = self.validator(init, rates)
+        score = float(tasks.mean())
+        line: dict[str, Any] = {"step": done, f"validation_{self.metric}": protocol.rounded(score)}
+        line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
+        _write_line(self.lines, self.folder, line)
+        self.log.numbers(done, {name: value for name, value in line.items() if name != "step"})
+        title = f"rates after {done} outer steps"
+        self.log.picture(done, "rates", functools.partial(pictures.heat_map, line["rates"], title))
+        if run.facts["score"] is None or setup.objective.better(score, run.facts["score"]):
+            run.best, run.facts["score"], run.facts["best_step"] = (init, rates), score, done
+        run.facts["validations"].append([done, protocol.rounded(score), round(run.facts["seconds"] + seconds, 2)])
+        self.validated = f"validation {score:.3f} ± {float(protocol.half_width(tasks)):.3f}"
+
+    def save(self) -> None:
+        """A checkpoint of what the run has come to."""
+        run = self.run
+        run.facts["metrics_bytes"] = _flush(self.lines, self.folder)
+        tree = devices.local({"state": run.state, "best": run.best})
+        checkpoints.save(self.folder / "checkpoints", int(run.state.step), tree, run.facts)
+
+    def note(self, part: loop.Chunk) -> str:
+        """What the progress bar shows."""
+        shown = dict.fromkeys(("loss", self.metric))  # once, if the loss itself chooses
+        return "  ".join([*(f"{name} {part.metrics[name].mean():.3f}" for name in shown), self.validated])
+
+
+def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
+    warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
+    own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
+    minibatch = min(config.inner.batch_size or setup.support, setup.support)
+    validated = len(facts["validations"]) * config.evaluation.validation_episodes * minibatch
+    validated *= sum(setup.phases.horizons or (config.inner.steps,))
+    numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
+    return {
+        "name": facts["name"],
+        "outer_steps": config.outer.steps,
+        "best_step": facts["best_step"],
+        f"validation_{setup.objective.choose_by}": protocol.rounded(facts["score"]),
+        "validations": facts["validations"],
+        **numbers,
+        # Of a step once it is compiled; and in all, with compilation, validation and everything between.
+        "tasks_per_second": round(config.outer.meta_batch / warm, 1),
+        "tasks_per_second_in_all": round(
+            config.outer.steps * config.outer.meta_batch / (facts["seconds"] + facts["compile_seconds"]), 1
+        ),
+        "skipped_updates": facts["skipped"],
+        # With its validations, and what it started from.
+        "example_gradients": own + validated + (earlier["example_gradients"] if earlier else 0),
+        "validation_example_gradients": validated,
+    } | ({"warm_start": earlier} if earlier else {})
+
+
+def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, Any]:
+    values = {name: float(v[i]) for name, v in metrics.items() if name != "finite"}
+    line = {name: protocol.rounded(v) for name, v in values.items()}
+    return {"step": step, **line} | ({} if metrics["finite"][i] else {"skipped": True})
+
+
+def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -> str:
+    """Which tasks of a step that was not finite are to blame, and the rates it had, in words."""
+    pool, sample = setup.samplers["train"]
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    keys = loop.task_keys(key, step, config.outer.meta_batch)
+    local = jax.tree.map(jnp.asarray, devices.local(meta))
+    gradient = loop.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases, setup.objective)
+    now = loop.trained_from(setup.model, setup.phases, local, key, step)
+    bad = loop.failing_tasks(gradient, now, pool, step, keys)
+    rates = hyperparameters.summary(setup.spec, hyperparameters.actual(setup.spec, local.rates))
+    blame = f"tasks {bad} of {config.outer.meta_batch}" if bad else "the update, no single task"
+    return f" ({blame}; rates {json.dumps(rates)})"
+
+
+def _open_log(folder: Path, size: int) -> RawIOBase:
+    """metrics.jsonl for appending, cut back to `size` bytes."""
+    try:
+        log = (folder / "metrics.jsonl").open("ab", buffering=0)  # what a full disk refuses is known at once
+        log.truncate(min(size, log.tell()))
+        return log
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
+
+
+def _write_line(log: RawIOBase, folder: Path, line: dict[str, Any]) -> None:
+    try:
+        content = json.dumps(line).encode() + b"\n"
+        if log.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
+
+
+def _flush(log: RawIOBase, folder: Path) -> int:
+    """Bring the log to the disk; its size."""
+    try:
+        os.fsync(log.fileno())
+        return log.tell()
+    except OSError as error:
+        folders.refuse(folder / "metrics.jsonl", error)
+
+
+def stopped(folder: Path, where: str, config: TrainConfig, own_tasks: bool = False) -> StoppedError:
+    """The error of a run that was asked to stop, with how to go on."""
+    how = f"metalr train --resume {folder}"
+    if config.model.own:
+        how = f"metalr.runs.resume({str(folder)!r}, model=...)"
+    if own_tasks:
+        how = f"metalr.meta_train(..., out={str(folder)!r}, resume=True)"
+    return StoppedError(f"stopped {where}, and saved; go on with: {how}")

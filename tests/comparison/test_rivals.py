@@ -1,0 +1,25 @@
+"""Rivals: runs of fixed rates, one after the other and side by side."""
+
+import jax
+import numpy as np
+
+from metalr import models, tasks
+from metalr.comparison import rivals
+from metalr.evaluation import protocol
+
+
+def test_fixed_rates_side_by_side_give_what_each_alone_gives(blobs, monkeypatch):
+    """As on accelerators, where all rates are one dispatch."""
+    sampler = tasks.make_sampler(tasks.make_splits(blobs, "relabeled").test, 10, 2, 3)
+    keys = protocol.episode_keys(0, 4)
+    model = models.mlp(10, (8, 8, 1), widths=(16,))
+    field = rivals.Field(sampler, sampler, keys, keys, support=20, train=16, lengths=(1, 4), batch_size=5)
+    rates, init = [0.003, 0.03, 0.1], model.init(jax.random.key(0))
+    alone = rivals.baselines(model, field)("adam", False, False)(init, rates)
+    monkeypatch.setattr(rivals.devices, "at_once", lambda values: [list(values)])
+    together = rivals.baselines(model, field)("adam", False, False)(init, rates)
+    assert alone.shape == together.shape == (3, 4, 2)
+    np.testing.assert_allclose(alone, together, atol=0.034)  # one prediction of 30 may round over
+    assert not np.allclose(alone[0], alone[2])
+    by_length = rivals.baselines(model, field)("adam_cosine", False, False)(init, rates)
+    assert by_length.shape == (3, 4, 2)
