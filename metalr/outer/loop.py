@@ -59,11 +59,24 @@ class Phases(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk of outer steps gave. Metrics are numpy [steps of the chunk] arrays."""
+    """What a chunk of outer steps gave.
+
+    Attributes:
+      metrics: numpy [steps of the chunk] arrays; of several seeds [seeds, steps], and the state has that axis too.
+      first: the outer step that it began with.
+    """
 
     state: TrainState
     metrics: dict[str, np.ndarray]
     seconds: float
+    first: int = 0
+
+    def of_seed(self, number: int, seeds: int) -> Chunk:
+        """The part of one of several seeds: its steps up to one that was not finite, and its share of the time."""
+        state = jax.tree.map(lambda leaf: leaf[number], self.state)
+        moved = int(state.step) - self.first
+        metrics = {name: value[number, :moved] for name, value in self.metrics.items()}
+        return Chunk(state, metrics, self.seconds / seeds, self.first)
 
 
 ChunkFunction = Callable[[TrainState, Pool, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -176,6 +189,7 @@ def make_chunk(
     on_divergence: str = "stop",
     objective: Objective = CROSS_ENTROPY,
     mesh: Mesh | None = None,
+    seeds: int = 0,
 ) -> ChunkFunction:
     """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
 
@@ -186,6 +200,7 @@ def make_chunk(
 
     Args:
       mesh: of devices.task_mesh; default: all devices. With an axis "params" large tensors are split over it.
+      seeds: several runs side by side: the state, the key and the results have a leading axis of so many; 0: none.
 
     Returns:
       (state, metrics): what the objective measures (query set, after adaptation) and "gradient_norm", each [CHUNK]
@@ -193,6 +208,11 @@ def make_chunk(
     """
     if meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
+    if seeds and (phases.first_order_until or phases.multi_step_until or phases.horizons):
+        raise ConfigError(
+            "seeds: expected settings whose outer steps are all alike to run side by side (no inner.horizons, no "
+            f"outer.multi_step, no outer.first_order_share), got {phases}"
+        )
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
     gradient = make_gradient(model, spec, method, sample, phases, objective)
@@ -230,7 +250,7 @@ def make_chunk(
         blank = {name: jnp.zeros((CHUNK, *v.shape), v.dtype) for name, v in shapes.items()}
         return jax.lax.fori_loop(0, count, body, (state, blank))
 
-    compiled = jax.jit(chunk, donate_argnums=0)
+    compiled = jax.jit(jax.vmap(chunk, (0, None, 0, None)) if seeds else chunk, donate_argnums=0)
     if mesh.size == 1:
         return compiled
 
@@ -347,13 +367,13 @@ def run_chunks(
       DivergedError: a step was not finite; the steps before it were given, and it has the state after those.
       OutOfMemoryError: with the settings to lower.
     """
-    done, count = int(state.step), 0
+    done, count = int(np.min(state.step)), 0
     while done < steps and not stop():
         before(done, min(done + 2 * max(count, 1), steps))
         began = time.perf_counter()
         try:
             state, measured = chunk(state, pool, key, np.int32(count))
-            metrics = {name: np.asarray(value)[:count] for name, value in measured.items()}
+            metrics = {name: np.asarray(value)[..., :count] for name, value in measured.items()}
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
                 raise
@@ -362,13 +382,19 @@ def run_chunks(
                 "to remat, truncated or forward"
             ) from error
         seconds = time.perf_counter() - began
-        moved = int(state.step) - done
+        reached = np.asarray(state.step) - done
+        moved, several = int(reached.min()), reached.ndim > 0
         if moved < count:
-            if moved:
-                yield Chunk(state, {name: value[:moved] for name, value in metrics.items()}, seconds)
+            if moved or several:
+                kept = metrics if several else {name: value[:moved] for name, value in metrics.items()}
+                yield Chunk(state, kept, seconds, done)
+            if several:
+                failed = int(reached.argmin())
+                metrics = {name: value[failed] for name, value in metrics.items()}
+                state = Chunk(state, {}, seconds, done).of_seed(failed, 1).state
             raise DivergedError(done + moved, metrics, moved, state)
+        yield Chunk(state, metrics, seconds, done)
         done += count
-        yield Chunk(state, metrics, seconds)
         fitting = max(1, int(DISPATCH_SECONDS * count / seconds))  # 1 after the chunk that compiled
         if jax.process_count() > 1:
             fitting = CHUNK  # clocks differ, and all processes must do the same

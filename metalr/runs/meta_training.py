@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,23 +131,11 @@ def meta_train(
     Raises:
       StoppedError, DivergedError (the last finite state is saved), StorageError.
     """
-    key, mesh = jax.random.key(config.seed), mesh_of(config)
-    step_key = jax.random.fold_in(key, 1)
-    pool, sample = setup.samplers["train"]
-    chunk = loop.make_chunk(
-        setup.model,
-        setup.spec,
-        setup.method,
-        setup.optimizer,
-        sample,
-        config.outer.meta_batch,
-        phases=setup.phases,
-        on_divergence=config.outer.on_divergence,
-        objective=setup.objective,
-        mesh=mesh,
-    )
+    step_key, mesh = _step_key(config), mesh_of(config)
+    pool, _ = setup.samplers["train"]
+    chunk = _chunk(config, setup, mesh)
     run, resumed = _begun(config, setup, folder, reporter, name, warm, mesh)
-    steps, every = config.outer.steps, (config.outer.validate_every, config.outer.checkpoint_every)
+    steps, every = config.outer.steps, _every(config)
 
     def before(first: int, last: int) -> None:
         if setup.prefetch is not None:
@@ -185,6 +174,103 @@ def meta_train(
             raise stopped(folder, f"after {done} of {steps} outer steps", config, own)
     init, rates = run.best
     return init, rates, _training_facts(config, setup, run.facts)
+
+
+def meta_train_together(
+    configs: Sequence[TrainConfig],
+    setup: Setup,
+    places: Sequence[Path],
+    reporter: Reporter,
+    asked: Asked = lambda: False,
+    *,
+    logs: Sequence[Log],
+    name: str = "",
+    warm: WarmStart | None = None,
+) -> list[tuple[Params, Rates, dict[str, Any]]]:
+    """`meta_train` for several seeds, whose outer steps are one program; what each gives. Seconds are shared out.
+
+    All begin anew. If one diverges or somebody asks to stop, all are saved, and each can go on alone.
+
+    Args:
+      configs, places, logs: of each seed; the settings are the same but for the seed. places: run folders.
+    """
+    first, count = configs[0], len(configs)
+    if setup.prefetch is not None or jax.process_count() > 1:
+        raise ConfigError("seeds: expected one after the other with tasks drawn on the host, or several processes")
+    mesh, (pool, _) = mesh_of(first), setup.samplers["train"]
+    chunk = _chunk(first, setup, mesh, seeds=count)
+    runs = [
+        _begun(config, setup, place, reporter, name, warm, mesh)[0]
+        for config, place in zip(configs, places, strict=True)
+    ]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(run.state for run in runs))
+    keys = jnp.stack([_step_key(config) for config in configs])
+    steps, every, validator = first.outer.steps, _every(first), _validator(first, setup)
+    with contextlib.ExitStack() as stack:
+        books = []
+        for config, place, log, run in zip(configs, places, logs, runs, strict=True):
+            lines = stack.enter_context(_open_log(place, 0))
+            books.append(_Book(config, setup, place, lines, log, run, validator))
+
+        def save() -> None:
+            for book in books:
+                book.save()
+
+        try:
+            with reporter.bar(f"meta-training of {count} seeds", steps, 0) as advance:
+                for part in loop.run_chunks(chunk, state, pool, keys, steps, every, stop=asked):
+                    moved, done = part.metrics["loss"].shape[1], int(part.state.step[0])
+                    began = time.perf_counter()
+                    for i, book in enumerate(books):
+                        book.write_steps(part.of_seed(i, count))
+                    if not moved:
+                        for run in runs:
+                            run.facts["compile_seconds"] += part.seconds / count
+                        continue
+                    if done % every[0] == 0 or done == steps:
+                        for book in books:
+                            here = time.perf_counter()
+                            book.validate(part.seconds / count)
+                            book.run.facts["validation_seconds"] += time.perf_counter() - here
+                    if done % every[1] == 0 or done == steps:
+                        save()
+                    for run in runs:
+                        run.facts["step_seconds"] += part.seconds / count
+                        run.facts["seconds"] += (part.seconds + time.perf_counter() - began) / count
+                    advance(moved, books[0].note(part.of_seed(0, count)))
+        except loop.DivergedError as error:
+            save()
+            raise error.noted(f" (one of {count} seeds; all were saved)") from None
+        done = int(runs[0].state.step)
+        if done < steps:
+            save()
+            raise stopped(places[0], f"after {done} of {steps} outer steps", first)
+    return [(*run.best, _training_facts(config, setup, run.facts)) for config, run in zip(configs, runs, strict=True)]
+
+
+def _every(config: TrainConfig) -> tuple[int, int]:
+    return config.outer.validate_every, config.outer.checkpoint_every
+
+
+def _step_key(config: TrainConfig) -> jax.Array:
+    """What the tasks of all outer steps are drawn from."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
+def _chunk(config: TrainConfig, setup: Setup, mesh: Mesh, seeds: int = 0) -> loop.ChunkFunction:
+    return loop.make_chunk(
+        setup.model,
+        setup.spec,
+        setup.method,
+        setup.optimizer,
+        setup.samplers["train"][1],
+        config.outer.meta_batch,
+        phases=setup.phases,
+        on_divergence=config.outer.on_divergence,
+        objective=setup.objective,
+        mesh=mesh,
+        seeds=seeds,
+    )
 
 
 @dataclasses.dataclass

@@ -23,8 +23,8 @@ import numpy as np
 import metalr
 from metalr import tasks
 from metalr.config import ModelConfig, TrainConfig
-from metalr.config.files import read_config
-from metalr.errors import ConfigError
+from metalr.config.files import differences, read_config
+from metalr.errors import ConfigError, check_choices
 from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters
 from metalr.inner.objective import Objective
@@ -34,13 +34,23 @@ from metalr.outer import devices, processes
 from metalr.report import runs as listed
 from metalr.runs import evaluating, examples, pictures, preemption
 from metalr.runs.job import Job
-from metalr.runs.loggers import Logger, opened
-from metalr.runs.meta_training import Asked, WarmStart, layout_of, mesh_of, meta_train, stopped, warm_start
+from metalr.runs.loggers import Log, Logger, opened
+from metalr.runs.meta_training import (
+    Asked,
+    WarmStart,
+    layout_of,
+    mesh_of,
+    meta_train,
+    meta_train_together,
+    stopped,
+    warm_start,
+)
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up
 from metalr.runs.sources import OWN_TASKS, TABLE, load
 from metalr.storage import checkpoints, folders
+from metalr.types import Params, Rates
 
 FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
 JOB = Job(
@@ -168,62 +178,148 @@ def _carry_out(
     loggers: Sequence[Logger],
 ) -> dict[str, Any]:  # fmt: skip
     began = time.perf_counter()
-    own = setup.source.source == OWN_TASKS
-    folders.remember_data(folder, OWN_TASKS if own else config.data, setup.source.sha256)
+    _remember(config, setup, folder)
     with preemption.watch() as asked:
         _agree(config, setup)
         reporter.line(describe(config, setup))
         here = time.perf_counter()
         named, own_ones = (config.loggers, loggers) if jax.process_index() == 0 else ((), ())
         with opened(named, own_ones, folder, listed.flat(config.to_json()), reporter.line) as log:
-            init, rates, training = meta_train(
+            trained = meta_train(
                 config, setup, folder, reporter, lambda: processes.in_any_process(asked()), name=name, warm=warm,
                 log=log,
             )  # fmt: skip
             here = time.perf_counter() - here
-            before = max(0.0, training["seconds"] - here)  # in earlier processes of this run
-            if config.mesh.params > 1:  # of the last local mesh, for what follows here
-                init, rates = devices.place((init, rates), devices.task_mesh(1, layout=layout_of(config)))
-            learner = Learner(
-                setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
-                setup.standardisation,
-            )  # fmt: skip
-            if not (folder / "config.json").is_file():
-                folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
-            artifact.save(folder / "artifact", learner, overwrite=True)
-            curve, seconds = evaluating.held_out(
-                learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed,
-                layout=layout_of(config),
-            )  # fmt: skip
-            shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
-            if shown is not None:
-                folders.write_json(folder / folders.EXAMPLES, shown)
-                for task in shown["tasks"]:
-                    draw = functools.partial(pictures.task, task, shown)
-                    log.picture(config.outer.steps, f"held-out tasks/{task['which']}", draw)
-        results = {
-            "name": training.pop("name"),
-            "command": command(),
-            "config": config.to_json(),
-            "provenance": provenance(),
-            "data": {"name": setup.source.name, "source": setup.source.source, "sha256": setup.source.sha256},
-            "split_sha256": setup.source.split_sha256,
-            "splits": setup.source.splits,
-            "transductive": setup.model.transductive,
-            "training": training,
-            **{name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()},
-            "objective": setup.objective.name,
-            "metric": {"name": setup.objective.choose_by, "maximise": setup.objective.maximise},
-            "tasks": setup.source.tasks,
-            "curve": evaluating.curve_rows(curve, setup.objective.choose_by),
-            "evaluation_seconds": round(seconds, 3),
-        }
-        if config.grid.run:
-            known, keep = _kept_cells(config, folder, asked)
-            results["comparison"], results["grid"] = evaluating.compare(
-                config, setup, learner, curve, reporter, known, keep
-            )
-    results["seconds"] = round(before + time.perf_counter() - began, 2)
+            before = max(0.0, trained[2]["seconds"] - here)  # in earlier processes of this run
+            results = _judged(config, setup, folder, trained, reporter, log, asked)
+    return _written(folder, results, before + time.perf_counter() - began)
+
+
+def run_together(
+    configs: Sequence[TrainConfig], *, name: str, reporter: Reporter | None = None
+) -> list[dict[str, Any]]:
+    """`run` for several seeds of the same settings, whose outer steps are one program, side by side.
+
+    Each leaves a run folder of its own, as if it had been run alone but for the last digits. What goes on from a
+    checkpoint goes on alone. On CPUs this is slower than one seed after the other (docs/runs.md).
+
+    Args:
+      configs: that differ in seed and out alone.
+
+    Raises:
+      ConfigError: other differences, fewer than 2, or settings whose steps are not the same for all seeds (see
+      loop.make_chunk). Otherwise as `run`; all seeds were saved then.
+    """
+    first, seeds = configs[0], [config.seed for config in configs]
+    check_choices("seed", seeds)
+    for config in configs[1:]:
+        if other := sorted(differences(first, config).keys() - {"seed", "out"}):
+            raise ConfigError(f"{other[0]}: expected the same for all seeds that run together")
+    said = reporter or ConsoleReporter()
+    parts: list[tuple[Setup, WarmStart | None]] = []
+
+    def make() -> None:
+        if not parts:  # the same for all
+            mesh_of(first)
+            setup = set_up(first)
+            parts.append((setup, warm_start(first, setup)))
+
+    found: list[dict[str, Any]] = []
+
+    def begin(taken: list[Path]) -> dict[str, Any]:
+        """Take the folders, one inside the other, then train and judge all."""
+        if len(taken) == len(configs):
+            found.extend(_carry_out_together(configs, *parts[0], taken, name, said))
+            return found[-1]
+        return JOB.begin(configs[len(taken)], name, make, lambda _, folder: begin([*taken, folder]))
+
+    begin([])
+    return found
+
+
+def _carry_out_together(
+    configs: Sequence[TrainConfig], setup: Setup, warm: WarmStart | None, taken: Sequence[Path], name: str,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:  # fmt: skip
+    began, found = time.perf_counter(), []
+    with preemption.watch() as asked, contextlib.ExitStack() as stack:
+        reporter.line(describe(configs[0], setup))
+        logs = []
+        for config, folder in zip(configs, taken, strict=True):
+            _remember(config, setup, folder)
+            settings = listed.flat(config.to_json())
+            logs.append(stack.enter_context(opened(config.loggers, (), folder, settings, reporter.line)))
+        each = meta_train_together(configs, setup, taken, reporter, asked, name=name, warm=warm, logs=logs)
+        shared = (time.perf_counter() - began) / len(configs)
+        for config, folder, trained, log in zip(configs, taken, each, logs, strict=True):
+            began = time.perf_counter()
+            results = _judged(config, setup, folder, trained, reporter, log, asked)
+            found.append(_written(folder, results, shared + time.perf_counter() - began))
+    return found
+
+
+def _remember(config: TrainConfig, setup: Setup, folder: Path) -> None:
+    own = setup.source.source == OWN_TASKS
+    folders.remember_data(folder, OWN_TASKS if own else config.data, setup.source.sha256)
+
+
+def _judged(
+    config: TrainConfig,
+    setup: Setup,
+    folder: Path,
+    trained: tuple[Params, Rates, dict[str, Any]],
+    reporter: Reporter,
+    log: Log,
+    asked: Asked,
+) -> dict[str, Any]:
+    """What meta-training gave, kept as an artifact and judged on held-out tasks: the results, but for their time."""
+    init, rates, training = trained
+    if config.mesh.params > 1:  # of the last local mesh, for what follows here
+        init, rates = devices.place((init, rates), devices.task_mesh(1, layout=layout_of(config)))
+    learner = Learner(
+        setup.model, setup.spec, init, rates, learner_facts(config, setup, training), setup.objective,
+        setup.standardisation,
+    )  # fmt: skip
+    if not (folder / "config.json").is_file():
+        folders.refuse(folder, FileNotFoundError(errno.ENOENT, "the run folder vanished"))
+    artifact.save(folder / "artifact", learner, overwrite=True)
+    curve, seconds = evaluating.held_out(
+        learner, setup, config.evaluation.episodes, config.curve_steps, config.evaluation.seed,
+        layout=layout_of(config),
+    )  # fmt: skip
+    shown = examples.of_learner(learner, setup, curve, config.evaluation.seed, config.evaluation.shown_tasks)
+    if shown is not None:
+        folders.write_json(folder / folders.EXAMPLES, shown)
+        for task in shown["tasks"]:
+            draw = functools.partial(pictures.task, task, shown)
+            log.picture(config.outer.steps, f"held-out tasks/{task['which']}", draw)
+    results = {
+        "name": training.pop("name"),
+        "command": command(),
+        "config": config.to_json(),
+        "provenance": provenance(),
+        "data": {"name": setup.source.name, "source": setup.source.source, "sha256": setup.source.sha256},
+        "split_sha256": setup.source.split_sha256,
+        "splits": setup.source.splits,
+        "transductive": setup.model.transductive,
+        "training": training,
+        **{name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()},
+        "objective": setup.objective.name,
+        "metric": {"name": setup.objective.choose_by, "maximise": setup.objective.maximise},
+        "tasks": setup.source.tasks,
+        "curve": evaluating.curve_rows(curve, setup.objective.choose_by),
+        "evaluation_seconds": round(seconds, 3),
+    }
+    if config.grid.run:
+        known, keep = _kept_cells(config, folder, asked)
+        compared = evaluating.compare(config, setup, learner, curve, reporter, known, keep)
+        results["comparison"], results["grid"] = compared
+    return results
+
+
+def _written(folder: Path, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The results, with their time and memory, in the folder."""
+    results["seconds"] = round(seconds, 2)
     results["peak_memory_bytes"] = peak_memory()
     folders.write_json(folder / "results.json", results)
     results["folder"] = str(folder)
