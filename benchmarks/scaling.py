@@ -4,7 +4,7 @@
 
 Sections: tasks, steps, width, way (time, compile time and memory of one meta-gradient, with the exponent of a power
 law fitted to them), dtype (bfloat16 beside float32), compile (a new process with an empty and with a filled
-compilation cache), outer (time outside the compiled steps), start (import and --help), launch (until the first
+compilation cache), outer (time outside the compiled steps), seeds (several as one program), start (import and --help), launch (until the first
 compiled step, beside a plain script), listing (10,000 runs).
 """
 
@@ -218,6 +218,33 @@ def outer_section() -> list[Row]:
     return rows
 
 
+def seeds_section() -> list[Row]:
+    """Outer steps of three seeds as one program, beside one seed after the other; the quickstart's settings."""
+    settings = dataclasses.replace(config.QUICKSTART, grid=config.GridConfig())
+    parts = setup.set_up(settings)
+    pool, sample = parts.samplers["train"]
+    keys = jax.random.split(jax.random.key(0), 3)
+    made = parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch
+    alone, together = loop.make_chunk(*made), loop.make_chunk(*made, seeds=3)
+    begin = [loop.start(parts.model, parts.spec, parts.optimizer, key) for key in keys]
+    steps, seconds = np.int32(20), {"one by one": list[float](), "together": list[float]()}
+    for _ in range(7):
+        fresh = [jax.tree.map(np.asarray, state) for state in begin]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fresh)
+        began = time.perf_counter()
+        for state, key in zip(fresh, keys, strict=True):
+            jax.block_until_ready(alone(state, pool, key, steps))
+        seconds["one by one"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        jax.block_until_ready(together(stacked, pool, keys, steps))
+        seconds["together"].append(time.perf_counter() - began)
+    return [
+        {"section": "seeds", "how": how, "seeds": 3, "outer_steps": int(steps), "first_seconds": round(values[0], 2)}
+        | {"seconds": round(float(np.median(values[1:])), 3)}
+        for how, values in seconds.items()
+    ]
+
+
 def start_section() -> list[Row]:
     """Seconds of new processes, the median of five."""
     metalr = str(Path(sys.executable).with_name("metalr"))
@@ -321,6 +348,7 @@ SECTIONS = {
     "dtype": dtype_section,
     "compile": compile_section,
     "outer": outer_section,
+    "seeds": seeds_section,
     "start": start_section,
     "launch": launch_section,
     "listing": listing_section,

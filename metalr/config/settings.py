@@ -402,6 +402,8 @@ class SweepConfig:
     """local: processes on this machine; slurm: an array with a job for each run, through submitit (pip install
     'metalr[slurm]')."""
     slurm: SlurmConfig = SlurmConfig()
+    seeds_together: bool = False
+    """All seeds of a combination as one program, side by side: for accelerators; on CPUs it is slower."""
     timeout: float | None = None
     """Seconds after which a run is stopped, saved, and counted as failed."""
     attempts: int = 3

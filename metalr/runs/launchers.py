@@ -17,6 +17,7 @@ from metalr.config import SweepConfig
 from metalr.errors import ConfigError
 
 TRAIN = (sys.executable, "-m", "metalr.cli", "train")
+TOGETHER = (sys.executable, "-m", "metalr.cli.together")
 ARRAY_JOBS = 1000  # of one array; a cluster's own MaxArraySize is 1001 unless somebody changed it
 SLURM, JOBS = "slurm", "jobs.txt"  # folder for submitit's files; numbers of the jobs that were submitted
 PREEMPTED = -signal.SIGTERM  # stands for the exit code of a job that was cancelled, preempted, or lost with its node
@@ -37,7 +38,7 @@ class Process(Protocol):
 
 
 class Call(NamedTuple):
-    """One `metalr train ARGUMENTS`.
+    """One `metalr train ARGUMENTS`, or several seeds together, whose arguments are their settings' files.
 
     Attributes:
       log: file that what it prints is added to.
@@ -47,6 +48,12 @@ class Call(NamedTuple):
     arguments: Sequence[str]
     log: Path
     slot: int
+    together: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """What is run."""
+        return [*(TOGETHER if self.together else TRAIN), *self.arguments]
 
 
 def most_at_once(config: SweepConfig) -> int:
@@ -63,13 +70,13 @@ def start(calls: Sequence[Call], config: SweepConfig) -> list[Process]:
 
 
 def _local(call: Call, config: SweepConfig) -> Process:
-    arguments, log, slot = call
+    log, slot = call.log, call.slot
     environment = dict(os.environ)
     if config.devices:
         environment["CUDA_VISIBLE_DEVICES"] = config.devices[slot % len(config.devices)]
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [*TRAIN, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+            call.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
             start_new_session=True,  # a Ctrl-C is the sweep's, which asks its runs to stop
         )  # fmt: skip
     if hasattr(os, "sched_setaffinity") and config.workers > 1:
@@ -143,7 +150,7 @@ def submit(calls: Sequence[Call], config: SweepConfig) -> list[Any]:
         files = calls[0].log.parent / SLURM
         through = executor(files, config)
         with through.batch():
-            jobs = [through.submit(_run, [*TRAIN, *call.arguments], str(call.log)) for call in calls]
+            jobs = [through.submit(_run, call.command, str(call.log)) for call in calls]
         if config.slurm.cluster == "slurm":
             with (files / JOBS).open("a") as written:
                 written.writelines(f"{job.job_id}\n" for job in jobs)

@@ -219,13 +219,15 @@ def meta_train_together(
         try:
             with reporter.bar(f"meta-training of {count} seeds", steps, 0) as advance:
                 for part in loop.run_chunks(chunk, state, pool, keys, steps, every, stop=asked):
-                    moved, done = part.metrics["loss"].shape[1], int(part.state.step[0])
+                    moved, done = part.metrics["loss"].shape[1], int(np.min(part.state.step))
                     began = time.perf_counter()
                     for i, book in enumerate(books):
                         book.write_steps(part.of_seed(i, count))
                     if not moved:
                         for run in runs:
                             run.facts["compile_seconds"] += part.seconds / count
+                        continue
+                    if done < part.first + moved:  # one diverged, which the next round raises
                         continue
                     if done % every[0] == 0 or done == steps:
                         for book in books:
@@ -237,7 +239,7 @@ def meta_train_together(
                     for run in runs:
                         run.facts["step_seconds"] += part.seconds / count
                         run.facts["seconds"] += (part.seconds + time.perf_counter() - began) / count
-                    advance(moved, books[0].note(part.of_seed(0, count)))
+                    advance(moved, books[0].note(part))
         except loop.DivergedError as error:
             save()
             raise error.noted(f" (one of {count} seeds; all were saved)") from None

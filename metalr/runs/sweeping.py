@@ -177,6 +177,8 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
             raise ConfigError(
                 f"sampler: expected grid or random with {unranked}, which change what a score means, got tpe"
             )
+    if config.seeds_together and (len(sweep.seeds) < 2 or config.slurm.processes * config.slurm.nodes > 1):
+        raise ConfigError("seeds_together: expected several seeds, and one process for them")
     if len(config.devices) > config.workers:
         raise ConfigError(
             f"workers: expected at least {len(config.devices)}, as there are devices, got {config.workers}"
@@ -306,9 +308,9 @@ def _trials(
 
 
 class _Worker(NamedTuple):
-    """A run that goes on in a process of its own. slot: its share of cores and devices."""
+    """A run, or several seeds together, that goes on in a process of its own. slot: its share of cores and devices."""
 
-    trial: Trial
+    trials: tuple[Trial, ...]
     slot: int
     process: launchers.Process
     began: float
@@ -336,7 +338,7 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
             rows.append((trial, row))
             advance(1, f"{trial.name}: {_words(row)}")
 
-        for trial, row in _run_all(trials, config, folder, ended, between, reporter.line):
+        for trial, row in _run_all(trials, len(sweep.seeds), config, folder, ended, between, reporter.line):
             if trial.name not in ended:
                 ended[trial.name] = row
                 folders.append_rows(folder / ENDED, [row])
@@ -346,6 +348,7 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
 
 def _run_all(
     trials: Iterator[Trial],
+    seeds: int,
     config: SweepConfig,
     folder: Path,
     ended: dict[str, Any],
@@ -357,6 +360,7 @@ def _run_all(
     A run that goes on by itself, because its sweep was killed, takes the place of a worker until it is over.
     """
     most = launchers.most_at_once(config)
+    together = seeds if config.seeds_together else 1
     free, running = list(range(most)), list[_Worker]()
     waiting: collections.deque[Trial] = collections.deque()  # to be taken up again
     elsewhere: list[Trial] = []
@@ -375,22 +379,26 @@ def _run_all(
             for trial in [one for one in elsewhere if folders.holder(folder / RUNS / one.name) is None]:
                 elsewhere.remove(trial)
                 waiting.append(trial)
-            begun: list[Trial] = []
+            begun: list[tuple[Trial, ...]] = []
             while len(running) + len(begun) + len(elsewhere) < most and (waiting or more):
-                found = waiting.popleft() if waiting else next(trials, None)
-                if found is None:
-                    more = False
-                    break
-                out = folder / RUNS / found.name
-                if found.name in ended:
-                    yield found, ended[found.name]
-                elif folders.holder(out) is not None:
-                    wait_for(found)
-                elif (out / "results.json").is_file():  # finished as the sweep was killed
-                    yield found, _row(found, folder, "", tries[found.name])
-                else:
-                    tries[found.name] += 1
-                    begun.append(found)
+                group = [waiting.popleft()] if waiting else list(itertools.islice(trials, together))
+                more = more and bool(group)
+                left = []
+                for found in group:
+                    out = folder / RUNS / found.name
+                    if found.name in ended:
+                        yield found, ended[found.name]
+                    elif folders.holder(out) is not None:
+                        wait_for(found)
+                    elif (out / "results.json").is_file():  # finished as the sweep was killed
+                        yield found, _row(found, folder, "", tries[found.name])
+                    else:
+                        left.append(found)
+                if len(left) > 1 and any((folder / RUNS / trial.name).exists() for trial in left):
+                    waiting.extend(left)  # begun already: each goes on alone
+                elif left:
+                    tries.update(trial.name for trial in left)
+                    begun.append(tuple(left))
             if begun:
                 running += _start(begun, [free.pop(0) for _ in begun], config, folder)
             between()
@@ -403,32 +411,45 @@ def _run_all(
                     continue
                 running.remove(worker)
                 free.append(worker.slot)
-                trial, out = worker.trial, folder / RUNS / worker.trial.name
-                if config.launcher == "slurm":  # its job is over: a lock that it left on another machine holds nothing
-                    (out / folders.LOCK).unlink(missing_ok=True)
                 error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, folder)
-                if IN_USE in error and not late:  # begun twice, within the seconds before the first one has its lock
-                    tries[trial.name] -= 1
-                    wait_for(trial)
-                elif _killed(worker) and not late and tries[trial.name] < config.attempts:
-                    waiting.append(trial)
-                else:
-                    yield trial, _row(trial, folder, error, tries[trial.name])
+                if len(worker.trials) > 1 and worker.process.returncode and not late:
+                    say(f"seeds of {worker.trials[0].name} ended together ({error}); each goes on alone")
+                for trial in worker.trials:
+                    out = folder / RUNS / trial.name
+                    if config.launcher == "slurm":  # its job is over: a lock left on another machine holds nothing
+                        (out / folders.LOCK).unlink(missing_ok=True)
+                    if len(worker.trials) > 1 and not late and not (out / "results.json").is_file():
+                        tries[trial.name] -= 1
+                        waiting.append(trial)
+                    elif IN_USE in error and not late:  # begun twice, before the first one had its lock
+                        tries[trial.name] -= 1
+                        wait_for(trial)
+                    elif _killed(worker) and not late and tries[trial.name] < config.attempts:
+                        waiting.append(trial)
+                    else:
+                        yield trial, _row(trial, folder, error, tries[trial.name])
     finally:
         _stop(running)
 
 
-def _start(trials: Sequence[Trial], slots: Sequence[int], config: SweepConfig, folder: Path) -> list[_Worker]:
+def _start(
+    groups: Sequence[tuple[Trial, ...]], slots: Sequence[int], config: SweepConfig, folder: Path
+) -> list[_Worker]:
     """Begin runs, or go on with those that were cut off."""
     calls = []
-    for trial, slot in zip(trials, slots, strict=True):
-        out, settings = folder / RUNS / trial.name, folder / LOGS / f"{trial.name}.json"
-        folders.write_json(settings, trial.config.to_json())
-        begin = ["--config", str(settings), "--out", str(out)]
-        given = ["--resume", str(out)] if (out / "config.json").is_file() else begin
-        calls.append(launchers.Call(given, folder / LOGS / f"{trial.name}.txt", slot))
+    for group, slot in zip(groups, slots, strict=True):
+        files = [folder / LOGS / f"{trial.name}.json" for trial in group]
+        for trial, file in zip(group, files, strict=True):
+            folders.write_json(file, dataclasses.replace(trial.config, out=folder / RUNS / trial.name).to_json())
+        out = folder / RUNS / group[0].name
+        given = ["--config", str(files[0]), "--out", str(out)]
+        if len(group) > 1:
+            given = [str(file) for file in files]
+        elif (out / "config.json").is_file():
+            given = ["--resume", str(out)]
+        calls.append(launchers.Call(given, folder / LOGS / f"{group[0].name}.txt", slot, len(group) > 1))
     processes, now = launchers.start(calls, config), time.perf_counter()
-    return [_Worker(*each, now) for each in zip(trials, slots, processes, strict=True)]
+    return [_Worker(*each, now) for each in zip(groups, slots, processes, strict=True)]
 
 
 def _killed(worker: _Worker) -> bool:
@@ -473,7 +494,7 @@ def _row(trial: Trial, folder: Path, error: str, attempts: int) -> dict[str, Any
 
 def _reason(worker: _Worker, folder: Path) -> str:
     """Why a run has no results: its last words."""
-    lines = (folder / LOGS / f"{worker.trial.name}.txt").read_text(errors="replace").strip().splitlines()
+    lines = (folder / LOGS / f"{worker.trials[0].name}.txt").read_text(errors="replace").strip().splitlines()
     said = next((line for line in reversed(lines) if line.startswith("metalr:")), lines[-1] if lines else "nothing")
     return f"exit code {worker.process.returncode} after {duration(time.perf_counter() - worker.began)}: {said}"
 

@@ -56,6 +56,13 @@ CONFIG = CompareConfig(
 )  # fmt: skip
 
 
+@pytest.fixture
+def few_rates(monkeypatch):
+    """A tuned rate is one of two, of Adam: each optimizer, init and length is a program of its own."""
+    monkeypatch.setattr(rivals, "TUNED", {"adam": (1e-3, 1e-2)})
+    monkeypatch.setattr(rivals, "WIDENINGS", 0)
+
+
 def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     *seeds, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
@@ -117,7 +124,7 @@ def test_all_methods_meet_the_same_tasks(trained, tmp_path, capsys):
     assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
 
 
-def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path):
+def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path, few_rates):
     """Classes differ in size then, and so does what a task's search trains on: all of it means all of each."""
     space = SpaceConfig(learning_rates=(1e-2,), epochs=(1, 2), batch_sizes=(999,))
     config = dataclasses.replace(
@@ -209,7 +216,7 @@ def test_a_portfolio_is_of_cells_that_do_well_together():
     assert errors[0]["learning_rate"] == pytest.approx(0.3)
 
 
-def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path):
+def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path, few_rates):
     *seeds, joint = trained
     base = dataclasses.replace(CONFIG, searchers=("portfolio",), rivals=())
     config = dataclasses.replace(base, out=tmp_path / "portfolio")

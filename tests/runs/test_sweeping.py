@@ -365,3 +365,42 @@ def test_jobs_of_a_killed_sweep_are_taken_back(tmp_path, monkeypatch):
     launchers.cancel_left(tmp_path / "logs")
     launchers.cancel_left(tmp_path / "logs")
     assert (tmp_path / "cancelled").read_text() == "--quiet 17_0 17_1\n"
+
+
+TOGETHER = """
+import json, os, pathlib, sys
+configs = [json.loads(pathlib.Path(file).read_text()) for file in sys.argv[1:]]
+with open(os.environ["STARTS"], "a") as file:
+    file.write(" ".join(pathlib.Path(config["out"]).name for config in configs) + "\\n")
+for config in configs:
+    out = pathlib.Path(config["out"])
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(config))
+    if config["outer"]["meta_batch"] == 2 and config["seed"] == 1:
+        print("metalr: error: outer step 3: loss nan")
+        sys.exit(2)
+    training = {"validation_accuracy": 0.5, "example_gradients": 10, "seconds": 1.0, "compile_seconds": 0.5}
+    results = {"metric": {"name": "accuracy", "maximise": True}, "training": training, "config": config,
+               "curve": [{"steps": config["inner"]["steps"], "accuracy": 0.4}]}
+    (out / "results.json").write_text(json.dumps(results))
+"""
+
+
+def test_seeds_run_together_and_those_that_did_not_end_go_on_alone(stand_in, tmp_path, monkeypatch):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    monkeypatch.setattr(launchers, "TOGETHER", (sys.executable, str(script)))
+    monkeypatch.setattr(launchers, "TRAIN", (sys.executable, str(tmp_path / "train.py")))
+    sweep = Sweep(BASE, {"outer.meta_batch": [1, 2]}, (0, 1, 2))
+    config = SweepConfig(seeds_together=True, out=tmp_path / "s")
+    results = sweeping.run(sweep, config, reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [0, 0]
+    starts = [line.split() for line in stand_in()]
+    assert [len(names) for names in starts[:2]] == [3, 3]
+    assert starts[2][0].startswith("meta_batch=2,seed=1")
+    assert starts[2][1] == "resume"  # what it had saved
+    assert [start[0][:19] for start in starts[3:]] == ["meta_batch=2,seed=2"] * 2  # which is killed once
+    ended = [json.loads(line) for line in (tmp_path / "s" / "sweep.jsonl").read_text().splitlines()]
+    assert len(ended) == 6
+    with pytest.raises(ConfigError, match="seeds_together: expected several seeds"):
+        sweeping.plan(Sweep(BASE, {"outer.meta_batch": [1, 2]}, (0,)), config)

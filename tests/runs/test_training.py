@@ -1,5 +1,6 @@
 """Run folders: what may be overwritten, seeds, and one policy for every row of a comparison."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -480,3 +481,66 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
         set_up(small, models.mlp(10))
     built = models.mlp(10, (8, 8, 1), widths=(5, 3), dropout=0.1)
     assert ModelConfig.of(built) == ModelConfig(widths=(5, 3), dropout=0.1)
+
+
+def test_seeds_together_are_what_each_is_alone(small, tmp_path):
+    small = dataclasses.replace(small, outer=dataclasses.replace(small.outer, validate_every=2))
+    quiet = progress.ConsoleReporter(quiet=True)
+    configs = [dataclasses.replace(small, seed=seed, out=tmp_path / f"together{seed}") for seed in (3, 7)]
+    together = training.run_together(configs, name="x", reporter=quiet)
+    for config, results in zip(configs, together, strict=True):
+        alone = run(config, out=tmp_path / f"alone{config.seed}")
+        assert results["curve"] == alone["curve"]
+        assert results["config"]["seed"] == config.seed
+        assert [v[:2] for v in results["training"]["validations"]] == [v[:2] for v in alone["training"]["validations"]]
+        lines = [
+            [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            for folder in (results["folder"], alone["folder"])
+        ]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+        assert [line.get("loss") for line in lines[0]] == pytest.approx(
+            [line.get("loss") for line in lines[1]], abs=1e-5
+        )
+    assert together[0]["curve"] != together[1]["curve"]
+    assert (tmp_path / "together7" / "artifact" / "metalr.json").is_file()
+
+
+def test_seeds_together_that_are_cut_off_go_on_alone(small, tmp_path, monkeypatch):
+    """Asked to stop, all are saved; a checkpoint of one of them is an ordinary one."""
+    small = dataclasses.replace(small, outer=dataclasses.replace(small.outer, validate_every=2))
+    quiet = progress.ConsoleReporter(quiet=True)
+    configs = [dataclasses.replace(small, seed=seed, out=tmp_path / f"s{seed}") for seed in (3, 7)]
+    asked = iter([False, False, True])
+    monkeypatch.setattr(training.preemption, "watch", lambda: contextlib.nullcontext(lambda: next(asked, True)))
+    with pytest.raises(StoppedError, match="stopped after 1 of 4 outer steps"):
+        training.run_together(configs, name="x", reporter=quiet)
+    monkeypatch.undo()
+    for config in configs:
+        resumed = runs.resume(config.out, reporter=quiet)
+        alone = run(config, out=tmp_path / f"alone{config.seed}")
+        assert resumed["curve"] == alone["curve"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, "seed: expected different values"),
+        ({"outer": OuterConfig(steps=5, meta_batch=2)}, "outer.steps: expected the same for all seeds"),
+    ],
+)
+def test_what_cannot_run_together_is_refused(small, tmp_path, changes, message):
+    one = dataclasses.replace(small, seed=3, out=tmp_path / "a")
+    other = dataclasses.replace(small, **{"seed": 4, "out": tmp_path / "b"} | changes)
+    with pytest.raises(ConfigError, match=message):
+        training.run_together([one, other], name="x")
+    assert not (tmp_path / "a").exists()
+
+
+def test_one_seed_that_diverges_ends_all_and_says_which_step(small, tmp_path, monkeypatch):
+    config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, steps=6))
+    setup = poisoned(set_up(config), 0.3)
+    monkeypatch.setattr(training, "set_up", lambda _: setup)
+    configs = [dataclasses.replace(config, seed=seed, out=tmp_path / f"s{seed}") for seed in (0, 1)]
+    with pytest.raises(loop.DivergedError, match="one of 2 seeds; all were saved"):
+        training.run_together(configs, name="x", reporter=progress.ConsoleReporter(quiet=True))
+    assert all(any((tmp_path / f"s{seed}" / "checkpoints").glob("step_*")) for seed in (0, 1))
