@@ -4,8 +4,8 @@
 
 Sections: tasks, steps, width, way (time, compile time and memory of one meta-gradient, with the exponent of a power
 law fitted to them), dtype (bfloat16 beside float32), compile (a new process with an empty and with a filled
-compilation cache), outer (time outside the compiled steps), seeds (several as one program), start (import and --help), launch (until the first
-compiled step, beside a plain script), listing (10,000 runs).
+compilation cache), outer (time outside the compiled steps), seeds (several as one program), start (import and --help),
+launch (until the first compiled step, beside a plain script), listing (10,000 runs).
 """
 
 from __future__ import annotations
