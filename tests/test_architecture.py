@@ -86,7 +86,6 @@ def test_choices_on_the_command_line_are_those_of_the_tables():
     assert choices(config.InnerConfig, "granularity") == set(hyperparameters.GRANULARITIES)
     assert choices(config.InnerConfig, "adapts") == set(hyperparameters.ADAPTS)
     assert choices(config.InnerConfig, "extend") == set(hyperparameters.EXTENDS)
-    assert choices(config.InnerConfig, "base") == set(hyperparameters.BASES)
     assert choices(config.InnerConfig, "derivative") == {"auto", *setup.DERIVATIVES}
     assert choices(config.InnerConfig, "head_start") == {"learned", *heads.HEAD_STARTS}
     assert choices(config.TableConfig, "standardise") == {"auto", *tasks.standardisation.CHOICES}

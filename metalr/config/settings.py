@@ -108,7 +108,8 @@ class InnerConfig:
     steps: int = 5
     """Inner steps that are trained."""
     rate: float | None = None
-    """Learning rate that meta-training starts from; None: 0.1 for classes, 0.01 for numbers."""
+    """Learning rate that meta-training starts from; None: 0.1 for classes, 0.01 for numbers, 1 for a base that needs
+    no rate."""
     granularity: Literal["shared", "layer", "tensor", "channel", "parameter"] | None = None
     """What shares one learning rate."""
     per_step: bool | None = None
@@ -131,8 +132,9 @@ class InnerConfig:
     """Largest rate, by projection."""
     extend: Literal["hold", "mean", "error"] = "hold"
     """Per-step rates beyond the trained steps."""
-    base: Literal["sgd", "adam"] = "sgd"
-    """What rates scale: the gradient, or Adam's direction."""
+    base: str = "sgd"
+    """What rates scale: the gradient (sgd), Adam's direction (adam), the steps of an optimizer that needs no rate
+    (momo_adam, momo, cocob, prodigy, dadapt_adamw, dog, mechanize), or those of any of optax at a rate of 1."""
     momentum: float | None = None
     """Start of a learned momentum per layer."""
     decay: float | None = None

@@ -1,7 +1,7 @@
 """The learned hyperparameters as an optax transformation: one step of gradient descent as the outer loop shaped it.
 
-The direction is the gradient, clipped a layer, or Adam's; momentum smooths it; rates scale it; decay shrinks the
-weights. What the spec does not choose costs nothing: with rates alone, a step is -rate * gradient.
+The direction is the gradient, clipped per layer, or another optimizer's step; momentum smooths it; rates scale it;
+decay shrinks the weights. What the spec does not choose costs nothing: with rates alone, a step is -rate * gradient.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ import jax.numpy as jnp
 import optax
 
 from metalr.errors import ConfigError
-from metalr.inner import hyperparameters
+from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.inner.optimizers import promoting
 from metalr.inner.registry import HYPERPARAMETERS, Now
 from metalr.trees import path_name
 from metalr.types import Params, Rates
 
-EPS_ROOT = 1e-8  # inside Adam's square root: without it the derivative at a zero gradient is NaN
 TINY = 1e-12  # added to mean squares before their logarithm is taken
 
 
 class DescentState(NamedTuple):
-    """State of `optimizer`. links: by name, of the chosen rows of HYPERPARAMETERS; adam: optax's own, or ()."""
+    """State of `optimizer`. links: by name, of the chosen rows of HYPERPARAMETERS; base: optax's own."""
 
     steps: jax.Array  # [] int32
     links: dict[str, Any]
-    adam: Any = ()
+    base: Any = ()
 
 
 def optimizer(
@@ -48,18 +46,21 @@ def optimizer(
 
     Its `init` raises ConfigError for a tensor that has no fitting rate, and for a part of a tree where that would
     change what a step is: prediction needs every layer's gradient, clipping the whole of a layer's. Its `update` for
-    params that are None where a link or prediction needs them.
+    params that are None where a link or prediction needs them. A base that looks at the loss takes value=loss in it.
     """
-    adam = promoting(optax.scale_by_adam(eps_root=EPS_ROOT))
+    base = optimizers.base_of(spec.base)
+    looks = isinstance(base, optax.GradientTransformationExtraArgs)  # at the loss, too
     links = {name: link for name in spec.chosen if (link := HYPERPARAMETERS[name].link) is not None}
 
     def init(params: Params) -> DescentState:
         _check_part(spec, params, tensors)
         _check_rates(spec, rates, params)
         states = {name: link.init(params) for name, link in links.items()}
-        return DescentState(jnp.zeros((), jnp.int32), states, adam.init(params) if spec.base == "adam" else ())
+        return DescentState(jnp.zeros((), jnp.int32), states, base.init(params))
 
-    def update(grads: Params, state: DescentState, params: Params | None = None) -> tuple[Params, DescentState]:
+    def update(
+        grads: Params, state: DescentState, params: Params | None = None, **more: Any
+    ) -> tuple[Params, DescentState]:
         if params is None and (spec.predicted or any(link.needs_params for link in links.values())):
             raise ConfigError("params: expected the current params in update(grads, state, params), got None")
         now = hyperparameters.at_step(spec, rates, state.steps, steps)
@@ -86,9 +87,8 @@ def optimizer(
         grads = through("loss", grads)
         if spec.predicted:
             factors = _predicted(spec, now, grads, params)
-        direction, adam_state = through("gradient", grads), state.adam
-        if spec.base == "adam":
-            direction, adam_state = adam.update(direction, adam_state)
+        given = more if looks else {}
+        direction, base_state = base.update(through("gradient", grads), state.base, params, **given)
         direction = through("direction", direction)
 
         def scale(path: tuple[Any, ...], direction: jax.Array) -> jax.Array:
@@ -101,9 +101,10 @@ def optimizer(
             return -rate * factors.get("rate", {}).get(of, 1.0) * direction
 
         updates = through("update", jax.tree_util.tree_map_with_path(scale, direction))
-        return updates, DescentState(state.steps + 1, states, adam_state)
+        return updates, DescentState(state.steps + 1, states, base_state)
 
-    return optax.GradientTransformation(init, update)
+    made = optax.GradientTransformationExtraArgs if looks else optax.GradientTransformation
+    return made(init, update)
 
 
 class FineTune(NamedTuple):

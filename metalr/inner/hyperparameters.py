@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr.errors import ConfigError
+from metalr.inner import optimizers
 from metalr.inner.registry import HYPERPARAMETERS, LOGARITHM, Raw
 from metalr.trees import path_name
 from metalr.types import Params, Rates, RawRates
@@ -25,7 +26,6 @@ from metalr.types import Params, Rates, RawRates
 GRANULARITIES = ("shared", "layer", "tensor", "channel", "parameter")
 EXTENDS = ("hold", "mean", "error")
 ADAPTS = ("all", "head", "body")
-BASES = ("sgd", "adam")
 MAX_RATE = 1e3
 DEAD = 1e-3  # a rate below this share of the one it started from no longer adapts anything
 
@@ -50,7 +50,8 @@ class RatesSpec:
       head: the output layer's name, for `adapts`.
       lowest, highest: bounds that rates are projected to after every outer step; None is no bound. A lowest of 0 with
         positive=False lets rates become exactly zero: a learned mask of what adapts.
-      base: the direction that rates scale: the gradient ("sgd"), or Adam's (Kingma & Ba 2015, algorithm 1).
+      base: the direction that rates scale: the gradient ("sgd"), Adam's ("adam"), or another optimizer's steps, see
+        `optimizers.base_of`.
       momentum: start of a learned heavy-ball momentum a layer (Polyak 1964), or None for none.
       decay: start of a learned weight decay a layer, the share that a step takes off a weight (decoupled, Loshchilov &
         Hutter 2019; ALFA's 1 - beta, Baik et al. 2020, eq. 4), or None.
@@ -89,7 +90,9 @@ class RatesSpec:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        choices = (("granularity", GRANULARITIES), ("extend", EXTENDS), ("adapts", ADAPTS), ("base", BASES))
+        if self.base not in optimizers.DIFFERENTIATED:
+            optimizers.base_of(self.base)
+        choices = (("granularity", GRANULARITIES), ("extend", EXTENDS), ("adapts", ADAPTS))
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"rates.{name}: expected one of {allowed}, got {getattr(self, name)!r}")

@@ -24,6 +24,14 @@ DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+EPS_ROOT = 1e-8  # inside Adam's square root: without it the derivative at a zero gradient is NaN
+# What learned rates multiply, with the derivative of it; `base_of` has all others, without.
+DIFFERENTIATED: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": optax.identity,
+    "adam": lambda: promoting(optax.scale_by_adam(eps_root=EPS_ROOT)),
+}
+
+
 class WithoutSearch(NamedTuple):
     """An optimizer that is used as it comes: nobody chooses a rate for it.
 
@@ -65,6 +73,41 @@ WITHOUT_SEARCH = {
         lambda steps: with_value(optax.contrib.mechanize(optax.adam(1.0), weight_decay=0.0)), "Cutkosky et al. 2023"
     ),
 }  # fmt: skip
+
+
+def needs_no_rate(name: str) -> bool:
+    """Whether a base takes steps of its own size, so that rates of 1 leave it as it comes."""
+    row = WITHOUT_SEARCH.get(name)
+    return row is not None and row.evaluated is None and not row.of_length
+
+
+def base_of(name: str, setting: str = "inner.base") -> optax.GradientTransformation:
+    """What learned rates multiply: a transformation whose update is a direction, which a step goes against.
+
+    "sgd" (the gradient) and "adam" (Kingma & Ba 2015, algorithm 1) are differentiated through. So is no other: those
+    have square roots and maxima whose derivative at zero is not a number. Their steps count as given, as in a
+    first-order meta-gradient, and rates, init and all else learn.
+
+    Args:
+      name: one of these; an optimizer that needs no rate (WITHOUT_SEARCH, but for those that predict with other params,
+        and adam_cosine), whose own steps are multiplied; or any optimizer of optax, as it is at a rate of 1.
+
+    Raises ConfigError for any other name.
+    """
+    if name in DIFFERENTIATED:
+        return DIFFERENTIATED[name]()
+    if name in WITHOUT_SEARCH and not needs_no_rate(name):
+        raise ConfigError(f"{setting}: expected an optimizer whose steps can be multiplied, got {name!r}")
+    made = WITHOUT_SEARCH[name].make(0) if needs_no_rate(name) else with_value(by_name(name, setting)(1.0))
+
+    def update(grads: Params, state: Any, params: Params | None = None, **more: Any) -> tuple[Params, Any]:
+        if needs_no_rate(name) and "value" not in more:
+            raise ConfigError(f"value: expected update(grads, state, params, value=loss) with base {name}, got none")
+        given = jax.lax.stop_gradient((grads, params, more))
+        updates, state = made.update(given[0], state, given[1], **given[2])
+        return jax.tree.map(jnp.negative, jax.lax.stop_gradient(updates)), state
+
+    return optax.GradientTransformationExtraArgs(made.init, update)
 
 
 def adam_cosine(rate: Any, steps: int) -> optax.GradientTransformation:
@@ -115,10 +158,11 @@ def by_name(name: str, setting: str = "optimizer") -> Make:
         near = difflib.get_close_matches(name, [other for other in dir(optax) if other.islower()], 1)
         raise ConfigError(f"{expected}, such as 'adam'; optax has no {name!r}{f', but {near[0]!r}' if near else ''}")
     try:
-        optimizer = promoting(maker(optax.constant_schedule(1e-3)))
-        params = {"w": jnp.ones(2)}
-        updates, _ = optimizer.update(params, optimizer.init(params), params)  # the gradient of w^2 / 2
-        falls = bool((updates["w"] < 0).all())
+        with jax.ensure_compile_time_eval():  # it may be asked for inside a function that is being compiled
+            optimizer = promoting(maker(optax.constant_schedule(1e-3)))
+            params = {"w": jnp.ones(2)}
+            updates, _ = optimizer.update(params, optimizer.init(params), params)  # the gradient of w^2 / 2
+            falls = bool((updates["w"] < 0).all())
     except Exception as error:  # whatever another function of optax makes of a learning rate
         raise ConfigError(
             f"{expected}, such as 'adam', got {name!r}: {type(error).__name__}: {one_line(error)[:200]}"

@@ -99,10 +99,12 @@ class Learned:
           names: as of `state_dict`.
           default: the rate of parameters that no learned tensor is like; None refuses them.
 
-        Raises ConfigError for a parameter without a rate, or for rates that are predicted (alfa).
+        Raises ConfigError for a parameter without a rate, rates that are predicted (alfa), or a base that is not here.
         """
         if self.spec["predicted"]:
             raise ConfigError("optimizer: expected rates that are not predicted, which PyTorch's optimizers cannot be")
+        if self.spec["base"] not in ("sgd", "adam"):
+            raise ConfigError(f"optimizer: expected rates of base sgd or adam in PyTorch, got {self.spec['base']!r}")
         flat = isinstance(module, _Flax)
         matched = self._matched(module, names, layout=not flat, lost=default is not None)
         groups = []

@@ -314,8 +314,8 @@ class Learner:
         On params named as `init` nothing else is needed (Flax's outer level "params" may stand around them). For
         another network, of other names, width or depth, say what its tensors are like; `matching` shows the outcome.
 
-        Give params to its update(grads, state, params). What is not part of an update stays with your loop:
-        minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
+        Give params to its update(grads, state, params), and value=loss if `spec.base` looks at the loss. What is not
+        part of an update stays with your loop: minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
 
         Args:
           steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
@@ -520,11 +520,11 @@ def _within_params(own: optax.GradientTransformation) -> optax.GradientTransform
     def init(params: Params) -> Any:
         return own.init(_inside(params))
 
-    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        updates, state = own.update(_inside(grads), state, None if params is None else _inside(params))
+    def update(grads: Params, state: Any, params: Params | None = None, **more: Any) -> tuple[Params, Any]:
+        updates, state = own.update(_inside(grads), state, None if params is None else _inside(params), **more)
         return ({"params": updates} if _inside(grads) is not grads else updates), state
 
-    return optax.GradientTransformation(init, update)
+    return type(own)(init, update)
 
 
 def _inside(tree: Params) -> Params:

@@ -87,6 +87,8 @@ def set_up(
         row = row._replace(learned=False)
     same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(inner_settings)) - {"steps"}
     start = NUMBERS_START if objective.targets == "numbers" else CLASSES_START
+    if optimizers.needs_no_rate(config.inner.base):
+        start = 1.0
     spec = RatesSpec(
         **{name: getattr(row, name, inner_settings[name]) for name in same},
         positive=not config.inner.signed,

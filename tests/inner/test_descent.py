@@ -8,7 +8,7 @@ import pytest
 
 from metalr import inner, models
 from metalr.errors import ConfigError
-from metalr.inner import descent, hyperparameters
+from metalr.inner import descent, hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
 
 pytestmark = [pytest.mark.numerical, pytest.mark.smoke]
@@ -44,6 +44,40 @@ def test_momentum_is_heavy_ball():
         close(ours, params)
 
 
+NEEDING_NO_RATE = [name for name in optimizers.WITHOUT_SEARCH if optimizers.needs_no_rate(name)]
+
+
+@pytest.mark.parametrize("name", [*NEEDING_NO_RATE, "lion", "rmsprop"])
+def test_rates_of_one_leave_another_optimizer_as_it_comes(name):
+    row = optimizers.WITHOUT_SEARCH.get(name)
+    reference = row.make(0) if row else optimizers.by_name(name)(1.0)
+    spec = RatesSpec("layer", base=name, initial=1.0)
+    ours = descent.optimizer(spec, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+
+    def loss(params):
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
+
+    def run(optimizer):
+        state, params = optimizer.init(PARAMS), PARAMS
+        for _ in range(3):
+            value, grads = jax.value_and_grad(loss)(params)
+            more = {"value": value} if isinstance(optimizer, optax.GradientTransformationExtraArgs) else {}
+            updates, state = optimizer.update(grads, state, params, **more)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    close(run(ours), run(reference))
+
+
+def test_a_base_that_looks_at_the_loss_says_so():
+    spec = RatesSpec("layer", base="momo_adam", initial=1.0)
+    ours = descent.optimizer(spec, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+    with pytest.raises(
+        ConfigError, match=r"value: expected update\(grads, state, params, value=loss\) with base momo_a"
+    ):
+        ours.update(GRADS, ours.init(PARAMS), PARAMS)
+
+
 def test_decay_is_decoupled():
     (ours,) = take(RatesSpec("layer", decay=0.01, initial=0.1))
     close(ours, jax.tree.map(lambda w, g: 0.99 * w - 0.1 * g, PARAMS, GRADS))
@@ -51,7 +85,7 @@ def test_decay_is_decoupled():
 
 def test_adam_scales_by_layer():
     (ours,) = take(RatesSpec("layer", base="adam"), dense_0=jnp.array(0.2), head=jnp.array(0.05))
-    reference = optax.scale_by_adam(eps_root=descent.EPS_ROOT)
+    reference = optax.scale_by_adam(eps_root=optimizers.EPS_ROOT)
     direction, _ = reference.update(GRADS, reference.init(PARAMS))
     for layer, rate in (("dense_0", 0.2), ("head", 0.05)):
         close(ours[layer], jax.tree.map(lambda w, d, r=rate: w - r * d, PARAMS[layer], direction[layer]))
@@ -156,7 +190,8 @@ def test_params_are_needed_by_decay():
         ({"momentum": 1.0}, "inner.momentum: expected 0 < momentum < 1"),
         ({"decay": -0.1}, "inner.decay: expected 0 < decay < 1"),
         ({"clip": 0.0}, "inner.clip: expected a positive number"),
-        ({"base": "lion"}, "rates.base: expected one of"),
+        ({"base": "lions"}, "inner.base: expected an optax optimizer .* optax has no 'lions', but 'lion'"),
+        ({"base": "schedule_free_sgd"}, "inner.base: expected an optimizer whose steps can be multiplied"),
         ({"batch_size": 0}, "inner.batch_size: expected at least 1"),
     ],
 )

@@ -67,6 +67,35 @@ def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
             close(forward.init, first.init, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["momo_adam", "cocob", "prodigy", "dog", "mechanize", "rmsprop"])
+@pytest.mark.parametrize("method", [Reverse(), Forward()], ids=["reverse", "forward"])
+def test_rates_on_any_base_have_a_finite_meta_gradient_where_gradients_are_zero(name, method):
+    """Pixels that are blank in all images have a gradient of zero, where square roots have no derivative."""
+    spec = RatesSpec("layer", steps=3, initial=1.0, base=name)
+    meta = outer.initial(MODEL, spec, jax.random.key(0))
+    given = jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.float64 else v, episodes(dtype=jnp.float32))
+    blank = given._replace(
+        support_x=given.support_x.at[..., 0, :, :].set(0), query_x=given.query_x.at[..., 0, :, :].set(0)
+    )
+    grads, metrics = outer.meta_gradient(MODEL, spec, meta, blank, jax.random.split(jax.random.key(0), 2), method)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+    assert bool(jnp.isfinite(metrics["loss"]))
+    assert any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(grads.rates))
+
+
+def test_rates_on_another_base_after_one_step_against_finite_differences():
+    """After one step the base's direction does not depend on the rates, so the meta-gradient is exact."""
+    spec = RatesSpec("layer", steps=1, initial=1.0, base="momo_adam")
+    with jax.enable_x64(True):
+        meta, grads, _ = gradient(spec, Reverse())
+        for group in meta.rates:
+            losses = []
+            for shift in (1e-5, -1e-5):
+                moved = meta._replace(rates=meta.rates | {group: meta.rates[group] + shift})
+                losses.append(float(gradient(spec, Reverse(), moved)[2]["loss"]))
+            np.testing.assert_allclose(grads.rates[group], (losses[0] - losses[1]) / 2e-5, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["all", "adam", "predicted", "schedule", "horizon"])
 def test_every_hyperparameter_against_finite_differences(name):
     with jax.enable_x64(True):
