@@ -215,6 +215,8 @@ def run_together(
     for config in configs[1:]:
         if other := sorted(differences(first, config).keys() - {"seed", "out"}):
             raise ConfigError(f"{other[0]}: expected the same for all seeds that run together")
+    for config in configs:
+        folders.check_free(config.out, JOB.files, overwrite=config.overwrite)
     said = reporter or ConsoleReporter()
     parts: list[tuple[Setup, WarmStart | None]] = []
 

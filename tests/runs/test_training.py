@@ -536,6 +536,15 @@ def test_what_cannot_run_together_is_refused(small, tmp_path, changes, message):
     assert not (tmp_path / "a").exists()
 
 
+def test_together_nothing_is_written_where_one_folder_is_taken(small, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("years")
+    configs = [dataclasses.replace(small, seed=seed, out=tmp_path / name) for seed, name in ((3, "a"), (4, "b"))]
+    with pytest.raises(ConfigError, match="b: "):
+        training.run_together(configs, name="x")
+    assert not (tmp_path / "a").exists()
+
+
 def test_one_seed_that_diverges_ends_all_and_says_which_step(small, tmp_path, monkeypatch):
     config = dataclasses.replace(small, outer=dataclasses.replace(small.outer, steps=6))
     setup = poisoned(set_up(config), 0.3)
