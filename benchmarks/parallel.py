@@ -80,13 +80,17 @@ def device_rows(workloads: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def processes_row(model: str) -> dict[str, Any]:
-    """Meta-train by the command line with two processes and with one; compare init, rates and every metric."""
+def processes_row(model: str, devices: int = 1) -> dict[str, Any]:
+    """Meta-train by the command line with two processes and with one; compare init, rates and every metric.
+
+    devices: of each of the two; the one has twice as many.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        sizes = ["--tasks.way", "3", "--outer.steps", "20", "--outer.meta-batch", "8", "--outer.validate-every", "20"]
+        sizes = ["--tasks.way", "3", "--outer.steps", "20", "--outer.validate-every", "20"]
+        sizes += ["--outer.meta-batch", str(8 * devices), "--evaluation.shown-tasks", "0"]
         sizes += ["--model.name", model, "--model.channels", "16", "--evaluation.episodes", "20"]
         call = [str(Path(sys.executable).with_name("metalr")), "train", *sizes, "--out"]
         clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
@@ -96,6 +100,7 @@ def processes_row(model: str) -> dict[str, Any]:
                 env=clean
                 | LAYOUTS["one single-threaded device"]
                 | {
+                    "JAX_NUM_CPU_DEVICES": str(devices),
                     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                     "JAX_NUM_PROCESSES": "2",
                     "JAX_PROCESS_ID": str(index),
@@ -107,7 +112,7 @@ def processes_row(model: str) -> dict[str, Any]:
         codes = [process.wait(timeout=600) for process in both]
         subprocess.run(
             [*call, f"{folder}/one"],
-            env=clean | LAYOUTS["two single-threaded devices"],
+            env=clean | LAYOUTS["two single-threaded devices"] | {"JAX_NUM_CPU_DEVICES": str(2 * devices)},
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -115,9 +120,15 @@ def processes_row(model: str) -> dict[str, Any]:
             name: [hashlib.sha256((Path(folder) / run / name).read_bytes()).hexdigest() for run in ("one", "two")]
             for name in ("metrics.jsonl", "artifact/learner.safetensors")
         }
+        losses = [
+            [line["loss"] for line in map(json.loads, (Path(folder) / run / "metrics.jsonl").open()) if "loss" in line]
+            for run in ("one", "two")
+        ]
         return {
             "model": model,
+            "devices_of_each_process": devices,
             "exit_codes": codes,
+            "largest_difference_of_a_loss": float(np.max(np.abs(np.subtract(*losses)))),
             **{f"same_bits_{Path(name).stem}": a == b for name, (a, b) in hashes.items()},
             "sha256": hashes["artifact/learner.safetensors"],
         }
@@ -128,15 +139,23 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=WORKLOADS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--processes", action="store_true", help="only the two processes; the file keeps other rows")
     parser.add_argument("--child", choices=WORKLOADS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child)
         return
-    rows = [processes_row(model) for model in ("mlp", "conv4")] + device_rows(options.workload, options.repeats)
-    print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
-    from measure import save
+    from measure import RESULTS, provenance, save
 
+    here = {name: provenance()[name] for name in ("commit", "machine")}
+    rows = [here | processes_row(*each) for each in (("mlp",), ("conv4",), ("mlp", 8))]
+    if options.processes:
+        content = json.loads((RESULTS / "parallel.json").read_text())
+        before = {name: content["provenance"][name] for name in here}
+        rows += [before | row for row in content["rows"] if "exit_codes" not in row]
+    else:
+        rows += device_rows(options.workload, options.repeats)
+    print(json.dumps(rows, indent=1) if options.json else "\n".join(map(str, rows)))
     save("parallel", rows)
 
 

@@ -140,7 +140,7 @@ class InnerConfig:
     decay: float | None = None
     """Start of a learned weight decay per layer, a share of the weight in each step."""
     clip: float | None = None
-    """Start of a learned largest gradient norm a layer."""
+    """Start of a learned largest gradient norm per layer."""
     dropout: float | None = None
     """Start of a learned dropout rate (mlp, as Gaussian noise)."""
     proximal: float | None = None

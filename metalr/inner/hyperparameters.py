@@ -52,15 +52,15 @@ class RatesSpec:
         positive=False lets rates become exactly zero: a learned mask of what adapts.
       base: the direction that rates scale: the gradient ("sgd"), Adam's ("adam"), or another optimizer's steps, see
         `optimizers.base_of`.
-      momentum: start of a learned heavy-ball momentum a layer (Polyak 1964), or None for none.
-      decay: start of a learned weight decay a layer, the share that a step takes off a weight (decoupled, Loshchilov &
+      momentum: start of a learned heavy-ball momentum per layer (Polyak 1964), or None for none.
+      decay: start of a learned weight decay per layer, the share that a step takes off a weight (decoupled, Loshchilov &
         Hutter 2019; ALFA's 1 - beta, Baik et al. 2020, eq. 4), or None.
-      clip: start of a learned largest gradient norm a layer (Pascanu et al. 2013, algorithm 1), or None.
+      clip: start of a learned largest gradient norm per layer (Pascanu et al. 2013, algorithm 1), or None.
       dropout: start of a learned dropout rate, as multiplicative Gaussian noise of the same variance, through which
         gradients flow (Srivastava et al. 2014, section 10; Kingma et al. 2015, section 3), or None.
-      proximal: start of a learned pull a layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
+      proximal: start of a learned pull per layer towards where the fine-tune began, the lambda of lambda/2 |w - init|^2
         (iMAML, Rajeswaran et al. 2019, eq. 3), or None.
-      horizon_power: start of a learned power a layer (and step or knot): rates of a fine-tune of another length are
+      horizon_power: start of a learned power per layer (and step or knot): rates of a fine-tune of another length are
         multiplied by (steps / its steps) ** power, so that one learned schedule serves short and long ones, or None.
         It takes meta-training at several lengths.
       predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the

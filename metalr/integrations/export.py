@@ -163,6 +163,7 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
         | {"input_shape": learned.model.input_shape, "outputs": learned.model.way, "facts": learned.facts},
     )
     save_file(_init(learned), out / "model.safetensors")
+    (out / "model.safetensors").chmod(0o644)  # to be shared; safetensors leaves it to its owner alone
     shutil.copytree(source, out / "artifact", dirs_exist_ok=True)
 
 

@@ -98,7 +98,7 @@ def describe(learner: Learner) -> dict[str, Any]:
     health = hyperparameters.health(spec, rates)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(learner.init)]
     time = f"{spec.knots} knots over any number of steps" if spec.knots else "per step" if spec.per_step else "constant"
-    parts = [f"one rate a {spec.granularity}" if spec.granularity != "shared" else "one shared rate", time, spec.base]
+    parts = [f"one rate per {spec.granularity}" if spec.granularity != "shared" else "one shared rate", time, spec.base]
     parts += [f"minibatches of {spec.batch_size}"] * (spec.batch_size is not None)
     return {
         "model": learner.model.name,
@@ -114,7 +114,9 @@ def describe(learner: Learner) -> dict[str, Any]:
 
 
 def _card(learner: Learner, facts: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {g} | {v} |" for g, v in hyperparameters.summary(learner.spec, learner.rates).items())
+    means = {name: np.atleast_1d(v) for name, v in hyperparameters.summary(learner.spec, learner.rates).items()}
+    rows = "\n".join(f"| {name} | {', '.join(f'{value:.3g}' for value in each)} |" for name, each in means.items())
+    shared = "one for all tensors" if learner.spec.granularity == "shared" else f"per {learner.spec.granularity}"
     norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
     if learner.standardisation is not None:
         norm += "It was trained on standardised numbers; `adapt` and `apply` take and give numbers in your own units.\n"
@@ -123,10 +125,10 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     return (
         f"# A metalr learner\n\nA {facts['model']['name']} ({', '.join(described(learner.model))}): {init} and "
         "meta-learned inner-loop "
-        f"learning rates ({learner.spec.granularity}), trained for {learner.spec.steps} steps.\n{norm}\n"
+        f"learning rates ({shared}), trained for {learner.spec.steps} step{'s' * (learner.spec.steps > 1)}.\n{norm}\n"
         '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
         "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"
-        f"| group | learning rate (mean) |\n|---|---|\n{rows}\n\n"
+        f"| group | learning rate (mean; over the steps) |\n|---|---|\n{rows}\n\n"
         f"Trained on:\n\n```json\n{json.dumps(learner.facts, indent=1)}\n```\n"
     )
 

@@ -51,7 +51,7 @@ ALGORITHMS = {
     "anil": Algorithm("shared", False, False, False, "head", "query", "Raghu et al. 2020, section 4"),
     "boil": Algorithm("shared", False, False, False, "body", "query", "Oh et al. 2021, section 3"),
     "meta_sgd": Algorithm("parameter", False, True, False, "all", "query", "Li et al. 2017, algorithm 1"),
-    "meta_sgd_layer": Algorithm("layer", False, True, False, "all", "query", "Li et al. 2017, one rate a layer"),
+    "meta_sgd_layer": Algorithm("layer", False, True, False, "all", "query", "Li et al. 2017, one rate per layer"),
     "lslr": Algorithm("tensor", True, True, False, "all", "query", "Antoniou et al. 2019, section 4"),
     "maml_pp": Algorithm(
         "tensor", True, True, False, "all", "query", "Antoniou et al. 2019, section 4", multi_step=0.15,
