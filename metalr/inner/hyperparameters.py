@@ -53,7 +53,7 @@ class RatesSpec:
       base: the direction that rates scale: the gradient ("sgd"), Adam's ("adam"), or another optimizer's steps, see
         `optimizers.base_of`.
       momentum: start of a learned heavy-ball momentum per layer (Polyak 1964), or None for none.
-      decay: start of a learned weight decay per layer, the share that a step takes off a weight (decoupled, Loshchilov &
+      decay: start of a learned weight decay per layer, the share a step takes off a weight (decoupled, Loshchilov &
         Hutter 2019; ALFA's 1 - beta, Baik et al. 2020, eq. 4), or None.
       clip: start of a learned largest gradient norm per layer (Pascanu et al. 2013, algorithm 1), or None.
       dropout: start of a learned dropout rate, as multiplicative Gaussian noise of the same variance, through which

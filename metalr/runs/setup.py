@@ -77,66 +77,15 @@ def set_up(
     """
     objective = objective_of(config.objective) if objective is None else objective
     check_choices_of(config, model)
-    row = algorithms.algorithm_row(config.inner.algorithm)
-    inner_settings = dataclasses.asdict(config.inner)
-    shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
-    row = row._replace(**{k: v for k, v in (inner_settings | shares).items() if k in row._fields and v is not None})
-    if config.outer.learns == "init":
-        if config.inner.learned:
-            raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
-        row = row._replace(learned=False)
-    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(inner_settings)) - {"steps"}
-    start = NUMBERS_START if objective.targets == "numbers" else CLASSES_START
-    if optimizers.needs_no_rate(config.inner.base):
-        start = 1.0
-    spec = RatesSpec(
-        **{name: getattr(row, name, inner_settings[name]) for name in same},
-        positive=not config.inner.signed,
-        steps=config.inner.steps,
-        initial=start if config.inner.rate is None else config.inner.rate,
-    )
-    for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"{name}: expected 0 <= seed < 2^32, got {seed}")
-    if row.meta_gradient != "query" and row.learned:
-        raise ConfigError(
-            f"inner.learned: expected False with {config.inner.algorithm}, whose meta-gradient does not move rates, "
-            "got True"
-        )
-    if config.outer.learns == "rates" and not row.learned:
-        raise ConfigError(
-            f"outer.learns: expected both or init with fixed rates ({config.inner.algorithm}), got 'rates'"
-        )
-    if row.meta_gradient == "implicit" and row.proximal is None:
-        raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
-    if config.curve_steps < config.inner.steps:
-        raise ConfigError(
-            f"evaluation.steps: expected at least inner.steps ({config.inner.steps}), at which results are reported, "
-            f"got {config.curve_steps}"
-        )
-    _check_horizons(config, row)
-    for name in ("multi_step", "first_order_share"):
-        if not 0 <= getattr(row, name) <= 1:
-            raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")
-    for name in ("last", "solver_steps"):
-        if getattr(config.inner, name) < 1:
-            raise ConfigError(f"inner.{name}: expected at least 1, got {getattr(config.inner, name)}")
-    if config.outer.validate_every < 1:
-        raise ConfigError(f"outer.validate_every: expected at least 1, got {config.outer.validate_every}")
-    if config.outer.checkpoint_every < 1:
-        raise ConfigError(f"outer.checkpoint_every: expected at least 1, got {config.outer.checkpoint_every}")
-    if config.outer.meta_batch < 1:
-        raise ConfigError(f"outer.meta_batch: expected at least 1, got {config.outer.meta_batch}")
+    row = _row_of(config)
+    spec = _spec_of(config, row, objective)
+    _check_rules(config, row)
+    _check_counts(config, row)
     try:
         hyperparameters.check_steps(spec, config.curve_steps)
     except ConfigError as error:
         raise ConfigError(f"evaluation.{error}") from error
-    for name in ("episodes", "validation_episodes"):
-        if getattr(config.evaluation, name) < 2:
-            raise ConfigError(f"evaluation.{name}: expected at least 2, got {getattr(config.evaluation, name)}")
     loggers.check(config.loggers)
-    if not 0 <= config.evaluation.shown_tasks <= 3:
-        raise ConfigError(f"evaluation.shown_tasks: expected 0 to 3, got {config.evaluation.shown_tasks}")
     if config.grid.run:
         grid_of(config)
     optimizer = loop.make_optimizer(
@@ -187,6 +136,78 @@ def set_up(
     )
     rest = row.learned, objective, support, query, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
+
+
+def _row_of(config: TrainConfig) -> algorithms.Algorithm:
+    """The algorithm's row with what the settings change of it. Raises ConfigError."""
+    row = algorithms.algorithm_row(config.inner.algorithm)
+    shares = {name: getattr(config.outer, name) for name in ("multi_step", "first_order_share")}
+    changed = dataclasses.asdict(config.inner) | shares
+    row = row._replace(**{k: v for k, v in changed.items() if k in row._fields and v is not None})
+    if config.outer.learns == "init":
+        if config.inner.learned:
+            raise ConfigError("inner.learned: expected None or False with outer.learns init, got True")
+        row = row._replace(learned=False)
+    return row
+
+
+def _spec_of(config: TrainConfig, row: algorithms.Algorithm, objective: Objective) -> RatesSpec:
+    """What is learned of the inner loop; without the name of the head, which the network has. Raises ConfigError."""
+    given = dataclasses.asdict(config.inner)
+    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps"}
+    start = NUMBERS_START if objective.targets == "numbers" else CLASSES_START
+    if optimizers.needs_no_rate(config.inner.base):
+        start = 1.0
+    return RatesSpec(
+        **{name: getattr(row, name, given[name]) for name in same},
+        positive=not config.inner.signed,
+        steps=config.inner.steps,
+        initial=start if config.inner.rate is None else config.inner.rate,
+    )
+
+
+def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
+    """Raises ConfigError for settings that contradict the algorithm or each other."""
+    if row.meta_gradient != "query" and row.learned:
+        raise ConfigError(
+            f"inner.learned: expected False with {config.inner.algorithm}, whose meta-gradient does not move rates, "
+            "got True"
+        )
+    if config.outer.learns == "rates" and not row.learned:
+        raise ConfigError(
+            f"outer.learns: expected both or init with fixed rates ({config.inner.algorithm}), got 'rates'"
+        )
+    if row.meta_gradient == "implicit" and row.proximal is None:
+        raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
+    if config.curve_steps < config.inner.steps:
+        raise ConfigError(
+            f"evaluation.steps: expected at least inner.steps ({config.inner.steps}), at which results are reported, "
+            f"got {config.curve_steps}"
+        )
+    _check_horizons(config, row)
+
+
+LEAST = {  # of settings that count something
+    "inner.last": 1, "inner.solver_steps": 1, "outer.validate_every": 1, "outer.checkpoint_every": 1,
+    "outer.meta_batch": 1, "evaluation.episodes": 2, "evaluation.validation_episodes": 2,
+}  # fmt: skip
+
+
+def _check_counts(config: TrainConfig, row: algorithms.Algorithm) -> None:
+    """Raises ConfigError for numbers out of their range."""
+    for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{name}: expected 0 <= seed < 2^32, got {seed}")
+    for name in ("multi_step", "first_order_share"):
+        if not 0 <= getattr(row, name) <= 1:
+            raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")
+    for name, least in LEAST.items():
+        section, _, field = name.partition(".")
+        value = getattr(getattr(config, section), field)
+        if value < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {value}")
+    if not 0 <= config.evaluation.shown_tasks <= 3:
+        raise ConfigError(f"evaluation.shown_tasks: expected 0 to 3, got {config.evaluation.shown_tasks}")
 
 
 def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:

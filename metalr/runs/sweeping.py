@@ -9,14 +9,11 @@ on with nothing lost and nothing doubled. This process starts no JAX backend: th
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import json
 import math
 import re
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,26 +26,21 @@ from metalr.config.files import check_literals, from_json, read_settings, settin
 from metalr.errors import ConfigError, check_choices, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
-from metalr.runs import launchers
+from metalr.runs import launchers, workers
 from metalr.runs.job import Job, stoppable
-from metalr.runs.progress import ConsoleReporter, Reporter, duration
+from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
+from metalr.runs.workers import LOGS, RUNS, Point, Trial
 from metalr.search.searchers import import_optuna, trial_seed
 from metalr.storage import folders
 
-ENDED, DRAWN, RUNS, LOGS, BEST = "sweep.jsonl", "drawn.jsonl", "runs", "logs", "best.json"
+ENDED, DRAWN, BEST = "sweep.jsonl", "drawn.jsonl", "best.json"
 FILES = {"config.json", ENDED, DRAWN, RUNS, LOGS, BEST, "results.json", *folders.OWN}
 JOB = Job("sweep", frozenset(FILES))
-POLL_SECONDS = 0.2
-GRACE_SECONDS = 60.0  # between asking a run to save and stop, and killing it
-STOPPED = 75  # exit code of a run that saved and stopped, see cli
 SHOWN = 12  # runs in the report, the best first
 REDRAWS = 100  # how often a combination that was drawn before is drawn anew
-IN_USE = ": in use by the run with pid"  # in the words of a run that found another one in its folder
 # Settings that change which validation tasks there are, or what is measured on them: such runs cannot be ranked.
 UNRANKED = ("objective", "data", "tasks", "table", "evaluation.seed", "evaluation.validation_episodes")
-
-Point = dict[str, Any]  # dotted name of a setting -> value
 
 
 class Range(NamedTuple):
@@ -98,16 +90,6 @@ def changed(base: TrainConfig, point: Point) -> TrainConfig:
     checked = from_json(found.to_json())
     check_literals(checked)
     return checked
-
-
-class Trial(NamedTuple):
-    """One run of a sweep: its number, the name of its folder, what it changes, and its seed."""
-
-    number: int
-    name: str
-    point: Point
-    seed: int
-    config: TrainConfig
 
 
 def name_of(point: Point, seed: int, config: TrainConfig) -> str:
@@ -307,15 +289,6 @@ def _trials(
         yield from of({"point": point, "names": names})
 
 
-class _Worker(NamedTuple):
-    """A run, or several seeds together, that goes on in a process of its own. slot: its share of cores and devices."""
-
-    trials: tuple[Trial, ...]
-    slot: int
-    process: launchers.Process
-    began: float
-
-
 def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     for name in (RUNS, LOGS):
@@ -338,165 +311,13 @@ def _carry_out(sweep: Sweep, config: SweepConfig, folder: Path, reporter: Report
             rows.append((trial, row))
             advance(1, f"{trial.name}: {_words(row)}")
 
-        for trial, row in _run_all(trials, len(sweep.seeds), config, folder, ended, between, reporter.line):
+        carrier = workers.Carrier(trials, len(sweep.seeds), config, folder, ended, reporter.line)
+        for trial, row in carrier.rows(between):
             if trial.name not in ended:
                 ended[trial.name] = row
                 folders.append_rows(folder / ENDED, [row])
             end(trial, row)
     return _finish(sweep, config, folder, rows, time.perf_counter() - began)
-
-
-def _run_all(
-    trials: Iterator[Trial],
-    seeds: int,
-    config: SweepConfig,
-    folder: Path,
-    ended: dict[str, Any],
-    between: Callable[[], None],
-    say: Callable[[str], None],
-) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Each trial and the row that says how it ended, as they end; at most config.workers at a time (see launchers).
-
-    A run that goes on by itself, because its sweep was killed, takes the place of a worker until it is over.
-    """
-    most = launchers.most_at_once(config)
-    together = seeds if config.seeds_together else 1
-    free, running = list(range(most)), list[_Worker]()
-    waiting: collections.deque[Trial] = collections.deque()  # to be taken up again
-    elsewhere: list[Trial] = []
-    tries: collections.Counter[str] = collections.Counter()
-    more = True
-
-    def wait_for(trial: Trial) -> None:
-        holder = folders.holder(folder / RUNS / trial.name) or {}
-        who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        lock = folder / RUNS / trial.name / folders.LOCK
-        say(f"waits for {trial.name}, which {who} still carries out; if that is gone, delete {lock}")
-        elsewhere.append(trial)
-
-    try:
-        while more or waiting or running or elsewhere:
-            for trial in [one for one in elsewhere if folders.holder(folder / RUNS / one.name) is None]:
-                elsewhere.remove(trial)
-                waiting.append(trial)
-            begun: list[tuple[Trial, ...]] = []
-            while len(running) + len(begun) + len(elsewhere) < most and (waiting or more):
-                group = [waiting.popleft()] if waiting else list(itertools.islice(trials, together))
-                more = more and bool(group)
-                left = []
-                for found in group:
-                    out = folder / RUNS / found.name
-                    if found.name in ended:
-                        yield found, ended[found.name]
-                    elif folders.holder(out) is not None:
-                        wait_for(found)
-                    elif (out / "results.json").is_file():  # finished as the sweep was killed
-                        yield found, _row(found, folder, "", tries[found.name])
-                    else:
-                        left.append(found)
-                if len(left) > 1 and any((folder / RUNS / trial.name).exists() for trial in left):
-                    waiting.extend(left)  # begun already: each goes on alone
-                elif left:
-                    tries.update(trial.name for trial in left)
-                    begun.append(tuple(left))
-            if begun:
-                running += _start(begun, [free.pop(0) for _ in begun], config, folder)
-            between()
-            time.sleep(POLL_SECONDS if running or elsewhere else 0)
-            for worker in list(running):
-                late = config.timeout is not None and time.perf_counter() - worker.began > config.timeout
-                if late:
-                    _stop([worker])
-                if worker.process.poll() is None:
-                    continue
-                running.remove(worker)
-                free.append(worker.slot)
-                error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, folder)
-                if len(worker.trials) > 1 and worker.process.returncode and not late:
-                    say(f"seeds of {worker.trials[0].name} ended together ({error}); each goes on alone")
-                for trial in worker.trials:
-                    out = folder / RUNS / trial.name
-                    if config.launcher == "slurm":  # its job is over: a lock left on another machine holds nothing
-                        (out / folders.LOCK).unlink(missing_ok=True)
-                    if len(worker.trials) > 1 and not late and not (out / "results.json").is_file():
-                        tries[trial.name] -= 1
-                        waiting.append(trial)
-                    elif IN_USE in error and not late:  # begun twice, before the first one had its lock
-                        tries[trial.name] -= 1
-                        wait_for(trial)
-                    elif _killed(worker) and not late and tries[trial.name] < config.attempts:
-                        waiting.append(trial)
-                    else:
-                        yield trial, _row(trial, folder, error, tries[trial.name])
-    finally:
-        _stop(running)
-
-
-def _start(
-    groups: Sequence[tuple[Trial, ...]], slots: Sequence[int], config: SweepConfig, folder: Path
-) -> list[_Worker]:
-    """Begin runs, or go on with those that were cut off."""
-    calls = []
-    for group, slot in zip(groups, slots, strict=True):
-        files = [folder / LOGS / f"{trial.name}.json" for trial in group]
-        for trial, file in zip(group, files, strict=True):
-            folders.write_json(file, dataclasses.replace(trial.config, out=folder / RUNS / trial.name).to_json())
-        out = folder / RUNS / group[0].name
-        given = ["--config", str(files[0]), "--out", str(out)]
-        if len(group) > 1:
-            given = [str(file) for file in files]
-        elif (out / "config.json").is_file():
-            given = ["--resume", str(out)]
-        calls.append(launchers.Call(given, folder / LOGS / f"{group[0].name}.txt", slot, len(group) > 1))
-    processes, now = launchers.start(calls, config), time.perf_counter()
-    return [_Worker(*each, now) for each in zip(groups, slots, processes, strict=True)]
-
-
-def _killed(worker: _Worker) -> bool:
-    """Whether a run ended by a signal that was not this process's: it may be taken up again."""
-    code = worker.process.returncode
-    return code < 0 or code in (STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGKILL)
-
-
-def _stop(running: Sequence[_Worker]) -> None:
-    """Ask runs to save and stop; kill those that do not."""
-    for worker in running:
-        if worker.process.poll() is None:
-            worker.process.send_signal(signal.SIGTERM)
-    until = time.perf_counter() + GRACE_SECONDS
-    for worker in running:
-        try:
-            worker.process.wait(max(0.0, until - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
-
-
-def _row(trial: Trial, folder: Path, error: str, attempts: int) -> dict[str, Any]:
-    """How a run ended, for sweep.jsonl. error: why, if it has no results."""
-    out = folder / RUNS / trial.name
-    facts = {"name": trial.name, "number": trial.number, "point": trial.point, "seed": trial.seed, "attempts": attempts}
-    if (out / "results.json").is_file():
-        results = json.loads((out / "results.json").read_text())
-        metric, training = results["metric"]["name"], results["training"]
-        at = next(p for p in results["curve"] if p["steps"] == trial.config.inner.steps)
-        return facts | {
-            "status": "finished",
-            "metric": metric,
-            "maximise": results["metric"]["maximise"],
-            "validation": training[f"validation_{metric}"],
-            "test": at[metric],
-            "example_gradients": training["example_gradients"],
-            "seconds": round(training["seconds"] + training["compile_seconds"], 1),
-        }
-    return facts | {"status": "failed", "error": error}
-
-
-def _reason(worker: _Worker, folder: Path) -> str:
-    """Why a run has no results: its last words."""
-    lines = (folder / LOGS / f"{worker.trials[0].name}.txt").read_text(errors="replace").strip().splitlines()
-    said = next((line for line in reversed(lines) if line.startswith("metalr:")), lines[-1] if lines else "nothing")
-    return f"exit code {worker.process.returncode} after {duration(time.perf_counter() - worker.began)}: {said}"
 
 
 def _words(row: dict[str, Any]) -> str:

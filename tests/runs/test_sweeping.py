@@ -18,7 +18,7 @@ from metalr.config import OuterConfig, SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import read_settings
 from metalr.errors import ConfigError, StoppedError
 from metalr.report import runs as listed
-from metalr.runs import launchers, sweeping
+from metalr.runs import launchers, sweeping, workers
 from metalr.runs.progress import ConsoleReporter
 from metalr.runs.sweeping import Range, Sweep
 
@@ -56,7 +56,7 @@ def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(launchers, "TRAIN", (sys.executable, str(script)))
-    monkeypatch.setattr(sweeping, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(sweeping.page, "write", lambda path, targets: path.write_text(""))
     monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
     file = tmp_path / "starts"
