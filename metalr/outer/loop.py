@@ -165,14 +165,16 @@ def start(
       mesh: where large tensors are made and stay, split over its axis "params", if it has one.
     """
 
+    split = mesh is not None and devices.PARAMS in mesh.shape
+
     def begin(function: Callable[[Any], Any], given: Any) -> Any:
-        if mesh is None or devices.PARAMS not in mesh.shape:
+        if mesh is None or not split:
             return jax.jit(function)(given)
         return jax.jit(function, out_shardings=devices.shardings(jax.eval_shape(function, given), mesh))(given)
 
     if meta is None:
         meta = begin(lambda key: meta_gradients.initial(model, spec, key), key)
-    elif mesh is not None:
+    elif mesh is not None and split:
         meta = devices.place(meta, mesh)
     return TrainState(meta, begin(optimizer.init, meta), jnp.zeros((), jnp.int32))
 
