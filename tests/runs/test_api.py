@@ -94,7 +94,7 @@ def test_what_was_learned_is_loaded_with_its_network(tmp_path):
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     train(tmp_path / "whole")
     calls = iter(range(1000))
-    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) == 3)
+    monkeypatch.setattr(training.processes, "in_any_process", lambda asked: next(calls) == 3)
     with pytest.raises(StoppedError, match=r"go on with: metalr.meta_train\(..., out='.*cut', resume=True\)"):
         train(tmp_path / "cut")
     monkeypatch.undo()
@@ -180,7 +180,7 @@ def test_host_arrays_resume_to_the_same_bits(tmp_path, monkeypatch):
     curve = json.loads((tmp_path / "whole" / "results.json").read_text())["curve"]
     assert curve[3]["mse"] < 0.6 * curve[0]["mse"]
     calls = iter(range(1000))
-    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) == 3)
+    monkeypatch.setattr(training.processes, "in_any_process", lambda asked: next(calls) == 3)
     with pytest.raises(StoppedError):
         train(tmp_path / "cut", tasks=tasks)
     monkeypatch.undo()
@@ -259,7 +259,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(change, error, m
 
 def test_other_tasks_are_refused_at_resume(tmp_path, monkeypatch):
     calls = iter(range(1000))
-    monkeypatch.setattr(training.devices, "in_any_process", lambda asked: next(calls) > 1)
+    monkeypatch.setattr(training.processes, "in_any_process", lambda asked: next(calls) > 1)
     with pytest.raises(StoppedError):
         train(tmp_path / "cut")
     monkeypatch.undo()

@@ -271,9 +271,10 @@ def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():
     seen = []
 
     def runs(optimizer, random_init, val):
-        def run(init, rate):
-            seen.append((optimizer, rate)) if val else None
-            return np.tile(-np.abs(np.log10(rate) - targets) - (optimizer != "adam"), (3, 1))
+        def run(init, rates):
+            seen.extend((optimizer, rate) for rate in rates) if val else None
+            of_rates = -np.abs(np.log10(rates)[:, None] - targets) - (optimizer != "adam")  # [rates, lengths]
+            return np.tile(of_rates[:, None], (1, 3, 1))
 
         return run
 
