@@ -91,7 +91,8 @@ def processes_row(model: str, devices: int = 1) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sizes = ["--tasks.way", "3", "--outer.steps", "20", "--outer.validate-every", "20"]
         sizes += ["--outer.meta-batch", str(8 * devices), "--evaluation.shown-tasks", "0"]
-        sizes += ["--model.name", model, "--model.channels", "16", "--evaluation.episodes", "20"]
+        sizes += ["--model.name", model, "--evaluation.episodes", "20"]
+        sizes += ["--model.channels", "16"] if model == "conv4" else []
         call = [str(Path(sys.executable).with_name("metalr")), "train", *sizes, "--out"]
         clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
         both = [
