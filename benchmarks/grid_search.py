@@ -73,12 +73,19 @@ class Bytes(nn.Module):
         return nn.Dense(10, name="head")(x)
 
 
-def few_shot(tasks: TaskConfig, model: ModelConfig, outer: OuterConfig, searched: int = 20, **compare: Any) -> Case:
+def few_shot(
+    tasks: TaskConfig,
+    model: ModelConfig,
+    outer: OuterConfig,
+    searched: int = 20,
+    images: str = "mnist",
+    **compare: Any,
+) -> Case:
     """All of a small support set in each step."""
     space = SpaceConfig(epochs=(5, 20, 50), batch_sizes=(8, 999))
     return Case(
         TrainConfig(
-            "mnist", tasks, model, InnerConfig(steps=5), outer,
+            images, tasks, model, InnerConfig(steps=5), outer,
             EvaluationConfig(episodes=100, validation_episodes=100),
         ),
         CompareConfig(
@@ -130,10 +137,12 @@ def several_horizons(case: Case, horizons: tuple[int, ...], pretraining: int, sh
     return case._replace(train=train, begins_pretrained=True, pretraining_steps=pretraining)
 
 
-def few_shot_several_horizons(tasks: TaskConfig, seed: int) -> Case:
+def few_shot_several_horizons(
+    tasks: TaskConfig, seed: int, model: ModelConfig | None = None, images: str = "mnist"
+) -> Case:
     """The settings that were chosen for rotated 5-shot tasks, on any tasks. seed: of the test tasks."""
     outer = OuterConfig(steps=600, init_rate=2e-3, rates_rate=5e-2, validate_every=100)
-    case = few_shot(tasks, MLP, outer, seed=seed, searchers=NEW)
+    case = few_shot(tasks, model or MLP, outer, images=images, seed=seed, searchers=NEW)
     return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
 
 
@@ -159,6 +168,12 @@ CASES = {
         TaskConfig("rotated", 10, 5, label_noise=0.4), 20261202
     ),
     "permuted 10-way 10-shot, several horizons": few_shot_several_horizons(TaskConfig("permuted", 10, 10), 20261203),
+    "rotated 10-way 5-shot, 8 hidden layers, several horizons": few_shot_several_horizons(
+        TaskConfig("rotated", 10, 5), 20261204, ModelConfig(widths=(64,) * 8)
+    ),
+    "Fashion-MNIST, rotated 10-way 5-shot, several horizons": few_shot_several_horizons(
+        TaskConfig("rotated", 10, 5), 20261205, images="fashion"
+    ),
     "rotated 10-way 1-shot, trained with 5, several horizons": Case(
         None, few_shot(TaskConfig("rotated", 10, 1), MLP, OuterConfig(), seed=20261128, searched=0, shot=1).compare,
         of="rotated 10-way 5-shot, several horizons",
@@ -253,6 +268,12 @@ def pretraining(train: TrainConfig, steps: int = 0) -> TrainConfig:
     return dataclasses.replace(train, tasks=tasks, inner=inner, outer=outer)
 
 
+def images_of(case: Case, cases: dict[str, Case]) -> set[str]:
+    """The data that a case trains on or is compared on."""
+    train = (cases[case.of] if case.of else case).train
+    return {name for name in (case.compare.data, train and train.data) if name is not None}
+
+
 def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
     source = case.of or name
     train, network = cases[source].train, cases[source].network
@@ -299,8 +320,9 @@ def main() -> None:
         content = json.loads(stored.read_text())
         rows, facts = content["rows"], {name: content[name] for name in ("corrected", "cases") if name in content}
     for name in options.only or cases:
-        if cases[name].compare.data not in (None, *data.names()):
-            print(f"{name}: left out, {cases[name].compare.data} is not there (metalr data list)")
+        missing = images_of(cases[name], cases) - {*data.names()}
+        if missing:
+            print(f"{name}: left out, {', '.join(missing)} is not there (metalr data list)")
             continue
         results = run_case(name, cases[name], cases, options.seeds, root)
         rows = [row for row in rows if row["case"] != name] + rows_of(name, results)
