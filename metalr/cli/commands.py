@@ -640,8 +640,9 @@ def data_import(
     """Check your own images and labels, and keep them under a name.
 
     Args:
-      source: a folder of pictures with a folder for each class; or an .npz with images and labels, numbers or names
-        (and optionally test_images, test_labels, class_split), or with images [classes, n, height, width] alone.
+      source: a folder of pictures with a folder for each class; or a folder of IDX files, as Fashion-MNIST comes; or an
+        .npz with images and labels, numbers or names (and optionally test_images, test_labels, class_split), or with
+        images [classes, n, height, width] alone.
       name: what --data calls it; default: the name of the file or folder.
       min_per_class: leave out classes with fewer images.
       size: pictures: resize to that many pixels, square.
@@ -650,10 +651,12 @@ def data_import(
     from metalr import data
     from metalr.data import sources
 
-    if source.is_dir():
+    if source.is_dir() and not sources.holds_idx(source):
         dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=name)
     elif size is not None or gray:
         raise ConfigError(f"size, gray: expected a folder of pictures with them, got {source}")
+    elif source.is_dir():
+        dataset = sources.read_idx(source, min_per_class=min_per_class, name=name)
     else:
         dataset = data.from_npz(source, name, min_per_class=min_per_class)
     if dataset.name in (data.BUNDLED, "mnist"):

@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -38,28 +39,85 @@ MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"  # TFDS's own 
 MEND = "get the four MNIST files again, then run `metalr data prepare mnist --idx DIR`"
 
 
-def read_idx(folder: Path) -> arrays.Dataset:
+def read_mnist(folder: Path) -> arrays.Dataset:
     """The full MNIST from its four IDX files, gzipped or not.
 
     Raises:
       DataError: a file is missing, is no gzip (an HTML page, say), is cut short, or has another sha256.
     """
     content = {name: _read_checked(Path(folder), name, sha256) for name, sha256 in IDX_FILES.items()}
-
-    def images(part: str) -> np.ndarray:
-        return np.frombuffer(content[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
-
-    def labels(part: str) -> np.ndarray:
-        return np.frombuffer(content[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8)
-
-    return arrays.from_arrays(
-        images("train"),
-        labels("train"),
-        test_images=images("t10k"),
-        test_labels=labels("t10k"),
-        name="mnist",
-        source=f"MNIST, IDX files in {folder}",
+    train, test = (
+        (_idx_array(content[f"{part}-images-idx3-ubyte"], 3), _idx_array(content[f"{part}-labels-idx1-ubyte"], 1))
+        for part in ("train", "t10k")
     )
+    return arrays.from_arrays(
+        *train, test_images=test[0], test_labels=test[1], name="mnist", source=f"MNIST, IDX files in {folder}"
+    )
+
+
+def holds_idx(folder: Path) -> bool:
+    """Whether a folder has images as IDX files, as MNIST and sets made in its likeness come."""
+    return any(_IDX_IMAGES.search(file.name) for file in folder.iterdir())
+
+
+def read_idx(folder: Path, *, name: str | None = None, min_per_class: int = 0) -> arrays.Dataset:
+    """Images that come in MNIST's layout: Fashion-MNIST, KMNIST, EMNIST, one's own. Gzipped or not.
+
+    A folder with a file `…train-images-idx3-ubyte`, one `…train-labels-idx1-ubyte`, and the same two of the test part
+    (`t10k` or `test`) or none. Format: http://yann.lecun.com/exdb/mnist, "file formats".
+
+    Args:
+      name: what the set is called; default: the folder's name.
+      min_per_class: leave out classes with fewer images.
+
+    Raises:
+      DataError: a file is missing, there are several of a kind, or one is cut short or no IDX file of bytes.
+    """
+    parts: dict[str, dict[str, list[Path]]] = {"train": {}, "test": {}}
+    for file in sorted(folder.iterdir()):
+        for kind, pattern in (("images", _IDX_IMAGES), ("labels", _IDX_LABELS)):
+            if pattern.search(file.name):
+                test = re.search("t10k|test", file.name) is not None
+                parts["test" if test else "train"].setdefault(kind, []).append(file)
+    read: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
+    for part, files in parts.items():
+        if part == "test" and not files:
+            continue
+        for kind, dimensions in (("images", 3), ("labels", 1)):
+            found = files.get(kind, [])
+            if len(found) != 1:
+                names = ", ".join(file.name for file in found) or "none"
+                wanted = f"one IDX file of the {part} part's {kind} (…-{kind}-idx{dimensions}-ubyte, gzipped or not)"
+                raise DataError(f"{folder}: expected {wanted}, got {names}; keep one set in a folder of its own")
+            try:
+                read[part][kind] = _idx_array(_read_gzip(found[0], "get it again"), dimensions)
+            except ValueError as error:
+                raise DataError(f"{found[0]}: {error}; get it again") from error
+    return arrays.from_arrays(
+        read["train"]["images"],
+        read["train"]["labels"],
+        test_images=read["test"].get("images"),
+        test_labels=read["test"].get("labels"),
+        min_per_class=min_per_class,
+        name=name or folder.resolve().name,
+        source=f"IDX files in {folder.resolve().name}/",
+    )
+
+
+_IDX_IMAGES, _IDX_LABELS = (re.compile(rf"{kind}[-.]idx\d-ubyte(\.gz)?$") for kind in ("images", "labels"))
+
+
+def _idx_array(content: bytes, dimensions: int) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes. Raises ValueError with what is wrong."""
+    start = bytes([0, 0, 8, dimensions])
+    if content[:4] != start:
+        wanted = f"an IDX file of bytes in {dimensions} dimensions, which starts with {start!r}"
+        raise ValueError(f"expected {wanted}, got {content[:4]!r}")
+    shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4))
+    numbers = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if len(numbers) != np.prod(shape):
+        raise ValueError(f"expected {' x '.join(map(str, shape))} bytes, as it says, got {len(numbers):,}")
+    return numbers.reshape(shape)
 
 
 def _read_checked(folder: Path, name: str, sha256: str) -> bytes:
@@ -67,20 +125,25 @@ def _read_checked(folder: Path, name: str, sha256: str) -> bytes:
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise DataError(f"{candidates[0]}: expected the gzipped IDX file, found none; {MEND}")
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except EOFError as error:
-        raise DataError(f"{path}: expected a whole gzip file, got one cut short; {MEND}") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        kind = "an HTML page" if raw.lstrip()[:1] == b"<" else f"a file that starts with {raw[:8]!r}"
-        raise DataError(f"{path}: expected a gzip file, got {kind}; {MEND}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+    content = _read_gzip(path, MEND)
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
         raise DataError(f"{path}: expected sha256 {sha256[:16]}… of its content, got {got[:16]}…; {MEND}")
     return content
+
+
+def _read_gzip(path: Path, mend: str) -> bytes:
+    """What a file holds, unpacked if its name ends in .gz."""
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except EOFError as error:
+        raise DataError(f"{path}: expected a whole gzip file, got one cut short; {mend}") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        kind = "an HTML page" if raw.lstrip()[:1] == b"<" else f"a file that starts with {raw[:8]!r}"
+        raise DataError(f"{path}: expected a gzip file, got {kind}; {mend}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def tfds_dir(given: Path | None = None) -> Path:
@@ -105,10 +168,10 @@ def prepare(name: str, *, idx: Path | None = None, data_dir: Path | None = None)
     if idx is not None:
         if name != "mnist":
             raise DataError(f"--idx: expected the name mnist with it, got {name!r}")
-        write_tfds(read_idx(idx), folder)
+        write_tfds(read_mnist(idx), folder)
     elif name == "mnist" and not prepared_tfds(folder, name):
         with tempfile.TemporaryDirectory() as downloads:
-            write_tfds(read_idx(download_mnist(Path(downloads))), folder)
+            write_tfds(read_mnist(download_mnist(Path(downloads))), folder)
     elif not prepared_tfds(folder, name):
         raise DataError(
             f"data {name!r}: expected a prepared TFDS dataset in {folder}, found none; prepare it with TFDS "

@@ -459,7 +459,7 @@ def test_a_mistyped_flag_is_answered_once(capsys):
     assert capsys.readouterr().err.count("--outer.steps INT") == 1
 
 
-def test_data_commands(blobs_npz, capsys):
+def test_data_commands(blobs_npz, tmp_path, capsys):
     call("data", "list")
     assert "mnist12k: 10,000 train + 2,000 test" in capsys.readouterr().out
     call("data", "import", blobs_npz, "--name", "mine")
@@ -467,6 +467,14 @@ def test_data_commands(blobs_npz, capsys):
     call("data", "list", "--json")
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mnist12k", "mine"]
     assert "another name" in refused(capsys, "data", "import", blobs_npz, "--name", "mnist12k")
+    folder = tmp_path / "clothes"
+    folder.mkdir()
+    for kind, array in (("images-idx3", np.zeros((30, 8, 8), np.uint8)), ("labels-idx1", np.arange(30) % 3)):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        (folder / f"train-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    call("data", "import", folder)
+    assert "clothes: 27 train + 3 test images, 8x8x1, 3 classes" in capsys.readouterr().out
+    assert "size, gray: expected a folder of pictures" in refused(capsys, "data", "import", folder, "--gray")
     assert "found none" in refused(capsys, "data", "prepare", "mnist", "--idx", "nowhere")
 
 

@@ -48,7 +48,7 @@ def test_idx_to_tfds_to_cache(idx_dir, tmp_path):
     prepared = sources.prepare("mnist", idx=idx_dir)
     assert (tmp_path / "tfds" / "mnist" / "3.0.1" / "dataset_info.json").is_file()
     assert not list((tmp_path / "tfds").glob(".metalr-*"))
-    plain = sources.read_idx(idx_dir)
+    plain = sources.read_mnist(idx_dir)
     for part in ("train", "test"):  # TFDS shuffles: the same images with the same labels, in another order
 
         def rows(dataset, part=part):
@@ -103,7 +103,7 @@ def test_download_by_tfds_with_checksums(idx_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.download.checksums, "get_all_url_infos", lambda: dict(infos))
     try:
         folder = sources.download_mnist(tmp_path / "got", url)
-        assert len(sources.read_idx(folder).train_images) == 40
+        assert len(sources.read_mnist(folder).train_images) == 40
         bad = idx_dir / "train-labels-idx1-ubyte.gz"
         bad.write_bytes(b"<html>" + bad.read_bytes())
         with pytest.raises(DataError, match="the download failed"):
@@ -212,7 +212,7 @@ def test_what_cannot_be_prepared():
 
 @pytest.mark.skipif(not REAL, reason="METALR_MNIST_IDX names no folder with the real MNIST")
 def test_bundled_is_a_subset_of_the_real_mnist():
-    full, subset = sources.read_idx(Path(REAL or "")), data.bundled()
+    full, subset = sources.read_mnist(Path(REAL or "")), data.bundled()
     for digit in range(10):
         np.testing.assert_array_equal(
             full.train_images[full.train_labels == digit][:1000], subset.train_images[subset.train_labels == digit]
@@ -272,3 +272,63 @@ def test_pictures_from_the_command_line_to_a_run(tmp_path, capsys):
     assert data.names() == ["mnist12k"]
     with pytest.raises(DataError, match="expected a prepared dataset, have none"):
         data.remove("insects")
+
+
+def write_idx(folder: Path, name: str, array: np.ndarray, packed: bool = True) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.gz" if packed else folder / name
+    file.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
+    return file
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """A set in MNIST's layout, but of its own size and labels."""
+    rng, folder = np.random.default_rng(0), tmp_path / "clothes"
+    for part, count in (("emnist-mine-train", 60), ("emnist-mine-test", 20)):
+        write_idx(folder, f"{part}-images-idx3-ubyte", rng.integers(0, 256, (count, 8, 8)), part.endswith("test"))
+        write_idx(folder, f"{part}-labels-idx1-ubyte", np.arange(count) % 5)
+    return folder
+
+
+def test_any_set_in_mnists_layout(clothes):
+    assert sources.holds_idx(clothes)
+    dataset = sources.read_idx(clothes)
+    assert (dataset.name, dataset.shape, dataset.classes) == ("clothes", (8, 8, 1), 5)
+    assert (len(dataset.train_images), len(dataset.test_images)) == (60, 20)
+    raw = np.frombuffer((clothes / "emnist-mine-train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+    by_class = np.argsort(np.arange(60) % 5, kind="stable")
+    kept = dataset.train_images[np.argsort(dataset.train_labels, kind="stable"), ..., 0]
+    assert np.array_equal(kept, raw.reshape(60, 8, 8)[by_class])
+    for file in clothes.glob("*test*"):
+        file.unlink()
+    alone = sources.read_idx(clothes, name="alone")  # a sixth of each class becomes the test part
+    assert (alone.name, len(alone.train_images), len(alone.test_images)) == ("alone", 50, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "emnist-mine-test-labels-idx1-ubyte.gz").unlink(), "the test part's labels .*, got none"),
+        (
+            lambda f: write_idx(f, "other-train-labels-idx1-ubyte", np.arange(3)),
+            "one IDX file of the train part's labels .*, got emnist-mine-train.*, other-train.*; keep one set",
+        ),
+        (
+            lambda f: write_idx(f, "emnist-mine-train-images-idx3-ubyte", np.arange(3), packed=False),
+            "train-images-idx3-ubyte: expected an IDX file of bytes in 3 dimensions",
+        ),
+        (
+            lambda f: (f / "emnist-mine-train-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((4, 8, 8)))[:-1]),
+            "train-images-idx3-ubyte: expected 4 x 8 x 8 bytes, as it says, got 255; get it again",
+        ),
+        (
+            lambda f: (f / "emnist-mine-train-labels-idx1-ubyte.gz").write_bytes(b"<html>"),
+            "labels-idx1-ubyte.gz: expected a gzip file, got an HTML page; get it again",
+        ),
+    ],
+)
+def test_a_set_in_mnists_layout_that_is_not_whole(clothes, change, message):
+    change(clothes)
+    with pytest.raises(DataError, match=message):
+        sources.read_idx(clothes)

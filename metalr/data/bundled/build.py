@@ -18,7 +18,7 @@ def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    full = sources.read_idx(Path(sys.argv[1]))
+    full = sources.read_mnist(Path(sys.argv[1]))
     train, test = first_of_each(full.train_labels, 1000), first_of_each(full.test_labels, 200)
     np.savez_compressed(
         Path(__file__).parent / "mnist12k.npz",
