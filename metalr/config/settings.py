@@ -326,6 +326,11 @@ class CompareConfig:
     """Query images per class; None: the runs'."""
     label_noise: float | None = None
     """Share of the support labels that are drawn anew at random; None: the runs'."""
+    widths: tuple[int, ...] | None = None
+    """Another mlp than the runs', with hidden layers of these widths: the learned rates alone go over to it, layer by
+    layer as they are first, hidden or last. All methods start from a random init."""
+    fan_in: bool = False
+    """With widths: rates of kernels are divided by how many more inputs they have than the learned ones."""
     tasks: int = 20
     """Meta-test tasks that all methods meet."""
     searched: int = 5

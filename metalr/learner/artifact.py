@@ -120,7 +120,7 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     norm = "Predictions depend on the other images of the batch (transductive).\n" if learner.model.transductive else ""
     if learner.standardisation is not None:
         norm += "It was trained on standardised numbers; `adapt` and `apply` take and give numbers in your own units.\n"
-    alone = learner.facts.get("outer", {}).get("learns") == "rates"
+    alone = learner.rates_alone
     init = "a random initialization that was not learned" if alone else "a meta-learned initialization"
     return (
         f"# A metalr learner\n\nA {facts['model']['name']} ({', '.join(described(learner.model))}): {init} and "

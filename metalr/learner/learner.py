@@ -30,6 +30,7 @@ from metalr.types import Curve, Episode, Params, Rates
 
 FEW_IMAGES_A_CLASS = 2  # below, a transductive network's statistics say too little
 LEARNED, FIXED = "learned rates", "fixed rates"  # what reports call hyperparameters
+RATES_ALONE = "rates"  # the setting outer.learns of a learner without a learned init
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,6 +156,8 @@ class Learner:
           tasks: their `test` sampler is drawn from.
           steps: length of the curve; default: 10, or as many as were trained if those are more.
 
+        Rates that were learned alone (outer.learns "rates") start from a random init for each task.
+
         Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
         """
         length = max(10, self.spec.steps) if steps is None else steps
@@ -172,7 +175,9 @@ class Learner:
                 "tasks: expected those that this was trained on, or tasks that are not standardised; their "
                 "standardisation is another one"
             )
-        run = protocol.make_evaluator(self.model, self.spec, sample, length, objective=self.objective)
+        run = protocol.make_evaluator(
+            self.model, self.spec, sample, length, random_init=self.rates_alone, objective=self.objective
+        )
         return run(pool, self.init, self.rates, protocol.episode_keys(seed, episodes))
 
     def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
@@ -308,6 +313,7 @@ class Learner:
         like: Params | None = None,
         names: Names = None,
         default: float | str | None = None,
+        fan_in: bool = False,
     ) -> optax.GradientTransformation:
         """Gradient descent with the learned hyperparameters, for any training loop.
 
@@ -337,6 +343,8 @@ class Learner:
             learned tensors of the same kind that are in the first, a hidden or the last layer too. None: by the same
             name.
           default: the rate of tensors that are like none: a number, or "mean" of the learned rates. None refuses them.
+          fan_in: whether the rate of a kernel is also multiplied by (inputs of the learned one) / (its own inputs), as
+            is right for Adam's steps on layers of another width (Yang et al. 2022, Tensor Programs V, table 3).
 
         Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that
         are predicted, which are for their own network only.
@@ -344,17 +352,53 @@ class Learner:
         if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
             raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
         if like is None:
-            if names is not None or default is not None:
-                raise ConfigError("like: expected your params beside names and default, got None")
+            if names is not None or default is not None or fan_in:
+                raise ConfigError("like: expected your params beside names, default and fan_in, got None")
             own = descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
             return _within_params(own)
-        found = self.matching(like, names=names, default=default)
+        found = self.matching(like, names=names, default=default, fan_in=fan_in)
         spec, rates = rates_for(self.spec, self.rates, self.init, like, found)
         return descent.optimizer(spec, rates, steps, tensors=trees.leaf_names(like))
 
-    def matching(self, like: Params, *, names: Names = None, default: float | str | None = None) -> Matching:
+    def matching(
+        self, like: Params, *, names: Names = None, default: float | str | None = None, fan_in: bool = False
+    ) -> Matching:
         """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
-        return match(self.spec, self.rates, self.init, like, names, default)
+        return match(self.spec, self.rates, self.init, like, names, default, fan_in)
+
+    def for_network(
+        self,
+        model: Model,
+        *,
+        names: Names = "role",
+        default: float | str | None = None,
+        fan_in: bool = False,
+        seed: int = 0,
+    ) -> Learner:
+        """The learned rates on another network, wider or deeper, say: a learner that has no learned init.
+
+        What was learned of an init is left behind: `evaluate` draws a random one for each task, and `adapt` begins from
+        one of `seed`, or from the one that you give it.
+
+        Args:
+          model: takes the same tasks, of images or others, as the learner's own.
+          names, default, fan_in: which learned tensor each of its tensors is like; see `as_optax`.
+          seed: of the random init that is stored with it.
+
+        Raises ConfigError for a tensor without a rate, and for rates that are predicted from the layers that they were
+        learned on.
+        """
+        init = jax.jit(model.init)(jax.random.key(seed))
+        found = self.matching(init, names=names, default=default, fan_in=fan_in)
+        spec, rates = rates_for(self.spec, self.rates, self.init, init, found)
+        outer = {**self.facts.get("outer", {}), "learns": RATES_ALONE}
+        facts = {**self.facts, "outer": outer, "carried_from": {"model": self.model.name, "names": str(names)}}
+        return dataclasses.replace(self, model=model, spec=spec, init=init, rates=rates, facts=facts)
+
+    @property
+    def rates_alone(self) -> bool:
+        """Whether no init was learned (outer.learns "rates"): a task begins from a random one then."""
+        return self.facts.get("outer", {}).get("learns") == RATES_ALONE
 
     @property
     def classifies_images(self) -> bool:

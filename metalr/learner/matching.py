@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalr import trees
 from metalr.errors import ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -45,17 +46,22 @@ class Matching:
       sources: your tensor -> learned tensors (of several the geometric mean is taken); () for the default.
       default: the rate of those; None if there are none.
       values: your tensor -> its rate, the mean over time and its elements.
+      factors: your tensor -> what its learned rates are multiplied by, because its layer has another number of inputs;
+        1 for all others.
     """
 
     sources: dict[str, tuple[str, ...]]
     default: float | None
     values: dict[str, float]
+    factors: dict[str, float]
 
     def __str__(self) -> str:
         width = max(map(len, self.sources))
         lines = []
         for name, of in self.sources.items():
             source = ", ".join(of) if of else "default"
+            if self.factors[name] != 1:
+                source += f", x {self.factors[name]:.3g} for its inputs"
             lines.append(f"{name:{width}}  {self.values[name]:.4g}  {source}")
         return "\n".join(lines)
 
@@ -111,7 +117,13 @@ def _in_order(params: Params) -> list[tuple[str, Any]]:
 
 
 def match(
-    spec: RatesSpec, rates: Rates, init: Params, params: Params, names: Names, default: float | str | None
+    spec: RatesSpec,
+    rates: Rates,
+    init: Params,
+    params: Params,
+    names: Names,
+    default: float | str | None,
+    fan_in: bool = False,
 ) -> Matching:
     """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax."""
     learned = {each.name: each for each in tensors_of(init, spec.head)}
@@ -149,8 +161,24 @@ def match(
     if lost and not (isinstance(start, (int, float)) and np.isfinite(start) and start >= 0):
         raise ConfigError(f"default: expected a rate of at least 0, or 'mean', got {default!r}")
     chosen = float(start) if lost and start is not None else None
-    values = {name: float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
-    return Matching(sources, chosen, values)
+    factors = dict.fromkeys(sources, 1.0)
+    if fan_in:
+        factors = {name: _fan_in_factor(init, params, name, of) for name, of in sources.items()}
+    values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
+    return Matching(sources, chosen, values, factors)
+
+
+def _fan_in_factor(init: Params, params: Params, name: str, of: tuple[str, ...]) -> float:
+    """Inputs of the learned tensors (their geometric mean) over those of `name`; 1 for what is no kernel.
+
+    A step of Adam is as large whatever the gradient, and moves an output by one such step for each input: so the rate
+    of a kernel goes with 1 / inputs (Yang et al. 2022, Tensor Programs V, table 3).
+    """
+    learned, mine = trees.leaf_shapes(init), trees.leaf_shapes(params)
+    if not of or len(mine[name]) < 2:
+        return 1.0
+    inputs = np.array([np.prod(learned[source][:-1]) for source in of])
+    return float(np.exp(np.log(inputs).mean()) / np.prod(mine[name][:-1]))
 
 
 def _mapped(names: Mapping[str, str], name: str) -> str | None:
@@ -211,7 +239,7 @@ def rates_for(
     found: dict[str, jax.Array] = {}
     for name, of in matching.sources.items():
         same = len(of) == 1 and shapes[of[0]] == np.shape(leaves[name]) and _group(spec, of[0]) is not None
-        value: Any = _combined(spec, rates, of, matching.default)
+        value: Any = _combined(spec, rates, of, matching.default) * np.float32(matching.factors[name])
         if same and spec.granularity in ("channel", "parameter"):
             value = rates[str(_group(spec, of[0]))]  # element by element
         elif spec.granularity in ("channel", "parameter"):

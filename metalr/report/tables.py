@@ -276,6 +276,11 @@ def contest_text(results: dict[str, Any]) -> str:
         f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
         f"them searched; {results['data']}"
     )
+    widths = results["config"].get("widths")
+    if widths:
+        about += (
+            f"\nLearned rates on another network than they were learned on, an mlp of {', '.join(map(str, widths))}"
+        )
     lines = [about, "", *aligned([head, *body], left=(0,)), *_direction(results), ""]
     return "\n".join([*lines, contest_conclusion(results)])
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metalr import data, report, tasks
+from metalr import data, models, report, tasks
 from metalr.comparison import rivals
 from metalr.comparison.rivals import Field, Key, Scores, Searched
 from metalr.config import CompareConfig, SpaceConfig, TrainConfig
@@ -191,6 +191,10 @@ def _set_up(
     joint, joint_trained = load_runs(pretrained, own, "pretrained") if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
         raise ConfigError(f"pretrained: {pretrained[0]}: expected the same network as in {runs[0]}, found another")
+    if config.widths is not None:
+        learners = _on_another_network(learners, config, pretrained)
+    elif config.fan_in:
+        raise ConfigError("fan_in: expected False without --widths of another network, got True")
     made = from_json(trained[0]["config"])
     for path, found in zip(pretrained, joint_trained, strict=True):
         _check_pretrained(f"pretrained: {path}", from_json(found["config"]), made)
@@ -237,6 +241,29 @@ def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> N
     for name, (other, own) in differences(joint, trained).items():
         if name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query"):
             raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
+
+
+def _on_another_network(
+    learners: Sequence[Learner], config: CompareConfig, pretrained: Sequence[Path]
+) -> list[Learner]:
+    """The learned rates on an mlp of other widths. Raises ConfigError where there is none, or no rate for a layer."""
+    own = learners[0].model
+    if own.name != "mlp":
+        raise ConfigError(f"widths: expected runs of an mlp, got {own.name}; in Python: learned.for_network")
+    if pretrained:
+        raise ConfigError("pretrained: expected none with --widths of another network, which has no such init")
+    assert config.widths is not None
+    trained = own.settings["widths"]
+    if len(config.widths) > 1 and len(trained) == 1:
+        raise ConfigError(
+            f"widths: expected one hidden layer, as the runs have ({trained}), because no rate was learned for one "
+            f"behind another, got {config.widths}; train on two or more"
+        )
+    settings = own.settings | {"widths": config.widths}
+    assert own.way is not None
+    assert own.input_shape is not None
+    other = models.build(own.name, own.way, own.input_shape, **settings)
+    return [learner.for_network(other, fan_in=config.fan_in) for learner in learners]
 
 
 class Own(NamedTuple):
@@ -414,7 +441,7 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
 def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: Callable[[], None]) -> list[Scores]:
     """All methods that take one run a task; learned init and rates first."""
     learners, field = parts.learners, parts.field
-    alone = learners[0].facts.get("outer", {}).get("learns") == "rates"
+    alone = learners[0].rates_alone
     model = learners[0].model
     runs = rivals.baselines(model, field)
     inits: dict[str, rivals.Inits] = {"random": [None]}

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import metalr
-from metalr import models, outer
+from metalr import inner, models, outer
 from metalr.errors import ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -83,6 +83,56 @@ def test_by_mapping_pattern_and_function():
     assert found["layer_5/bias"] == 0
 
 
+def test_rates_of_kernels_go_with_one_over_their_inputs():
+    learned = learner()  # kernels of 4 x 5, 5 x 5 and 5 x 3; here 4 x 7, 7 x 7 and 7 x 2
+    tx = learned.as_optax(like=PARAMS, names="role", default=0.03, fan_in=True)
+    found = rates_of(tx, PARAMS)
+    names = ("layer_0/kernel", "layer_5/kernel", "a_last_one/kernel", "layer_5/bias", "norm/scale")
+    np.testing.assert_allclose([found[name] for name in names], [0.1, 0.2 * 5 / 7, 0.4 * 5 / 7, 0.2, 0.03], rtol=1e-5)
+    printed = str(learned.matching(PARAMS, names="role", default=0.03, fan_in=True))
+    assert "dense_1/kernel, x 0.714 for its inputs" in printed
+    assert "layer_5/bias       0.2 " in printed
+
+
+def test_on_another_network_it_is_a_learner_without_a_learned_init():
+    learned = learner()
+    wide = models.mlp(3, (4,), widths=(9, 9, 9))
+    other = learned.for_network(wide, fan_in=True)
+    assert other.rates_alone
+    assert not learned.rates_alone
+    assert other.model is wide
+    x, y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), np.arange(6) % 3
+    start = wide.init(jax.random.key(5))
+    fast = other.adapt(x, y, steps=3, init=start)
+    tx = learned.as_optax(like=start, names="role", fan_in=True)
+    params, state = start, tx.init(start)
+    for _ in range(3):
+        grads = jax.grad(
+            lambda p: optax.softmax_cross_entropy_with_integer_labels(wide.apply(p, x), y).mean()
+        )(params)  # fmt: skip
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), fast, params)
+
+
+def test_without_a_learned_init_every_task_is_evaluated_from_one_of_its_own():
+    """A network whose outputs are its init's alone: tasks of one init would all have one score."""
+    model = models.from_function(
+        lambda key: {"head": {"kernel": jax.random.normal(key, (1, 1))}}, lambda p, x: x @ p["head"]["kernel"]
+    )
+
+    def sample(key):
+        x = jnp.ones((2, 1))
+        return metalr.Episode(x, jnp.zeros((2, 1)), x, jnp.zeros((2, 1)))
+
+    tasks = metalr.Tasks(train=sample, validation=sample, test=sample)
+    spec = RatesSpec(steps=1)
+    init, rates = model.init(jax.random.key(0)), {"head": jnp.float32(1e-6)}
+    own = metalr.Learner(model, spec, init, rates, objective=inner.OBJECTIVES["squared_error"])
+    assert np.ptp(own.evaluate(tasks, episodes=8, steps=1).tasks[:, 0]) < 1e-6
+    assert np.ptp(own.for_network(model, names="depth").evaluate(tasks, episodes=8, steps=1).tasks[:, 0]) > 0.1
+
+
 def test_what_was_matched_can_be_printed():
     text = str(learner().matching(PARAMS, names="depth", default=0.03))
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
@@ -106,6 +156,8 @@ def test_refusals(options, message):
 
 
 def test_names_need_params_to_look_at():
+    with pytest.raises(ConfigError, match="like: expected your params beside names, default and fan_in"):
+        learner().as_optax(fan_in=True)
     with pytest.raises(ConfigError, match="like: expected your params beside names"):
         learner().as_optax(names="role")
     with pytest.raises(ConfigError, match="rates that are predicted"):

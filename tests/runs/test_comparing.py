@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from metalr import cli, data, report, runs
+from metalr import cli, data, models, report, runs
 from metalr.comparison import rivals
 from metalr.config import (
     CompareConfig,
@@ -137,6 +137,28 @@ def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path, 
     assert max(sizes) < 50
     for row in rows:  # the winner was trained again on all 50
         assert row["again_example_gradients"] in (50, 100)
+
+
+def test_learned_rates_on_another_network(trained, tmp_path, few_rates, capsys):
+    config = dataclasses.replace(CONFIG, widths=(12,), fan_in=True, searched=0, rivals=(), out=tmp_path / "wide")
+    results = comparing.run(trained[:2], config, reporter=QUIET)
+    methods = {row["method"] for row in results["rows"]}
+    assert methods == {
+        "random init + learned rates", "random init, no search (Adam 0.001)", "random init + one tuned rate"
+    }  # fmt: skip
+    rates = comparing.load_runs(trained[:2], comparing.Own())[0][0]
+    wide = rates.for_network(models.mlp(10, (8, 8, 1), widths=(12,)), fan_in=True)
+    assert wide.rates["head/kernel"] == pytest.approx(np.asarray(rates.rates["head"]) * 8 / 12, rel=1e-6)
+    assert "an mlp of 12" in report.contest_text(results)
+    again = {"widths": (12, 12)}, {"fan_in": True}
+    for changes, message in zip(again, ("widths: expected one hidden layer", "fan_in: expected False"), strict=True):
+        with pytest.raises(ConfigError, match=message):
+            comparing.run(trained[:2], dataclasses.replace(CONFIG, out=tmp_path / "x", **changes), reporter=QUIET)
+    with pytest.raises(ConfigError, match="pretrained: expected none with --widths"):
+        comparing.run(
+            trained[:2], dataclasses.replace(config, out=tmp_path / "x"), pretrained=trained[2:], reporter=QUIET
+        )
+    assert not (tmp_path / "x").exists()
 
 
 def test_refusals(trained, tmp_path):
