@@ -1,8 +1,9 @@
-"""The figures of docs/evidence.md and the tables of docs/evidence_tables.md, from results/grid_search.json.
+"""The figures and tables of docs/evidence.md, docs/evidence_tables.md and README, from results/grid_search.json.
 
     python benchmarks/evidence.py
 
-Draws docs/figures/CASE.svg for every case that the page has a place for (<!-- table: CASE -->), and fills in its table.
+Draws docs/figures/CASE.svg for every case that docs/evidence_tables.md has a place for (<!-- table: CASE -->), and
+fills in its table; and the summary (<!-- summary -->) of README.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "evidence_tables.md"
 RESULTS = ROOT / "benchmarks" / "results" / "grid_search.json"
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
+README = ROOT / "README.md"
+SUMMARY_PLACE = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.S)
+SUMMARY = {  # case -> what README calls it, and the numbers of steps that it shows
+    "rotated, full data, several horizons": ("rotated, 7,000 images", (11, 436, 4360)),
+    "rotated 10-way 5-shot, several horizons": ("rotated", (1, 50)),
+    "relabeled 10-way 5-shot, several horizons": ("labels in another order", (1, 50)),
+    "rotated 10-way 5-shot, label noise 0.4, several horizons": ("rotated, 40 % of the labels random", (1, 50)),
+    "permuted 10-way 10-shot, several horizons": ("pixels permuted, 100 images", (1, 50)),
+    "scaled 10-way 5-shot, several horizons": ("inputs of another scale", (1, 50)),
+    "rotated 10-way 5-shot, 8 hidden layers, several horizons": ("rotated, 8 hidden layers", (1, 50)),
+    "Fashion-MNIST, rotated 10-way 5-shot, several horizons": ("Fashion-MNIST, rotated", (1, 50)),
+}
 LEAST = {
     "rotated, full data, several horizons": 0.88,
     "rotated 10-way 5-shot, several horizons": 0.86,
@@ -90,6 +103,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rival(row: dict[str, Any]) -> str:
+    """A rival's accuracy, and what the learned method is above it by at no more cost."""
+    difference, ci95 = (100 * value for value in row["learned_minus_this_at_equal_cost"])
+    return f"{100 * row['accuracy']:.1f} ({difference:+.1f} ± {ci95:.1f})"
+
+
+def summary() -> str:
+    """A row for each case and length: the learned method, and the best rival of each kind."""
+    lines = [
+        "| tasks | steps | learned init + rates | pre-trained init, one tuned rate | best optimizer without a rate "
+        "| best own search |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, (name, lengths) in SUMMARY.items():
+        rows = rows_of(case)
+        searches = [
+            row for row in rows if row["method"].startswith("random") and row["method"].endswith("trained again on all")
+        ]
+        for steps in lengths if rows else ():
+            at = {row["method"]: row for row in rows if row["steps"] == steps}
+            learned = at["learned init + learned rates"]
+            free = [row for method, row in at.items() if "no search" in method and "Adam" not in method]
+            best = max(free, key=lambda row: row["accuracy"])
+            start, optimizer = re.fullmatch(r"(.*) init, no search \((.*)\)", best["method"]).groups()
+            cells = [
+                name if steps == lengths[0] else "",
+                f"{steps:,}",
+                f"{100 * learned['accuracy']:.1f} ± {100 * learned['ci95']:.1f}",
+                rival(at["pre-trained init + one tuned rate"]),
+                f"{rival(best)} {optimizer}, {start}",
+                rival(max(searches, key=lambda row: row["accuracy"])) if steps == lengths[-1] else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summarised(text: str) -> str:
+    """README with its summary as the results have it."""
+    return SUMMARY_PLACE.sub(lambda found: f"{found.group(1)}\n{summary()}\n{found.group(2)}", text)
+
+
 def filled(text: str) -> str:
     """The page with its tables as the results have them."""
     return PLACE.sub(lambda found: f"{found.group(1)}\n{table(rows_of(found.group(2)))}\n{found.group(3)}", text)
@@ -104,6 +158,7 @@ def drawings(text: str) -> dict[Path, str]:
 def main() -> None:
     text = PAGE.read_text()
     PAGE.write_text(filled(text))
+    README.write_text(summarised(README.read_text()))
     for path, content in drawings(text).items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)

@@ -125,7 +125,7 @@ def test_snippet_runs():
 
 def test_numbers_are_those_of_the_results_files():
     """Each experiment's row: name | learned | best random cell | best cell from the learned init."""
-    rows = re.findall(r"^\| \[`(\w+)`\][^|]*\|(.*)\|$", README, re.M)
+    rows = re.findall(r"^\| \[`(\w+)`\][^|]*\|(.*)\|$", (ROOT / "docs" / "measured.md").read_text(), re.M)
     assert {name for name, _ in rows} == set(RESULTS)
     for name, cells in rows:
         comparison = {(r["method"], r["steps"]): r for r in RESULTS[name]["comparison"]}
@@ -209,10 +209,9 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
 
 
 def test_numbers_of_the_comparison_are_those_of_its_results():
-    """Rows of docs/measured.md, and of README, which has no column of tasks and the cost of each cell alone."""
+    """Rows of docs/measured.md."""
 
-    def cells(row, in_readme):
-        cost = row["naive_example_gradients" if in_readme else "example_gradients"] / 1000
+    def cells(row):
         paired = row.get("learned_minus_this_at_equal_cost")
         if row["method"] == "learned init + learned rates":
             paired = None
@@ -221,19 +220,18 @@ def test_numbers_of_the_comparison_are_those_of_its_results():
             row["method"],
             "" if row["steps"] is None else str(row["steps"]),
             f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}",
-            *([] if in_readme else [str(row["tasks"])]),
-            f"{cost:,.1f}",
+            str(row["tasks"]),
+            f"{row['example_gradients'] / 1000:,.1f}",
             f"{100 * paired[0]:+.1f} ± {100 * paired[1]:.1f}" if paired else "",
         ]
 
     measured = json.loads((ROOT / "benchmarks" / "results" / "grid_search.json").read_text())["rows"]
     cases = {row["case"] for row in measured}
-    for text in (README, (ROOT / "docs" / "measured.md").read_text()):
-        expected = [cells(row, text is README) for row in measured]
-        shown = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()
-                 if line.startswith("| `") and line.split("`")[1] in cases]  # fmt: skip
-        assert shown
-        assert [row for row in shown if row not in expected] == []
+    expected = [cells(row) for row in measured]
+    shown = [[cell.strip() for cell in line[1:-1].split("|")]
+             for line in (ROOT / "docs" / "measured.md").read_text().splitlines()
+             if line.startswith("| `") and line.split("`")[1] in cases]  # fmt: skip
+    assert [row for row in shown if row not in expected] == []
     newer = set(re.findall(r"<!-- table: (.*) -->", (ROOT / "docs" / "evidence_tables.md").read_text()))
     assert {row[0].strip("`") for row in shown} == cases - newer
 
@@ -244,6 +242,7 @@ def test_tables_and_figures_of_the_evidence_page_are_those_of_the_results(monkey
 
     text = evidence.PAGE.read_text()
     assert evidence.filled(text) == text
+    assert evidence.summarised(README) == README
     for path, content in evidence.drawings(text).items():
         assert path.read_text() == content
         assert f"figures/{path.name}" in text
