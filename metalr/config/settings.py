@@ -329,8 +329,8 @@ class CompareConfig:
     widths: tuple[int, ...] | None = None
     """Another mlp than the runs', with hidden layers of these widths: the learned rates alone go over to it, layer by
     layer as they are first, hidden or last. All methods start from a random init."""
-    fan_in: bool = False
-    """With widths: rates of kernels are divided by how many more inputs they have than the learned ones."""
+    fan_in: float = 0.0
+    """With widths: rates of kernels are multiplied by (learned inputs / own inputs) to this power, 0..1."""
     tasks: int = 20
     """Meta-test tasks that all methods meet."""
     searched: int = 5

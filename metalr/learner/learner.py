@@ -313,7 +313,7 @@ class Learner:
         like: Params | None = None,
         names: Names = None,
         default: float | str | None = None,
-        fan_in: bool = False,
+        fan_in: float = 0.0,
     ) -> optax.GradientTransformation:
         """Gradient descent with the learned hyperparameters, for any training loop.
 
@@ -343,8 +343,10 @@ class Learner:
             learned tensors of the same kind that are in the first, a hidden or the last layer too. None: by the same
             name.
           default: the rate of tensors that are like none: a number, or "mean" of the learned rates. None refuses them.
-          fan_in: whether the rate of a kernel is also multiplied by (inputs of the learned one) / (its own inputs), as
-            is right for Adam's steps on layers of another width (Yang et al. 2022, Tensor Programs V, table 3).
+          fan_in: the rate of a kernel is also multiplied by (inputs of the learned one / its own inputs) to this power,
+            0..1, for layers of another width. An Adam step has the same size whatever the gradient, so more inputs move
+            an output further: with power 1 if the steps of all weights pull the same way (Yang et al. 2022, Tensor
+            Programs V, table 3), with 0.5 if they do not (Everett et al. 2024). 0: no change.
 
         Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that
         are predicted, which are for their own network only.
@@ -361,7 +363,7 @@ class Learner:
         return descent.optimizer(spec, rates, steps, tensors=trees.leaf_names(like))
 
     def matching(
-        self, like: Params, *, names: Names = None, default: float | str | None = None, fan_in: bool = False
+        self, like: Params, *, names: Names = None, default: float | str | None = None, fan_in: float = 0.0
     ) -> Matching:
         """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
         return match(self.spec, self.rates, self.init, like, names, default, fan_in)
@@ -372,7 +374,7 @@ class Learner:
         *,
         names: Names = "role",
         default: float | str | None = None,
-        fan_in: bool = False,
+        fan_in: float = 0.0,
         seed: int = 0,
     ) -> Learner:
         """The learned rates on another network, wider or deeper, say: a learner that has no learned init.

@@ -123,7 +123,7 @@ def match(
     params: Params,
     names: Names,
     default: float | str | None,
-    fan_in: bool = False,
+    fan_in: float = 0.0,
 ) -> Matching:
     """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax."""
     learned = {each.name: each for each in tensors_of(init, spec.head)}
@@ -161,24 +161,20 @@ def match(
     if lost and not (isinstance(start, (int, float)) and np.isfinite(start) and start >= 0):
         raise ConfigError(f"default: expected a rate of at least 0, or 'mean', got {default!r}")
     chosen = float(start) if lost and start is not None else None
-    factors = dict.fromkeys(sources, 1.0)
-    if fan_in:
-        factors = {name: _fan_in_factor(init, params, name, of) for name, of in sources.items()}
+    if not 0 <= fan_in <= 1:
+        raise ConfigError(f"fan_in: expected a power of 0..1, got {fan_in!r}")
+    factors = {name: _wider(init, params, name, of) ** -fan_in for name, of in sources.items()}
     values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
     return Matching(sources, chosen, values, factors)
 
 
-def _fan_in_factor(init: Params, params: Params, name: str, of: tuple[str, ...]) -> float:
-    """Inputs of the learned tensors (their geometric mean) over those of `name`; 1 for what is no kernel.
-
-    A step of Adam is as large whatever the gradient, and moves an output by one such step for each input: so the rate
-    of a kernel goes with 1 / inputs (Yang et al. 2022, Tensor Programs V, table 3).
-    """
+def _wider(init: Params, params: Params, name: str, of: tuple[str, ...]) -> float:
+    """Inputs of the kernel `name` over those of the learned tensors (their geometric mean); 1 for what is no kernel."""
     learned, mine = trees.leaf_shapes(init), trees.leaf_shapes(params)
     if not of or len(mine[name]) < 2:
         return 1.0
     inputs = np.array([np.prod(learned[source][:-1]) for source in of])
-    return float(np.exp(np.log(inputs).mean()) / np.prod(mine[name][:-1]))
+    return float(np.prod(mine[name][:-1]) / np.exp(np.log(inputs).mean()))
 
 
 def _mapped(names: Mapping[str, str], name: str) -> str | None:

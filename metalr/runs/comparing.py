@@ -194,7 +194,7 @@ def _set_up(
     if config.widths is not None:
         learners = _on_another_network(learners, config, pretrained)
     elif config.fan_in:
-        raise ConfigError("fan_in: expected False without --widths of another network, got True")
+        raise ConfigError(f"fan_in: expected 0 without --widths of another network, got {config.fan_in}")
     made = from_json(trained[0]["config"])
     for path, found in zip(pretrained, joint_trained, strict=True):
         _check_pretrained(f"pretrained: {path}", from_json(found["config"]), made)

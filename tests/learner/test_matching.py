@@ -85,26 +85,28 @@ def test_by_mapping_pattern_and_function():
 
 def test_rates_of_kernels_go_with_one_over_their_inputs():
     learned = learner()  # kernels of 4 x 5, 5 x 5 and 5 x 3; here 4 x 7, 7 x 7 and 7 x 2
-    tx = learned.as_optax(like=PARAMS, names="role", default=0.03, fan_in=True)
+    tx = learned.as_optax(like=PARAMS, names="role", default=0.03, fan_in=1.0)
     found = rates_of(tx, PARAMS)
     names = ("layer_0/kernel", "layer_5/kernel", "a_last_one/kernel", "layer_5/bias", "norm/scale")
     np.testing.assert_allclose([found[name] for name in names], [0.1, 0.2 * 5 / 7, 0.4 * 5 / 7, 0.2, 0.03], rtol=1e-5)
-    printed = str(learned.matching(PARAMS, names="role", default=0.03, fan_in=True))
+    printed = str(learned.matching(PARAMS, names="role", default=0.03, fan_in=1.0))
     assert "dense_1/kernel, x 0.714 for its inputs" in printed
     assert "layer_5/bias       0.2 " in printed
+    found = rates_of(learned.as_optax(like=PARAMS, names="role", default=0.03, fan_in=0.5), PARAMS)
+    assert found["layer_5/kernel"] == pytest.approx(0.2 * (5 / 7) ** 0.5)
 
 
 def test_on_another_network_it_is_a_learner_without_a_learned_init():
     learned = learner()
     wide = models.mlp(3, (4,), widths=(9, 9, 9))
-    other = learned.for_network(wide, fan_in=True)
+    other = learned.for_network(wide, fan_in=1.0)
     assert other.rates_alone
     assert not learned.rates_alone
     assert other.model is wide
     x, y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), np.arange(6) % 3
     start = wide.init(jax.random.key(5))
     fast = other.adapt(x, y, steps=3, init=start)
-    tx = learned.as_optax(like=start, names="role", fan_in=True)
+    tx = learned.as_optax(like=start, names="role", fan_in=1.0)
     params, state = start, tx.init(start)
     for _ in range(3):
         grads = jax.grad(
@@ -147,6 +149,7 @@ def test_what_was_matched_can_be_printed():
         ({"names": "role"}, r"none is learned for: \['norm/scale', 'norm/bias'\]"),
         ({"names": "deep", "default": 0.1}, "names: expected a mapping, a function, or one of"),
         ({"names": {"layer_0": "dense_9"}, "default": 0.1}, "expected a learned tensor, one of .*got 'dense_9/"),
+        ({"names": "role", "default": 0.1, "fan_in": 2}, "fan_in: expected a power of 0..1, got 2"),
         ({"default": -1.0}, "default: expected a rate of at least 0"),
     ],
 )
@@ -157,7 +160,7 @@ def test_refusals(options, message):
 
 def test_names_need_params_to_look_at():
     with pytest.raises(ConfigError, match="like: expected your params beside names, default and fan_in"):
-        learner().as_optax(fan_in=True)
+        learner().as_optax(fan_in=1.0)
     with pytest.raises(ConfigError, match="like: expected your params beside names"):
         learner().as_optax(names="role")
     with pytest.raises(ConfigError, match="rates that are predicted"):

@@ -140,18 +140,20 @@ def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path, 
 
 
 def test_learned_rates_on_another_network(trained, tmp_path, few_rates, capsys):
-    config = dataclasses.replace(CONFIG, widths=(12,), fan_in=True, searched=0, rivals=(), out=tmp_path / "wide")
+    config = dataclasses.replace(CONFIG, widths=(12,), fan_in=1.0, searched=0, rivals=(), out=tmp_path / "wide")
     results = comparing.run(trained[:2], config, reporter=QUIET)
     methods = {row["method"] for row in results["rows"]}
     assert methods == {
         "random init + learned rates", "random init, no search (Adam 0.001)", "random init + one tuned rate"
     }  # fmt: skip
     rates = comparing.load_runs(trained[:2], comparing.Own())[0][0]
-    wide = rates.for_network(models.mlp(10, (8, 8, 1), widths=(12,)), fan_in=True)
+    wide = rates.for_network(models.mlp(10, (8, 8, 1), widths=(12,)), fan_in=1.0)
     assert wide.rates["head/kernel"] == pytest.approx(np.asarray(rates.rates["head"]) * 8 / 12, rel=1e-6)
     assert "an mlp of 12" in report.contest_text(results)
-    again = {"widths": (12, 12)}, {"fan_in": True}
-    for changes, message in zip(again, ("widths: expected one hidden layer", "fan_in: expected False"), strict=True):
+    again = {"widths": (12, 12)}, {"fan_in": 1.0}
+    for changes, message in zip(
+        again, ("widths: expected one hidden layer", "fan_in: expected 0 without"), strict=True
+    ):
         with pytest.raises(ConfigError, match=message):
             comparing.run(trained[:2], dataclasses.replace(CONFIG, out=tmp_path / "x", **changes), reporter=QUIET)
     with pytest.raises(ConfigError, match="pretrained: expected none with --widths"):
