@@ -51,9 +51,10 @@ ROOT = Path("runs") / "grid_search"
 class Case(NamedTuple):
     """What is meta-trained, and what it is compared on.
 
-    of: the case whose runs are compared, if not its own. network: one of its own instead of the config's.
+    train: None: that of the case `of`. of: the case whose runs are compared, if not its own. network: one of its own
+    instead of the config's.
     begins_pretrained: each seed's meta-training starts from the same seed's pre-trained init.
-    pretraining_steps: of that init; 0: twice the outer steps of meta-training.
+    pretraining_steps: of that init; 0: twice the outer steps of meta-training; None: there is none.
     """
 
     train: TrainConfig | None
@@ -61,7 +62,7 @@ class Case(NamedTuple):
     of: str = ""
     network: models.Model | None = None
     begins_pretrained: bool = False
-    pretraining_steps: int = 0
+    pretraining_steps: int | None = 0
 
 
 class Bytes(nn.Module):
@@ -146,6 +147,26 @@ def few_shot_several_horizons(
     return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
 
 
+def rates_alone(seed: int, *widths: int, of: str = "") -> Case:
+    """Learned rates without an init, learned on two hidden layers of 64, and used on hidden layers of other widths.
+
+    Beside more optimizers that need no rate, and a tuned rate; no searches. seed: of the test tasks.
+    """
+    model, rivals = ModelConfig(widths=(64, 64)), ("momo_adam", "cocob", "schedule_free_sgd", "schedule_free_adamw")
+    case = full(
+        "rotated", steps=200, model=model, rates_rate=5e-2, init_rate=1e-3, validate_every=50, seed=seed,
+        searched=0, lengths=(0.05, 0.2, 1, 2), rivals=(*rivals, "prodigy", "adam_cosine"),
+    )  # fmt: skip
+    compare = dataclasses.replace(case.compare, widths=widths or None, fan_in=0.5 if widths else 0.0)
+    if of:
+        return Case(None, compare, of)
+    case = several_horizons(case, horizons=(10, 50, 200), pretraining=0, shot=500)
+    assert case.train is not None
+    outer = dataclasses.replace(case.train.outer, learns="rates")
+    train = dataclasses.replace(case.train, outer=outer)
+    return Case(train, compare, pretraining_steps=None)
+
+
 NEW = ("grid", "tpe", "portfolio")  # the searches of newer tables
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
@@ -174,6 +195,10 @@ CASES = {
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": few_shot_several_horizons(
         TaskConfig("rotated", 10, 5), 20261205, images="fashion"
     ),
+    "rates alone, two layers of 64": rates_alone(20261206),
+    "rates alone, one layer of 256": rates_alone(20261207, 256, of="rates alone, two layers of 64"),
+    "rates alone, two layers of 256": rates_alone(20261208, 256, 256, of="rates alone, two layers of 64"),
+    "rates alone, four layers of 128": rates_alone(20261209, 128, 128, 128, 128, of="rates alone, two layers of 64"),
     "rotated 10-way 1-shot, trained with 5, several horizons": Case(
         None, few_shot(TaskConfig("rotated", 10, 1), MLP, OuterConfig(), seed=20261128, searched=0, shot=1).compare,
         of="rotated 10-way 5-shot, several horizons",
@@ -234,7 +259,8 @@ def small(case: Case) -> Case:
     changes: dict[str, Any] = {"data": None, "tasks": 8, "searched": 2, "tuning_tasks": 4, "space": space}
     changes |= {"lengths": (1, 2), "budgets": (1, 3), "shot": compare.shot and 20, "query": compare.query and 20}
     compare = dataclasses.replace(compare, **changes)
-    return case._replace(train=train, compare=compare, pretraining_steps=0)
+    steps = None if case.pretraining_steps is None else 0
+    return case._replace(train=train, compare=compare, pretraining_steps=steps)
 
 
 def trained(name: str, train: TrainConfig, root: Path, network: models.Model | None) -> Path:
@@ -257,7 +283,7 @@ def folder_name(case: str) -> str:
     return case.replace(", ", "_").replace(" ", "_").replace("%", "percent")
 
 
-def pretraining(train: TrainConfig, steps: int = 0) -> TrainConfig:
+def pretraining(train: TrainConfig, steps: int) -> TrainConfig:
     """The jointly pre-trained rival of `train`: same network and tasks, no learned rates. steps 0: twice its own."""
     steps = steps or 2 * train.outer.steps
     outer = dataclasses.replace(train.outer, steps=steps, validate_every=100, rates_rate=OuterConfig().rates_rate)
@@ -279,9 +305,11 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
     train, network = cases[source].train, cases[source].network
     assert train is not None
     seeded, pretrained = [], []
+    steps = cases[source].pretraining_steps
     for seed in seeds:
-        joint = dataclasses.replace(pretraining(train, cases[source].pretraining_steps), seed=seed)
-        pretrained.append(trained(f"{source}_joint", joint, root, network))
+        if steps is not None:
+            joint = dataclasses.replace(pretraining(train, steps), seed=seed)
+            pretrained.append(trained(f"{source}_joint", joint, root, network))
         start = pretrained[-1] if cases[source].begins_pretrained else None
         seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, network))
     choosing = sorted(path.parent for path in (root / f"{folder_name(source)}_choosing").glob("*/results.json"))

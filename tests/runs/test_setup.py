@@ -92,7 +92,8 @@ def test_the_benchmark_of_searches_uses_all_that_it_sets(monkeypatch):
     module = module_of(Path(__file__).parents[2] / "benchmarks" / "grid_search.py", monkeypatch)
     trained = [case for case in module.CASES.values() if case.train is not None]
     for case in (*trained, *map(module.small, trained)):
-        for config in (case.train, module.pretraining(case.train)):
+        steps = case.pretraining_steps
+        for config in (case.train, *([] if steps is None else [module.pretraining(case.train, steps)])):
             setup.check_choices_of(dataclasses.replace(config, model=ModelConfig()), None)
     assert len(trained) > 3
 
