@@ -37,6 +37,10 @@ LEAST = {
     "rotated 10-way 5-shot, several horizons": 0.86,
     "scaled 10-way 5-shot, several horizons": 0.945,
     "relabeled 10-way 5-shot, several horizons": 0.4,
+    "rates alone, two layers of 64": 0.4,
+    "rates alone, one layer of 256": 0.6,
+    "rates alone, two layers of 256": 0.6,
+    "rates alone, four layers of 128": 0.5,
     "rotated 10-way 1-shot, trained with 5, several horizons": 0.8,
     "rotated 10-way 20-shot, trained with 5, several horizons": 0.86,
 }  # drawn from there
@@ -45,6 +49,13 @@ DRAWN = (  # of the methods that take one run a task; searches are points beside
     "pre-trained init, no search (Adam 0.001)", "pre-trained init + one tuned rate",
     "random init, no search (momo_adam)",
     "random init, no search (Adam 0.001)",
+)  # fmt: skip
+
+
+ALONE = (  # where rates were learned without an init
+    "random init + learned rates", "random init + one tuned rate", "random init, no search (momo_adam)",
+    "random init, no search (schedule_free_sgd)", "random init, no search (prodigy)",
+    "random init, no search (adam_cosine)", "random init, no search (Adam 0.001)",
 )  # fmt: skip
 
 
@@ -67,7 +78,8 @@ def drawing(case: str, rows: list[dict[str, Any]]) -> str:
     """Accuracy against cost as one SVG file, with its legend, for light and dark pages alike."""
     series = {s.name: s for s in page.against_cost(rows, "accuracy")}
     least = LEAST.get(case, 0.0)
-    chosen = [above(series[name], least) for name in DRAWN if name in series]
+    drawn = ALONE if case.startswith("rates alone") else DRAWN
+    chosen = [above(series[name], least) for name in drawn if name in series]
     searches = [
         r
         for r in rows

@@ -31,6 +31,9 @@ class TaskConfig:
     """Family classes: take each class in four quarter turns as four classes; the images have to be square."""
     label_noise: float = 0.0
     """Share of the support labels that are drawn anew at random, in every split; query labels stay."""
+    shots: tuple[int, ...] = ()
+    """Meta-training with another number of support images per class in every outer step, drawn from these; validation
+    is the mean over all of them. Results are of tasks with `shot`. None given: always `shot`."""
 
 
 MODEL_SETTINGS = {

@@ -179,12 +179,22 @@ def start(
     return TrainState(meta, begin(optimizer.init, meta), jnp.zeros((), jnp.int32))
 
 
+def check_alike(phases: Phases, samplers: int) -> None:
+    """Raises ConfigError unless all outer steps are one computation, as is needed to run seeds side by side."""
+    if phases.first_order_until or phases.multi_step_until or phases.horizons or samplers > 1:
+        raise ConfigError(
+            "seeds: expected settings whose outer steps are all alike to run side by side (no tasks.shots, no "
+            f"inner.horizons, no outer.multi_step, no outer.first_order_share), got {phases} and {samplers} sizes of "
+            "tasks"
+        )
+
+
 def make_chunk(
     model: Model,
     spec: RatesSpec,
     method: Method,
     optimizer: optax.GradientTransformation,
-    sample: Sampler,
+    sample: Sampler | Sequence[Sampler],
     meta_batch: int,
     *,
     phases: Phases = Phases(),  # noqa: B008 - a tuple
@@ -201,6 +211,7 @@ def make_chunk(
     (and fails it again until the chunk ends), "skip" goes on with the next.
 
     Args:
+      sample: of tasks; or several samplers (of other sizes, say), of which every outer step draws one.
       mesh: of devices.task_mesh; default: all devices. With an axis "params" large tensors are split over it.
       seeds: several runs side by side: the state, the key and the results have a leading axis of so many; 0: none.
 
@@ -210,11 +221,8 @@ def make_chunk(
     """
     if meta_batch < 1:
         raise ConfigError(f"outer.meta_batch: expected at least 1, got {meta_batch}")
-    if seeds and (phases.first_order_until or phases.multi_step_until or phases.horizons):
-        raise ConfigError(
-            "seeds: expected settings whose outer steps are all alike to run side by side (no inner.horizons, no "
-            f"outer.multi_step, no outer.first_order_share), got {phases}"
-        )
+    if seeds:
+        check_alike(phases, 1 if callable(sample) else len(sample))
     if on_divergence not in POLICIES:
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
     gradient = make_gradient(model, spec, method, sample, phases, objective)
@@ -285,27 +293,34 @@ def make_gradient(
     model: Model,
     spec: RatesSpec,
     method: Method,
-    sample: Sampler,
+    sample: Sampler | Sequence[Sampler],
     phases: Phases = Phases(),  # noqa: B008 - a tuple
     objective: Objective = CROSS_ENTROPY,
 ) -> GradientFunction:
     """`gradient(meta, pool, number, keys)`: the meta-gradient of outer step `number` over the tasks of `keys`.
 
     What does not learn (phases.fixed, and the init where every step draws one) gets zeros.
+
+    Args:
+      sample: of tasks; or several samplers (of other sizes, say), of which every outer step draws one.
     """
+    samplers = (sample,) if callable(sample) else tuple(sample)
+    variants = [(one, horizon) for one in samplers for horizon in phases.horizons or (None,)]
 
     def gradient(meta: MetaParams, pool: Pool, number: Any, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
-        episodes = jax.vmap(lambda key: sample(pool, key))(keys)
         inner_keys = jax.vmap(second_key)(keys)
 
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-            options: dict[str, Any] = {"step_weights": weights, "objective": objective}
-            of_horizon = functools.partial(
-                meta_gradients.meta_gradient, model, spec, meta, episodes, inner_keys, method, **options
-            )
-            if not phases.horizons:
-                return of_horizon()
-            branches = [functools.partial(of_horizon, horizon=horizon) for horizon in phases.horizons]
+            def of_variant(sample: Sampler, horizon: int | None) -> tuple[MetaParams, dict[str, jax.Array]]:
+                episodes = jax.vmap(lambda key: sample(pool, key))(keys)
+                return meta_gradients.meta_gradient(
+                    model, spec, meta, episodes, inner_keys, method,
+                    step_weights=weights, objective=objective, horizon=horizon,
+                )  # fmt: skip
+
+            if len(variants) == 1:
+                return of_variant(*variants[0])
+            branches = [functools.partial(of_variant, *variant) for variant in variants]
             drawn = jax.random.randint(jax.random.fold_in(jax.random.key(0), number), (), 0, len(branches))
             return jax.lax.switch(drawn, branches)
 

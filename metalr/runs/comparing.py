@@ -239,7 +239,7 @@ def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> N
     if joint.inner.algorithm != "joint":
         raise ConfigError(f"{where}: expected a run of --inner.algorithm joint, got {joint.inner.algorithm}")
     for name, (other, own) in differences(joint, trained).items():
-        if name.startswith("tasks.") and name not in ("tasks.shot", "tasks.query"):
+        if name.startswith("tasks.") and name not in ("tasks.shot", "tasks.shots", "tasks.query"):
             raise ConfigError(f"{where}: expected {name} {own!r} as in the runs, got {other!r}")
 
 

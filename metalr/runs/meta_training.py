@@ -33,6 +33,7 @@ from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, task_cost
 from metalr.runs.sources import OWN_TASKS
 from metalr.storage import checkpoints, folders
+from metalr.tasks import Sampler
 from metalr.trees import path_name
 from metalr.types import MetaParams, Params, Rates
 
@@ -259,13 +260,19 @@ def _step_key(config: TrainConfig) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
+def _samplers(setup: Setup) -> Sampler | tuple[Sampler, ...]:
+    """What draws the tasks of meta-training: one sampler, or one for each size of tasks."""
+    several = tuple(amount.train for amount in setup.amounts)
+    return several if len(several) > 1 else several[0]
+
+
 def _chunk(config: TrainConfig, setup: Setup, mesh: Mesh, seeds: int = 0) -> loop.ChunkFunction:
     return loop.make_chunk(
         setup.model,
         setup.spec,
         setup.method,
         setup.optimizer,
-        setup.samplers["train"][1],
+        _samplers(setup),
         config.outer.meta_batch,
         phases=setup.phases,
         on_divergence=config.outer.on_divergence,
@@ -315,14 +322,18 @@ def _begun(
 
 
 def _validator(config: TrainConfig, setup: Setup) -> Callable[[Params, Rates], np.ndarray]:
-    """The score on each fixed meta-validation task, mean over the numbers of steps that are trained for: [tasks]."""
-    pool, sample = setup.samplers["val"]
+    """The score on each fixed meta-validation task: [tasks].
+
+    Mean over the numbers of steps, and the sizes of tasks, that are trained for.
+    """
+    pool, _ = setup.samplers["val"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     evaluators = [
         protocol.make_evaluator(
-            setup.model, setup.spec, sample, steps, of_steps=steps, at=[steps],
+            setup.model, setup.spec, amount.val, steps, of_steps=steps, at=[steps],
             random_init=setup.phases.fresh_init, objective=setup.objective, layout=layout_of(config),
         )
+        for amount in setup.amounts
         for steps in setup.phases.horizons or (setup.spec.steps,)
     ]  # fmt: skip
     return lambda init, rates: np.mean([of(pool, init, rates, keys).tasks[:, -1] for of in evaluators], axis=0)
@@ -397,8 +408,8 @@ class _Book:
 def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
     warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
     own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
-    minibatch = min(config.inner.batch_size or setup.support, setup.support)
-    validated = len(facts["validations"]) * config.evaluation.validation_episodes * minibatch
+    minibatches = [min(config.inner.batch_size or of.support, of.support) for of in setup.amounts]
+    validated = len(facts["validations"]) * config.evaluation.validation_episodes * sum(minibatches)
     validated *= sum(setup.phases.horizons or (config.inner.steps,))
     numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
     return {
@@ -428,11 +439,13 @@ def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, A
 
 def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -> str:
     """Which tasks of a step that was not finite are to blame, and the rates it had, in words."""
-    pool, sample = setup.samplers["train"]
+    pool, _ = setup.samplers["train"]
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(jnp.asarray, devices.local(meta))
-    gradient = loop.make_gradient(setup.model, setup.spec, setup.method, sample, setup.phases, setup.objective)
+    gradient = loop.make_gradient(
+        setup.model, setup.spec, setup.method, _samplers(setup), setup.phases, setup.objective
+    )
     now = loop.trained_from(setup.model, setup.phases, local, key, step)
     bad = loop.failing_tasks(gradient, now, pool, step, keys)
     rates = hyperparameters.summary(setup.spec, hyperparameters.actual(setup.spec, local.rates))

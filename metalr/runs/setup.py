@@ -34,12 +34,21 @@ DERIVATIVES: dict[str, Callable[[bool, int], Method]] = {  # (first order?, step
 }
 
 
+class Amount(NamedTuple):
+    """How much data tasks of meta-training have: the size of their support set, and who draws such tasks."""
+
+    support: int
+    train: tasks.Sampler
+    val: tasks.Sampler
+
+
 class Setup(NamedTuple):
     """The parts of a run.
 
     Attributes:
       samplers: by part of the split: "train", "val", "test".
       support, query: examples of one task.
+      amounts: what meta-training and validation go over: tasks of that size, or of each of the sizes of tasks.shots.
       learned: whether the outer loop changes the rates.
     """
 
@@ -54,6 +63,7 @@ class Setup(NamedTuple):
     objective: Objective
     support: int
     query: int
+    amounts: tuple[Amount, ...]
     standardisation: tasks.Standardisation | None = None
     prefetch: Callable[[jax.Array], None] | None = None
 
@@ -101,7 +111,7 @@ def set_up(
     if isinstance(given, data.Dataset):
         if objective.name != CROSS_ENTROPY.name:
             raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
-        source, samplers = of_images(config, given)
+        source, samplers, sizes = of_images(config, given)
         model = model_of(config.model, config.tasks.way, given, model, row.head_start)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
@@ -113,6 +123,7 @@ def set_up(
         if standardisation is not None:
             objective = objective.in_units(standardisation.outputs)
         source, samplers, support, query = of_tasks(given, given.check(model, objective))
+        sizes = {support: samplers}
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
     method = _method_of(config, row, spec, model)
@@ -134,7 +145,8 @@ def set_up(
         config.inner.horizons,
         () if row.learned else ("rates",),
     )
-    rest = row.learned, objective, support, query, standardisation, prefetch
+    amounts = tuple(Amount(size, of["train"][1], of["val"][1]) for size, of in sizes.items())
+    rest = row.learned, objective, support, query, amounts, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
 
 
@@ -213,6 +225,7 @@ def _check_counts(config: TrainConfig, row: algorithms.Algorithm) -> None:
 def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:
     """Raises ConfigError for horizons that cannot be trained at, and for a power that could not be learned."""
     check_choices("inner.horizons", config.inner.horizons, empty=True)
+    check_choices("tasks.shots", config.tasks.shots, empty=True)
     if config.inner.horizons and (row.multi_step or row.meta_gradient == "joint" or min(config.inner.horizons) < 1):
         raise ConfigError(
             "inner.horizons: expected numbers of inner steps of at least 1, an algorithm that takes inner steps, and "
@@ -269,6 +282,8 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
             unused |= {f"table.{field.name}": "only with --data TABLE" for field in dataclasses.fields(config.table)}
     elif config.task is None:
         unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}
+    else:
+        unused["tasks.shots"] = "a search is of one task"
     changed = differences(default, config)
     for name, why in unused.items():
         if name in changed:
@@ -323,19 +338,20 @@ def grid_of(config: TrainConfig) -> GridConfig:
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
     """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
-    support, method = setup.support, setup.method
+    method = setup.method
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
-    of = min(config.inner.batch_size or support, support), support, numbers
     share = setup.phases.first_order_until / config.outer.steps
 
-    def of_horizon(steps: int) -> float:
+    def of_variant(support: int, steps: int) -> float:
+        of = min(config.inner.batch_size or support, support), support, numbers
         cost = method.cost(steps, *of)
         if share and isinstance(method, (Reverse, Forward)):
             return share * dataclasses.replace(method, first_order=True).cost(steps, *of) + (1 - share) * cost
         return cost
 
     horizons = setup.phases.horizons or (config.inner.steps,)
-    return sum(map(of_horizon, horizons)) / len(horizons) + setup.query
+    costs = [of_variant(amount.support, steps) for amount in setup.amounts for steps in horizons]
+    return sum(costs) / len(costs) + setup.query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

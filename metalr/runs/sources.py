@@ -109,15 +109,25 @@ def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> 
     return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), head_start=head_start)
 
 
-def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any]]:
-    """A family of image tasks and its samplers. Raises MetalrError."""
+def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any], dict[int, dict[str, Any]]]:
+    """A family of image tasks, its samplers, and those that meta-training goes over: size of a support set -> samplers.
+
+    Raises MetalrError.
+    """
     t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns)
-    samplers = tasks.make_samplers(splits, t.way, t.shot, t.query, distort=t.distort, label_noise=t.label_noise)
+
+    def of_shot(shot: int) -> dict[str, Any]:
+        return tasks.make_samplers(splits, t.way, shot, t.query, distort=t.distort, label_noise=t.label_noise)
+
+    samplers = of_shot(t.shot)
+    sizes = {t.way * shot: of_shot(shot) for shot in t.shots} or {t.way * t.shot: samplers}
     described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images per class"
+    if t.shots:
+        described += f"; meta-training with {', '.join(map(str, t.shots))} support images per class"
     facts = [part.describe() for part in splits]
     relabels = tasks.FAMILIES[t.family].labels != "fixed"
     described_by = splits.sha256, facts, str(dataset), described, relabels
-    return Source(dataset.name, dataset.source, dataset.sha256, *described_by), samplers
+    return Source(dataset.name, dataset.source, dataset.sha256, *described_by), samplers, sizes
 
 
 def of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, dict[str, Any], int, int]:

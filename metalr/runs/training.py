@@ -30,7 +30,7 @@ from metalr.inner import hyperparameters
 from metalr.inner.objective import Objective
 from metalr.learner import Learner, artifact
 from metalr.models import Model
-from metalr.outer import devices, processes
+from metalr.outer import devices, loop, processes
 from metalr.report import runs as listed
 from metalr.runs import evaluating, examples, pictures, preemption
 from metalr.runs.job import Job
@@ -224,6 +224,7 @@ def run_together(
         if not parts:  # the same for all
             mesh_of(first)
             setup = set_up(first)
+            loop.check_alike(setup.phases, len(setup.amounts))
             parts.append((setup, warm_start(first, setup)))
 
     found: list[dict[str, Any]] = []

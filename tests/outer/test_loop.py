@@ -202,6 +202,29 @@ def test_every_outer_step_draws_one_of_the_horizons(parts, blobs):
     assert seen == {0, 1}
 
 
+def test_every_outer_step_draws_tasks_of_one_of_the_sizes(parts, blobs):
+    model, spec, pool, _, _ = parts
+    train = tasks.make_splits(blobs, "permuted").train
+    samplers = [tasks.make_sampler(train, 10, shot, 3)[1] for shot in (1, 2)]
+    drawn = loop.make_gradient(model, spec, METHOD, samplers, loop.Phases(horizons=(1, 3)))
+    meta, keys = (
+        loop.start(model, spec, optax.sgd(1.0), jax.random.key(0)).meta,
+        loop.task_keys(jax.random.key(0), 0, 2),
+    )
+    of_each = {
+        (size, steps): float(loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample)(
+            meta, pool, 0, keys)[1]["loss"])
+        for size, sample in enumerate(samplers) for steps in (1, 3)
+    }  # fmt: skip
+    assert len(set(of_each.values())) == 4
+    seen = set()
+    for number in range(24):
+        loss = float(drawn(meta, pool, number, keys)[1]["loss"])
+        (of,) = [variant for variant, value in of_each.items() if loss == pytest.approx(value, rel=1e-5)]
+        seen.add(of)
+    assert seen == {*of_each}
+
+
 @pytest.mark.parametrize("learns", ["both", "init", "rates"])
 def test_the_norm_that_is_clipped_is_of_what_learns(learns):
     init_rate, rates_rate = (None if learns == "rates" else 1.0), (None if learns == "init" else 1.0)

@@ -56,6 +56,8 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
         ),
         ({"inner": InnerConfig("maml_pp", 2, horizons=(1, 2))}, "inner.horizons: .* outer.multi_step 0; got"),
         ({"inner": InnerConfig("joint", 2, horizons=(1, 2))}, "inner.horizons: .*, joint, 0"),
+        ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(1, 1))}, "tasks.shots: expected different values"),
+        ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(0, 1))}, "tasks.shot: expected at least 1, got 0"),
         (
             {"inner": InnerConfig(steps=2, horizons=(5,), horizon_power=0.5)},
             "inner.horizon_power: expected None unless",
@@ -160,6 +162,19 @@ def test_cost_of_a_task_at_several_horizons_is_their_mean(small):
     assert costs[2] == (costs[0] + costs[1]) / 2
     plain = dataclasses.replace(small, inner=InnerConfig(steps=1))
     assert costs[0] == task_cost(plain, set_up(plain))
+
+
+def test_cost_of_a_task_of_several_sizes_is_their_mean(small):
+    one, other, both = (
+        dataclasses.replace(small, tasks=dataclasses.replace(small.tasks, shots=shots))
+        for shots in ((1,), (3,), (1, 3))
+    )
+    parts = [set_up(config) for config in (one, other, both)]
+    costs = [task_cost(config, setup) for config, setup in zip((one, other, both), parts, strict=True)]
+    assert costs[2] == (costs[0] + costs[1]) / 2
+    assert [amount.support for amount in parts[2].amounts] == [10, 30]
+    assert parts[2].support == 10 * small.tasks.shot
+    assert "meta-training with 1, 3 support images per class" in parts[2].source.tasks
 
 
 def test_cost_of_a_first_order_start_is_in_between(small):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import metalr
-from metalr import cli, models, report, runs
+from metalr import cli, data, models, report, runs, tasks
 from metalr.config import (
     CompareConfig,
     EvaluationConfig,
@@ -33,6 +33,7 @@ from metalr.config import (
 )
 from metalr.config import files as config_files
 from metalr.errors import ConfigError, DataError, StoppedError
+from metalr.evaluation import protocol
 from metalr.inner import hyperparameters as rates
 from metalr.outer import loop
 from metalr.runs import comparing, meta_training, progress, searching, studies, training
@@ -483,6 +484,24 @@ def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
     assert ModelConfig.of(built) == ModelConfig(widths=(5, 3), dropout=0.1)
 
 
+def test_tasks_of_several_sizes(small, tmp_path):
+    """Validation is the mean over the sizes, results are of the one that is asked for."""
+    config = dataclasses.replace(small, tasks=dataclasses.replace(small.tasks, shots=(1, 4)), out=tmp_path / "sizes")
+    results = run(config)
+    setup = set_up(config)
+    learned = metalr.load(tmp_path / "sizes")
+    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
+    scores = []
+    for shot in (1, 4):
+        _, sample = tasks.make_sampler(tasks.make_splits(data.load(config.data), "permuted").val, 10, shot, 3)
+        steps = config.inner.steps
+        of = protocol.make_evaluator(setup.model, setup.spec, sample, steps, of_steps=steps, at=[steps])
+        scores.append(of(setup.samplers["val"][0], learned.init, learned.rates, keys).mean[-1])
+    assert results["training"]["validation_accuracy"] == pytest.approx(float(np.mean(scores)), abs=1e-5)
+    assert config.tasks.shot == 2
+    assert setup.support == 20
+
+
 def test_seeds_together_are_what_each_is_alone(small, tmp_path):
     small = dataclasses.replace(small, outer=dataclasses.replace(small.outer, validate_every=2))
     quiet = progress.ConsoleReporter(quiet=True)
@@ -526,9 +545,14 @@ def test_seeds_together_that_are_cut_off_go_on_alone(small, tmp_path, monkeypatc
     [
         ({"seed": 3}, "seed: expected different values"),
         ({"outer": OuterConfig(steps=5, meta_batch=2)}, "outer.steps: expected the same for all seeds"),
+        ({"both": {"tasks": {"shots": (1, 2)}}}, "seeds: expected settings .* all alike .* 2 sizes of tasks"),
+        ({"both": {"inner": {"horizons": (1, 2)}}}, "seeds: expected settings whose outer steps are all alike"),
     ],
 )
 def test_what_cannot_run_together_is_refused(small, tmp_path, changes, message):
+    changes = dict(changes)
+    for part, values in changes.pop("both", {}).items():
+        small = dataclasses.replace(small, **{part: dataclasses.replace(getattr(small, part), **values)})
     one = dataclasses.replace(small, seed=3, out=tmp_path / "a")
     other = dataclasses.replace(small, **{"seed": 4, "out": tmp_path / "b"} | changes)
     with pytest.raises(ConfigError, match=message):
