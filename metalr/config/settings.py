@@ -415,7 +415,7 @@ class SweepConfig:
     seeds_together: bool = False
     """All seeds of a combination as one program, side by side: for accelerators; on CPUs it is slower."""
     timeout: float | None = None
-    """Seconds after which a run is stopped, saved, and counted as failed."""
+    """Seconds after which a run is stopped, saved, and counted as failed; of seeds together, for each of them."""
     attempts: int = 3
     """How often a run is begun or taken up again, if it is killed, before it counts as failed."""
     sampler_seed: int = 0

@@ -57,7 +57,7 @@ def read_mnist(folder: Path) -> arrays.Dataset:
 
 def holds_idx(folder: Path) -> bool:
     """Whether a folder has images as IDX files, as MNIST and sets made in its likeness come."""
-    return any(_IDX_IMAGES.search(file.name) for file in folder.iterdir())
+    return any(_IDX_IMAGES.search(file.name) and file.is_file() for file in folder.iterdir())
 
 
 def read_idx(folder: Path, *, name: str | None = None, min_per_class: int = 0) -> arrays.Dataset:
@@ -74,10 +74,13 @@ def read_idx(folder: Path, *, name: str | None = None, min_per_class: int = 0) -
       DataError: a file is missing, there are several of a kind, or one is cut short or no IDX file of bytes.
     """
     parts: dict[str, dict[str, list[Path]]] = {"train": {}, "test": {}}
+    unpacked = {file.name for file in folder.iterdir() if file.is_file()}
     for file in sorted(folder.iterdir()):
+        if not file.is_file() or (file.suffix == ".gz" and file.stem in unpacked):  # the same file is there unpacked
+            continue
         for kind, pattern in (("images", _IDX_IMAGES), ("labels", _IDX_LABELS)):
             if pattern.search(file.name):
-                test = re.search("t10k|test", file.name) is not None
+                test = re.search(r"(^|[-_.])(t10k|test)[-_.]", file.name) is not None
                 parts["test" if test else "train"].setdefault(kind, []).append(file)
     read: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
     for part, files in parts.items():
@@ -113,6 +116,8 @@ def _idx_array(content: bytes, dimensions: int) -> np.ndarray:
     if content[:4] != start:
         wanted = f"an IDX file of bytes in {dimensions} dimensions, which starts with {start!r}"
         raise ValueError(f"expected {wanted}, got {content[:4]!r}")
+    if len(content) < 4 + 4 * dimensions:
+        raise ValueError(f"expected an IDX file with its {dimensions} sizes, got one cut short")
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4))
     numbers = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if len(numbers) != np.prod(shape):

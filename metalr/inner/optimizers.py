@@ -40,12 +40,14 @@ class WithoutSearch(NamedTuple):
       source: paper.
       evaluated: (state, params) -> the params that predictions are made with; None: the params themselves.
       of_length: whether `make` looks at the number of steps, so that each length is a run of its own.
+      needs_loss: whether its update cannot do without value=loss.
     """
 
     make: Callable[[int], optax.GradientTransformation]
     source: str
     evaluated: Callable[[Any, Params], Params] | None = None
     of_length: bool = False
+    needs_loss: bool = False
 
 
 def _contrib(name: str, **settings: Any) -> Callable[[int], optax.GradientTransformation]:
@@ -57,8 +59,8 @@ WITHOUT_SEARCH = {
         lambda steps: adam_cosine(1e-3, steps),
         "Loshchilov & Hutter 2017, Adam 1e-3 with a cosine to zero", of_length=True,
     ),
-    "momo_adam": WithoutSearch(_contrib("momo_adam"), "Schaipp et al. 2023"),
-    "momo": WithoutSearch(_contrib("momo"), "Schaipp et al. 2023"),
+    "momo_adam": WithoutSearch(_contrib("momo_adam"), "Schaipp et al. 2023", needs_loss=True),
+    "momo": WithoutSearch(_contrib("momo"), "Schaipp et al. 2023", needs_loss=True),
     "cocob": WithoutSearch(_contrib("cocob"), "Orabona & Tommasi 2017"),
     "schedule_free_sgd": WithoutSearch(
         _contrib("schedule_free_sgd"), "Defazio et al. 2024", optax.contrib.schedule_free_eval_params
@@ -101,7 +103,7 @@ def base_of(name: str, setting: str = "inner.base") -> optax.GradientTransformat
     made = WITHOUT_SEARCH[name].make(0) if needs_no_rate(name) else with_value(by_name(name, setting)(1.0))
 
     def update(grads: Params, state: Any, params: Params | None = None, **more: Any) -> tuple[Params, Any]:
-        if needs_no_rate(name) and "value" not in more:
+        if "value" not in more and name in WITHOUT_SEARCH and WITHOUT_SEARCH[name].needs_loss:
             raise ConfigError(f"value: expected update(grads, state, params, value=loss) with base {name}, got none")
         given = jax.lax.stop_gradient((grads, params, more))
         updates, state = made.update(given[0], state, given[1], **given[2])

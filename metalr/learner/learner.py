@@ -383,18 +383,28 @@ class Learner:
         one of `seed`, or from the one that you give it.
 
         Args:
-          model: takes the same tasks, of images or others, as the learner's own.
+          model: for the same tasks as the learner's own: with the same inputs and outputs.
           names, default, fan_in: which learned tensor each of its tensors is like; see `as_optax`.
           seed: of the random init that is stored with it.
 
-        Raises ConfigError for a tensor without a rate, and for rates that are predicted from the layers that they were
-        learned on.
+        Raises ConfigError for a network of other inputs or outputs, one that cannot take a learned dropout rate, a
+        tensor without a rate, and rates that are predicted from the layers that they were learned on.
         """
-        init = jax.jit(model.init)(jax.random.key(seed))
-        found = self.matching(init, names=names, default=default, fan_in=fan_in)
+        own = self.model
+        if (model.input_shape, model.way) != (own.input_shape, own.way):
+            raise ConfigError(
+                f"model: expected inputs {own.input_shape} and {own.way} outputs as the learner has, got "
+                f"{model.input_shape} and {model.way}; for other tasks, take the rates along with as_optax(like=...)"
+            )
+        if self.spec.dropout is not None and not model.learned_dropout:
+            raise ConfigError(f"model: expected a network that takes a learned dropout rate, got {model.name}")
+        init = model.init(jax.random.key(seed))  # without jit, which would sort its layers by name
+        found = match(self.spec, self.rates, self.init, init, names, default, fan_in, model.head)
         spec, rates = rates_for(self.spec, self.rates, self.init, init, found)
         outer = {**self.facts.get("outer", {}), "learns": RATES_ALONE}
-        facts = {**self.facts, "outer": outer, "carried_from": {"model": self.model.name, "names": str(names)}}
+        how = {"model": own.name, "names": str(names), "default": default, "fan_in": fan_in}
+        facts = {**self.facts, "outer": outer, "carried_from": how}
+        spec = dataclasses.replace(spec, head=model.head)
         return dataclasses.replace(self, model=model, spec=spec, init=init, rates=rates, facts=facts)
 
     @property

@@ -91,19 +91,24 @@ def tensors_of(params: Params, last: str | None = None) -> list[Tensor]:
         elif "embed" in name.lower():
             kind = "embedding"
         else:
-            kind = "kernel" if ndim > 1 else "bias"
+            kind = "kernel" if ndim > 1 and not name.endswith("bias") else "bias"
         found.append(Tensor(name, kind, place))
     return found
 
 
 def _in_order(params: Params) -> list[tuple[str, Any]]:
-    """Leaves by name: as dicts were filled where the tree is of dicts, else as jax goes, with 2 before 10."""
+    """Leaves by name: as dicts were filled where the tree is of dicts, else as jax goes, with 2 before 10.
+
+    JAX sorts a dict's keys whenever it takes a tree apart (jit, loading), 10 before 2: those are put right too.
+    """
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if isinstance(params, Mapping):
         walked: list[str] = []
 
         def walk(tree: Any, prefix: str) -> None:
-            for key, value in tree.items():
+            keys = sorted(tree, key=_by_number) if [*tree] == sorted(tree) else [*tree]
+            for key in keys:
+                value = tree[key]
                 if isinstance(value, Mapping):
                     walk(value, f"{prefix}{key}/")
                 else:
@@ -112,8 +117,12 @@ def _in_order(params: Params) -> list[tuple[str, Any]]:
         walk(params, "")
         if sorted(walked) == sorted(leaves):
             return [(name, leaves[name]) for name in walked]
-    pieces = sorted(leaves, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
-    return [(name, leaves[name]) for name in pieces]
+    return [(name, leaves[name]) for name in sorted(leaves, key=_by_number)]
+
+
+def _by_number(name: str) -> list[int | str]:
+    """A key to sort names by, in which layer_2 comes before layer_10."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
 
 
 def match(
@@ -124,10 +133,19 @@ def match(
     names: Names,
     default: float | str | None,
     fan_in: float = 0.0,
+    head: str | None = None,
 ) -> Matching:
-    """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax."""
+    """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax.
+
+    head: the output layer of `params`; default: the last one.
+    """
+    if spec.predicted:
+        raise ConfigError(
+            "like: expected None, because these rates are predicted from the layers that they were learned on, got "
+            "params of another network"
+        )
     learned = {each.name: each for each in tensors_of(init, spec.head)}
-    mine = tensors_of(params)
+    mine = tensors_of(params, head)
     prefix = "params/" if all(each.name.startswith("params/") for each in mine) else ""
     if isinstance(names, str) and names not in BY:
         raise ConfigError(f"names: expected a mapping, a function, or one of {BY}, got {names!r}")
@@ -163,18 +181,32 @@ def match(
     chosen = float(start) if lost and start is not None else None
     if not 0 <= fan_in <= 1:
         raise ConfigError(f"fan_in: expected a power of 0..1, got {fan_in!r}")
-    factors = {name: _wider(init, params, name, of) ** -fan_in for name, of in sources.items()}
+    inputs = {each.name: _inputs(each, init) for each in learned.values()}
+    factors = {each.name: _factor(_inputs(each, params), [inputs[of] for of in sources[each.name]]) for each in mine}
+    factors = {name: factor**fan_in for name, factor in factors.items()}
     values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
     return Matching(sources, chosen, values, factors)
 
 
-def _wider(init: Params, params: Params, name: str, of: tuple[str, ...]) -> float:
-    """Inputs of the kernel `name` over those of the learned tensors (their geometric mean); 1 for what is no kernel."""
-    learned, mine = trees.leaf_shapes(init), trees.leaf_shapes(params)
-    if not of or len(mine[name]) < 2:
+def _inputs(tensor: Tensor, params: Params) -> int | None:
+    """How many numbers each output of a kernel is a sum over; None for what is no kernel.
+
+    All axes but the last, as Flax lays out dense layers and convolutions; but the first one alone of an attention's
+    query, key and value, [inputs, heads, outputs of each].
+    """
+    shape = trees.leaf_shapes(params)[tensor.name]
+    if tensor.kind != "kernel":
+        return None
+    of_attention = len(shape) == 3 and tensor.name.split("/")[-2:-1] in (["query"], ["key"], ["value"])
+    return int(np.prod(shape[:1] if of_attention else shape[:-1]))
+
+
+def _factor(own: int | None, learned: list[int | None]) -> float:
+    """Inputs of the learned kernels (their geometric mean) over one's own; 1 for what is no kernel."""
+    counts = [count for count in learned if count is not None]
+    if own is None or not counts or all(count == own for count in counts):
         return 1.0
-    inputs = np.array([np.prod(learned[source][:-1]) for source in of])
-    return float(np.prod(mine[name][:-1]) / np.exp(np.log(inputs).mean()))
+    return float(np.exp(np.mean(np.log(counts))) / own)
 
 
 def _mapped(names: Mapping[str, str], name: str) -> str | None:
@@ -224,12 +256,7 @@ def _combined(spec: RatesSpec, rates: Rates, of: tuple[str, ...], default: float
 def rates_for(
     spec: RatesSpec, rates: Rates, init: Params, params: Params, matching: Matching
 ) -> tuple[RatesSpec, Rates]:
-    """The spec and rates, a tensor each, with which descent.optimizer works on a tree like `params`.
-
-    Raises ConfigError for predicted rates, which are for the layers that they were learned on.
-    """
-    if spec.predicted:
-        raise ConfigError("names: expected None with rates that are predicted from the layers they were learned on")
+    """The spec and rates, a tensor each, with which descent.optimizer works on a tree like `params`."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shapes = {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(init)}
     found: dict[str, jax.Array] = {}

@@ -8,6 +8,7 @@ and the run goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import uuid
@@ -138,6 +139,7 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], str | None], Any]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
 }
+ONE_AT_A_TIME = ("wandb", "mlflow")  # their libraries know one open run a process
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
@@ -153,6 +155,16 @@ def check(names: Sequence[str]) -> None:
     """Raises ConfigError for a logger whose library is not installed."""
     for name in names:
         _import(name)
+
+
+def check_side_by_side(names: Sequence[str]) -> None:
+    """Raises ConfigError for a logger that cannot take the numbers of several runs of one process."""
+    one_at_a_time = [name for name in names if name in ONE_AT_A_TIME]
+    if one_at_a_time:
+        raise ConfigError(
+            f"loggers: expected none of {ONE_AT_A_TIME} with seeds that run together, because they take one run a "
+            f"process, got {one_at_a_time}"
+        )
 
 
 @contextlib.contextmanager
@@ -197,10 +209,10 @@ def opened(
                 attempt(name, logger.log, step, numbers)
 
     def picture(step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
-        taking = {key: logger for key, logger in open_now.items() if hasattr(logger, "picture")}
-        image = draw() if taking else None
-        for key, logger in taking.items():
-            attempt(key, logger.picture, step, name, image)
+        drawn = functools.cache(draw)
+        for key, logger in list(open_now.items()):
+            if hasattr(logger, "picture"):
+                attempt(key, lambda taker=logger.picture: taker(step, name, drawn()))
 
     try:
         yield Log(log, picture)

@@ -147,6 +147,8 @@ def meta_train(
         book = _Book(config, setup, folder, lines, log, run, _validator(config, setup))
         if warm is not None and not resumed:
             book.save()  # so that resuming never needs what it started from
+        if book.due():
+            book.validate(0.0)
         try:
             with reporter.bar("meta-training", steps, int(run.state.step)) as advance:
                 for part in loop.run_chunks(chunk, run.state, pool, step_key, steps, every, stop=asked, before=before):
@@ -156,7 +158,7 @@ def meta_train(
                         run.facts["compile_seconds"] += part.seconds
                         continue
                     done = int(run.state.step)
-                    if done % every[0] == 0 or done == steps:
+                    if book.due():
                         book.validate(part.seconds)
                         run.facts["validation_seconds"] += time.perf_counter() - began
                     if done % every[1] == 0 or done == steps:
@@ -217,6 +219,8 @@ def meta_train_together(
             for book in books:
                 book.save()
 
+        if warm is not None:
+            save()  # so that resuming never needs what they started from
         try:
             with reporter.bar(f"meta-training of {count} seeds", steps, 0) as advance:
                 for part in loop.run_chunks(chunk, state, pool, keys, steps, every, stop=asked):
@@ -230,8 +234,8 @@ def meta_train_together(
                         continue
                     if done < part.first + moved:  # one diverged, which the next round raises
                         continue
-                    if done % every[0] == 0 or done == steps:
-                        for book in books:
+                    for book in books:
+                        if book.due():
                             here = time.perf_counter()
                             book.validate(part.seconds / count)
                             book.run.facts["validation_seconds"] += time.perf_counter() - here
@@ -316,7 +320,10 @@ def _begun(
     if found is None:
         return run, False
     tree, facts = found
-    tree = devices.place(tree, mesh) if config.mesh.params > 1 else jax.tree.map(jnp.asarray, tree)
+    if config.mesh.params > 1:  # the best so far is for validation and the artifact, which are each process's own
+        tree = {"state": devices.place(tree["state"], mesh), "best": devices.local(tree["best"])}
+    else:
+        tree = jax.tree.map(jnp.asarray, tree)
     reporter.line(f"resumed at outer step {int(tree['state'].step)}")
     return _Run(tree["state"], tree["best"], run.facts | facts), True
 
@@ -373,6 +380,15 @@ class _Book:
         if count:
             self.log.numbers(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
             run.facts["warm"] = [*run.facts["warm"][-99:], part.seconds / count]
+
+    def due(self) -> bool:
+        """Whether the run stands at a validation that it has not had; also where another seed's divergence cut it off.
+
+        See meta_train_together.
+        """
+        outer, done = self.config.outer, int(self.run.state.step)
+        had = self.run.facts["validations"]
+        return done > (had[-1][0] if had else 0) and (done % outer.validate_every == 0 or done == outer.steps)
 
     def validate(self, seconds: float) -> None:
         """Score on meta-validation tasks, and keep what is best. seconds: of the last chunk."""

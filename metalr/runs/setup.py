@@ -48,7 +48,7 @@ class Setup(NamedTuple):
     Attributes:
       samplers: by part of the split: "train", "val", "test".
       support, query: examples of one task.
-      amounts: what meta-training and validation go over: tasks of that size, or of each of the sizes of tasks.shots.
+      sizes: of tasks that meta-training and validation go over instead (tasks.shots).
       learned: whether the outer loop changes the rates.
     """
 
@@ -63,9 +63,14 @@ class Setup(NamedTuple):
     objective: Objective
     support: int
     query: int
-    amounts: tuple[Amount, ...]
+    sizes: tuple[Amount, ...] = ()
     standardisation: tasks.Standardisation | None = None
     prefetch: Callable[[jax.Array], None] | None = None
+
+    @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """What meta-training and validation go over: tasks of one size, or of several."""
+        return self.sizes or (Amount(self.support, self.samplers["train"][1], self.samplers["val"][1]),)
 
 
 def set_up(
@@ -123,7 +128,7 @@ def set_up(
         if standardisation is not None:
             objective = objective.in_units(standardisation.outputs)
         source, samplers, support, query = of_tasks(given, given.check(model, objective))
-        sizes = {support: samplers}
+        sizes = {}
     spec = dataclasses.replace(spec, head=model.head)
     outer.initial_shapes(model, spec)
     method = _method_of(config, row, spec, model)

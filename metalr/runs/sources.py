@@ -110,7 +110,7 @@ def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> 
 
 
 def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any], dict[int, dict[str, Any]]]:
-    """A family of image tasks, its samplers, and those that meta-training goes over: size of a support set -> samplers.
+    """A family of image tasks, its samplers, and those of tasks.shots: size of a support set -> samplers.
 
     Raises MetalrError.
     """
@@ -120,7 +120,7 @@ def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[
         return tasks.make_samplers(splits, t.way, shot, t.query, distort=t.distort, label_noise=t.label_noise)
 
     samplers = of_shot(t.shot)
-    sizes = {t.way * shot: of_shot(shot) for shot in t.shots} or {t.way * t.shot: samplers}
+    sizes = {t.way * shot: of_shot(shot) for shot in t.shots}
     described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images per class"
     if t.shots:
         described += f"; meta-training with {', '.join(map(str, t.shots))} support images per class"

@@ -26,7 +26,7 @@ from metalr.config.files import check_literals, from_json, read_settings, settin
 from metalr.errors import ConfigError, check_choices, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
-from metalr.runs import launchers, workers
+from metalr.runs import launchers, loggers, workers
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
@@ -161,6 +161,8 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
             )
     if config.seeds_together and (len(sweep.seeds) < 2 or config.slurm.processes * config.slurm.nodes > 1):
         raise ConfigError("seeds_together: expected several seeds, and one process for them")
+    if config.seeds_together:
+        loggers.check_side_by_side(sweep.base.loggers)
     if len(config.devices) > config.workers:
         raise ConfigError(
             f"workers: expected at least {len(config.devices)}, as there are devices, got {config.workers}"
@@ -389,10 +391,13 @@ def plan(sweep: Sweep, config: SweepConfig) -> str:
     points = itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)
     names = [name_of(point, seed, sweep.config(point, seed)) for point in points for seed in sweep.seeds]
     total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
-    lines = [*names, f"{total} runs, {config.workers} at a time"]
+    together = len(sweep.seeds) if config.seeds_together else 1
+    jobs = total // together
+    how = f" in {jobs} programs of {together} seeds" if config.seeds_together else ""
+    lines = [*names, f"{total} runs{how}, {config.workers} at a time"]
     if config.launcher == "slurm":
         folder = (config.out or Path("runs") / "sweep") / LOGS / launchers.SLURM
-        lines += ["", launchers.script(config, folder, total)]
+        lines += ["", launchers.script(config, folder, jobs)]
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ from metalr.outer import devices, loop, processes
 from metalr.report import runs as listed
 from metalr.runs import evaluating, examples, pictures, preemption
 from metalr.runs.job import Job
-from metalr.runs.loggers import Log, Logger, opened
+from metalr.runs.loggers import Log, Logger, check_side_by_side, opened
 from metalr.runs.meta_training import (
     Asked,
     WarmStart,
@@ -212,6 +212,7 @@ def run_together(
     """
     first, seeds = configs[0], [config.seed for config in configs]
     check_choices("seed", seeds)
+    check_side_by_side(first.loggers)
     for config in configs[1:]:
         if other := sorted(differences(first, config).keys() - {"seed", "out"}):
             raise ConfigError(f"{other[0]}: expected the same for all seeds that run together")

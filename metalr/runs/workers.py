@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import signal
 import subprocess
 import time
@@ -123,14 +124,15 @@ class Carrier:
     def _gather(self, worker: _Worker) -> Iterator[Ended]:
         """The trials of a worker that is over, or took too long; those that can go on wait for it."""
         config = self.config
-        late = config.timeout is not None and time.perf_counter() - worker.began > config.timeout
+        given = (config.timeout or math.inf) * len(worker.trials)  # seeds that run together share their seconds out
+        late = time.perf_counter() - worker.began > given
         if late:
             _stop([worker])
         if worker.process.poll() is None:
             return
         self.running.remove(worker)
         self.free.append(worker.slot)
-        error = f"not finished after {duration(config.timeout or 0)}" if late else _reason(worker, self.folder)
+        error = f"not finished after {duration(given)}" if late else _reason(worker, self.folder)
         several = len(worker.trials) > 1
         if several and worker.process.returncode and not late:
             self.say(f"seeds of {worker.trials[0].name} ended together ({error}); each goes on alone")
@@ -219,6 +221,7 @@ def _row(trial: Trial, folder: Path, error: str, attempts: int) -> dict[str, Any
 
 def _reason(worker: _Worker, folder: Path) -> str:
     """Why a run has no results: its last words."""
-    lines = (folder / LOGS / f"{worker.trials[0].name}.txt").read_text(errors="replace").strip().splitlines()
+    log = folder / LOGS / f"{worker.trials[0].name}.txt"  # a job of a cluster that never started has none
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     said = next((line for line in reversed(lines) if line.startswith("metalr:")), lines[-1] if lines else "nothing")
     return f"exit code {worker.process.returncode} after {duration(time.perf_counter() - worker.began)}: {said}"

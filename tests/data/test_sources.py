@@ -300,6 +300,9 @@ def test_any_set_in_mnists_layout(clothes):
     by_class = np.argsort(np.arange(60) % 5, kind="stable")
     kept = dataset.train_images[np.argsort(dataset.train_labels, kind="stable"), ..., 0]
     assert np.array_equal(kept, raw.reshape(60, 8, 8)[by_class])
+    (clothes / "emnist-mine-train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(60) % 5))  # beside its .gz
+    (clothes / "train-images-idx3-ubyte").mkdir()  # a folder beside the file, as some archives have it
+    assert sources.read_idx(clothes).sha256 == dataset.sha256
     for file in clothes.glob("*test*"):
         file.unlink()
     alone = sources.read_idx(clothes, name="alone")  # a sixth of each class becomes the test part
@@ -321,6 +324,10 @@ def test_any_set_in_mnists_layout(clothes):
         (
             lambda f: (f / "emnist-mine-train-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((4, 8, 8)))[:-1]),
             "train-images-idx3-ubyte: expected 4 x 8 x 8 bytes, as it says, got 255; get it again",
+        ),
+        (
+            lambda f: (f / "emnist-mine-train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0])),
+            "train-images-idx3-ubyte: expected an IDX file with its 3 sizes, got one cut short",
         ),
         (
             lambda f: (f / "emnist-mine-train-labels-idx1-ubyte.gz").write_bytes(b"<html>"),

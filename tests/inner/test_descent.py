@@ -76,6 +76,11 @@ def test_a_base_that_looks_at_the_loss_says_so():
         ConfigError, match=r"value: expected update\(grads, state, params, value=loss\) with base momo_a"
     ):
         ours.update(GRADS, ours.init(PARAMS), PARAMS)
+    for base in ("cocob", "dog", "prodigy"):  # which do without it
+        spec = RatesSpec("layer", base=base, initial=1.0)
+        ours = descent.optimizer(spec, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+        updates, _ = ours.update(GRADS, ours.init(PARAMS), PARAMS)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
 def test_decay_is_decoupled():

@@ -1,5 +1,7 @@
 """Learned rates in one's own loop over another network: by name, depth, role, mapping and function."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,79 @@ def test_without_a_learned_init_every_task_is_evaluated_from_one_of_its_own():
     assert np.ptp(own.for_network(model, names="depth").evaluate(tasks, episodes=8, steps=1).tasks[:, 0]) > 0.1
 
 
+def test_a_network_that_jax_took_apart_has_its_layers_in_order():
+    """JAX sorts a dict's keys by name, so layer_10 would come before layer_2."""
+    sorted_by_jax = jax.tree.map(jnp.asarray, jax.jit(lambda p: p)(PARAMS))
+    assert [*sorted_by_jax][:4] == ["a_last_one", "layer_0", "layer_1", "layer_10"]
+    found = [each.name for each in matching.tensors_of(sorted_by_jax, "a_last_one") if each.kind == "kernel"]
+    deep = models.mlp(3, (4,), widths=(5,) * 12)
+    meta = outer.initial(deep, RatesSpec(), jax.random.key(0))
+    init = jax.jit(lambda tree: tree)(meta.init)
+    learned = metalr.Learner(deep, RatesSpec(), init, hyperparameters.actual(RatesSpec(), meta.rates))
+    own = learned.matching(deep.init(jax.random.key(0)), names="depth").sources
+    assert all(of == (name,) for name, of in own.items())
+    places = {each.name: each.place for each in matching.tensors_of(sorted_by_jax, "a_last_one")}
+    assert sorted(found, key=places.get) == [f"layer_{i}/kernel" for i in range(12)] + ["a_last_one/kernel"]
+
+
+def test_the_output_layer_of_another_network_is_the_one_it_says():
+    own = models.from_linen(Net(3), np.zeros((1, 4), np.float32), head="a_last_one")
+    learned = dataclasses.replace(learner(), model=models.mlp(2, (4,), widths=(5, 5)))
+    found = learned.for_network(own, default=0.03)
+    rates = {name: float(rate) for name, rate in found.rates.items()}
+    assert rates["layer_0/kernel"] == pytest.approx(0.1)
+    assert rates["layer_2/kernel"] == pytest.approx(0.2)
+    assert rates["a_last_one/kernel"] == pytest.approx(0.4)
+    assert found.spec.head == "a_last_one"
+    assert found.facts["carried_from"] == {"model": "mlp", "names": "role", "default": 0.03, "fan_in": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.mlp(3, (5,), widths=(5,)), r"model: expected inputs \(4,\) and 3 outputs .* got \(5,\) and 3"),
+        (models.mlp(2, (4,), widths=(5,)), r"model: expected inputs .* got \(4,\) and 2; for other tasks, .*as_optax"),
+        (
+            dataclasses.replace(models.mlp(3, (4,), widths=(5,)), learned_dropout=False),
+            "model: expected a network that takes a learned dropout rate",
+        ),
+    ],
+)
+def test_networks_that_cannot_take_the_rates(model, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(dropout=0.1).for_network(model)
+
+
+def test_inputs_are_of_kernels_alone():
+    def factors(learned, own):
+        rates = metalr.Learner(models.mlp(3, (4,)), RatesSpec(), learned, {name: jnp.float32(1) for name in learned})
+        return rates.matching(own, names=lambda name: name, fan_in=1.0).factors
+
+    def tree(vocabulary, wide, heads):
+        return {
+            "embed": {"embedding": jnp.zeros((vocabulary, wide))},
+            "query": {"kernel": jnp.zeros((wide, heads, 4)), "bias": jnp.zeros((heads, 4))},
+            "conv": {"kernel": jnp.zeros((3, 3, wide, 8))},
+            "out": {"kernel": jnp.zeros((wide, 3))},
+        }
+
+    found = factors(tree(100, 16, 4), tree(200, 32, 8))
+    assert found == pytest.approx(
+        {"embed/embedding": 1, "query/kernel": 0.5, "query/bias": 1, "conv/kernel": 0.5, "out/kernel": 0.5}
+    )
+    same = factors(tree(100, 784, 4), tree(100, 784, 4))
+    assert set(same.values()) == {1.0}
+
+
+def test_predicted_rates_are_for_their_own_network():
+    predicted = learner(predicted=True)
+    message = "like: expected None, because these rates are predicted from the layers"
+    with pytest.raises(ConfigError, match=message):
+        predicted.as_optax(like=PARAMS, default=0.1)
+    with pytest.raises(ConfigError, match=message):
+        predicted.for_network(models.mlp(3, (4,), widths=(9, 9)))
+
+
 def test_what_was_matched_can_be_printed():
     text = str(learner().matching(PARAMS, names="depth", default=0.03))
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
@@ -163,7 +238,7 @@ def test_names_need_params_to_look_at():
         learner().as_optax(fan_in=1.0)
     with pytest.raises(ConfigError, match="like: expected your params beside names"):
         learner().as_optax(names="role")
-    with pytest.raises(ConfigError, match="rates that are predicted"):
+    with pytest.raises(ConfigError, match="rates are predicted from the layers"):
         learner(predicted=True).as_optax(like=PARAMS, names="depth", default=0.1)
 
 

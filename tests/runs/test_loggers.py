@@ -11,7 +11,7 @@ import pytest
 from metalr import Tasks, models, runs
 from metalr.config import EvaluationConfig, InnerConfig, ModelConfig, OuterConfig, TaskConfig, TrainConfig
 from metalr.errors import ConfigError
-from metalr.runs import loggers
+from metalr.runs import loggers, meta_training
 
 TINY = TrainConfig(
     tasks=TaskConfig("digits", 3, 2, 3),
@@ -65,6 +65,21 @@ def test_a_logger_that_takes_pictures_gets_the_rates_and_the_held_out_tasks(blob
     tasks = [(4, "held-out tasks/best"), (4, "held-out tasks/worst")]
     assert sorted(seeing.seen) == [(2, "rates"), *tasks, (4, "rates")]
     assert all(image.dtype == "uint8" and image.shape[2] == 3 for image in seeing.seen.values())
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(blobs_npz, tmp_path, capsys, monkeypatch):
+    class Seeing(Mine):
+        def picture(self, step, name, image):
+            raise AssertionError("there is none")
+
+    def broken(*given):
+        raise ValueError("no room to draw")
+
+    monkeypatch.setattr(meta_training.pictures, "heat_map", broken)
+    mine = Mine()
+    train(blobs_npz, tmp_path / "run", Seeing(), mine)
+    assert "Seeing 1 failed and is left out from here on: ValueError: no room to draw" in capsys.readouterr().err
+    assert len(mine.lines) > 2
 
 
 def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(blobs_npz, tmp_path, capsys):

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -311,6 +313,12 @@ def test_runs_go_as_jobs_through_submitit(stand_in, tmp_path):
     assert killed == ["begin", "resume"]
 
 
+def test_a_job_that_never_started_has_no_words(tmp_path):
+    trial, process = types.SimpleNamespace(name="a"), types.SimpleNamespace(returncode=75)
+    worker = types.SimpleNamespace(trials=[trial], process=process, began=time.perf_counter())
+    assert re.fullmatch(r"exit code 75 after .*: nothing", workers._reason(worker, tmp_path))
+
+
 def test_the_script_of_a_job(tmp_path):
     slurm = SlurmConfig(
         partition="gpu", account="lab", minutes=90, gpus=2, cores=8, memory="16GB", setup=("module load cuda",),
@@ -325,6 +333,12 @@ def test_the_script_of_a_job(tmp_path):
         assert f"#SBATCH {line}\n" in text
     assert "\nmodule load cuda\n" in text
     assert "4 runs, 3 at a time" in text
+    alone = dataclasses.replace(config, slurm=dataclasses.replace(slurm, nodes=1, processes=1), seeds_together=True)
+    text = sweeping.plan(Sweep(BASE, {"outer.init_rate": [0.1, 0.2, 0.3]}, (0, 1)), alone)
+    assert "6 runs in 3 programs of 2 seeds, 3 at a time" in text
+    assert "#SBATCH --array=0-2%3\n" in text
+    with pytest.raises(ConfigError, match="loggers: expected none of"):
+        sweeping.plan(Sweep(dataclasses.replace(BASE, loggers=("wandb",)), {}, (0, 1)), alone)
     assert not (tmp_path / "s").exists()
     with pytest.raises(ConfigError, match="slurm: expected nothing of it without --launcher slurm"):
         sweeping.plan(Sweep(BASE, {}, (0, 1)), dataclasses.replace(config, launcher="local"))

@@ -577,3 +577,38 @@ def test_one_seed_that_diverges_ends_all_and_says_which_step(small, tmp_path, mo
     with pytest.raises(loop.DivergedError, match="one of 2 seeds; all were saved"):
         training.run_together(configs, name="x", reporter=progress.ConsoleReporter(quiet=True))
     assert all(any((tmp_path / f"s{seed}" / "checkpoints").glob("step_*")) for seed in (0, 1))
+
+
+def test_a_seed_beside_one_that_diverged_goes_on_as_if_alone(small, tmp_path, monkeypatch):
+    """It was saved at the end of a dispatch, where a validation was due that it had not had."""
+    small = dataclasses.replace(small, outer=dataclasses.replace(small.outer, validate_every=2))
+    make_chunk = loop.make_chunk
+
+    def failing(*given, **options):
+        chunk = make_chunk(*given, **options)
+
+        def last_step_of_the_second_is_not_finite(state, pool, key, count):
+            new, metrics = chunk(state, pool, key, count)
+            if int(new.step[0]) == small.outer.steps and count:
+                new = new._replace(step=new.step.at[1].add(-1))
+            return new, metrics
+
+        return last_step_of_the_second_is_not_finite
+
+    monkeypatch.setattr(loop, "make_chunk", failing)
+    configs = [dataclasses.replace(small, seed=seed, out=tmp_path / f"s{seed}") for seed in (3, 7)]
+    with pytest.raises(loop.DivergedError, match="one of 2 seeds"):
+        training.run_together(configs, name="x", reporter=QUIET)
+    monkeypatch.undo()
+    resumed, alone = runs.resume(tmp_path / "s3", reporter=QUIET), run(small, seed=3, out=tmp_path / "alone")
+    of_both = [[v[:2] for v in results["training"]["validations"]] for results in (resumed, alone)]
+    assert of_both[0] == of_both[1]
+    assert [step for step, _ in of_both[0]] == [2, 4]
+    assert resumed["curve"] == alone["curve"]
+
+
+def test_seeds_together_cannot_share_a_logger_of_one_run_a_process(small, tmp_path):
+    configs = [dataclasses.replace(small, seed=seed, out=tmp_path / f"s{seed}", loggers=("mlflow",)) for seed in (3, 7)]
+    with pytest.raises(ConfigError, match=r"loggers: expected none of .* with seeds that run together.*got \['mlflow"):
+        training.run_together(configs, name="x", reporter=QUIET)
+    assert not (tmp_path / "s3").exists()
