@@ -3,7 +3,7 @@
     python benchmarks/evidence.py
 
 Draws docs/figures/CASE.svg for every case that docs/evidence_tables.md has a place for (<!-- table: CASE -->), and
-fills in its table; and the summary (<!-- summary -->) of README.
+fills in its table; and the summary (<!-- summary -->) of README and docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "evidence_tables.md"
 RESULTS = ROOT / "benchmarks" / "results" / "grid_search.json"
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
-README = ROOT / "README.md"
+SUMMARISED = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 SUMMARY_PLACE = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.S)
 SUMMARY = {  # case -> what README calls it, and the numbers of steps that it shows
     "rotated, full data, several horizons": ("rotated, 7,000 images", (11, 436, 4360)),
@@ -158,7 +158,7 @@ def summary() -> str:
 
 
 def summarised(text: str) -> str:
-    """README with its summary as the results have it."""
+    """A page with its summary as the results have it."""
     return SUMMARY_PLACE.sub(lambda found: f"{found.group(1)}\n{summary()}\n{found.group(2)}", text)
 
 
@@ -176,7 +176,8 @@ def drawings(text: str) -> dict[Path, str]:
 def main() -> None:
     text = PAGE.read_text()
     PAGE.write_text(filled(text))
-    README.write_text(summarised(README.read_text()))
+    for path in SUMMARISED:
+        path.write_text(summarised(path.read_text()))
     for path, content in drawings(text).items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
