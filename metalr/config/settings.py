@@ -153,6 +153,9 @@ class InnerConfig:
     horizon_power: float | None = None
     """Start of a learned power per layer: rates of a fine-tune of N steps are multiplied by (inner.steps / N) ** power,
     so that one schedule serves short and long ones; with inner.horizons."""
+    support_power: float | None = None
+    """Learn, per layer, by which power of its number of examples the rates of another support set are larger (from this
+    start; 0: as large); it takes tasks.shots."""
     predicted: bool | None = None
     """Predict rates and decay of each step from the task's gradients and weights."""
     batch_size: int | None = None

@@ -124,6 +124,7 @@ def fine_tune(
       dropout: whether the model has some; a learned rate replaces it.
       of_steps: as in `optimizer`.
     """
+    rates = hyperparameters.of_size(spec, rates, support)
     drop = hyperparameters.dropout(spec, rates, dropout)
     return FineTune(optimizer(spec, rates, of_steps), {"batch_size": spec.minibatch(support), "dropout": drop})
 

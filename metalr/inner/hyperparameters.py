@@ -63,6 +63,10 @@ class RatesSpec:
       horizon_power: start of a learned power per layer (and step or knot): rates of a fine-tune of another length are
         multiplied by (steps / its steps) ** power, so that one learned schedule serves short and long ones, or None.
         It takes meta-training at several lengths.
+      support_power: start of a learned power per layer (and step or knot): rates for a support set of another size are
+        multiplied by (its examples / support) ** power, so that one learned schedule serves small tasks and large ones,
+        or None. It takes meta-training with several sizes.
+      support: the examples of the support set that the rates are for; with support_power, and only then.
       predicted: multiply each layer's rate (and decay) in every step by what a small network predicts from the
         layers' gradients and weights (ALFA, Baik et al. 2020, section 3.2).
       batch_size: images of the support set in one step, reshuffled every epoch; None (or a smaller support set): all.
@@ -86,6 +90,8 @@ class RatesSpec:
     dropout: float | None = None
     proximal: float | None = None
     horizon_power: float | None = None
+    support_power: float | None = None
+    support: int | None = None
     predicted: bool = False
     batch_size: int | None = None
 
@@ -113,9 +119,15 @@ class RatesSpec:
             raise ConfigError(f"inner.lowest: expected above 0 for positive rates (or signed), got {self.lowest}")
         for name, row in HYPERPARAMETERS.items():
             value = getattr(self, name)
-            if value is not None and not 0 < value < row.highest:
-                expected = f"0 < {name} < {row.highest:g}" if np.isfinite(row.highest) else "a positive number"
+            if value is not None and not row.lowest < value < row.highest:
+                expected = f"{row.lowest:g} < {name} < {row.highest:g}"
+                if not np.isfinite(row.highest):
+                    expected = "a positive number" if row.lowest == 0 else "a finite number"
                 raise ConfigError(f"inner.{name}: expected {expected} (or None for none), got {value}")
+        if (self.support is None) != (self.support_power is None) or (self.support is not None and self.support < 1):
+            raise ConfigError(
+                f"rates.support: expected a number of examples with support_power, and None without, got {self.support}"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"inner.batch_size: expected at least 1 (or None for all), got {self.batch_size}")
 
@@ -282,17 +294,29 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
     at = between if spec.knots else pick if spec.times else lambda value: value
     longer = (of_steps or spec.steps) / spec.steps
 
-    def of_length(name: str, value: jax.Array) -> jax.Array:
-        if spec.horizon_power is None or longer == 1:
+    shorter = Rates(rates) if spec.horizon_power is None else _times_power(spec, rates, "horizon_power", 1 / longer)
+    return Rates({name: at(value) if kind_of(name) == "rate" else value for name, value in shorter.items()})
+
+
+def of_size(spec: RatesSpec, rates: Rates, support: int | None) -> Rates:
+    """Actual values for a support set of so many examples; None: of as many as they were learned for."""
+    if spec.support_power is None or spec.support is None or support is None:
+        return rates
+    return _times_power(spec, rates, "support_power", support / spec.support)
+
+
+def _times_power(spec: RatesSpec, rates: Rates, kind: str, ratio: float) -> Rates:
+    """Actual values with each rate times ratio ** (its value of `kind`), within spec.lowest..spec.highest."""
+
+    def multiplied(name: str, value: jax.Array) -> jax.Array:
+        if kind_of(name) != "rate" or ratio == 1:
             return value
-        own = f"horizon_power:{name}"
-        power = rates[own if own in rates else f"horizon_power:{layer_name(name)}"]
-        value = value * longer ** -power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
+        own = f"{kind}:{name}"
+        power = rates[own if own in rates else f"{kind}:{layer_name(name)}"]
+        value = value * ratio ** power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
         return value if spec.lowest is None and spec.highest is None else jnp.clip(value, *spec.range)
 
-    return Rates(
-        {name: at(of_length(name, value)) if kind_of(name) == "rate" else value for name, value in rates.items()}
-    )
+    return Rates({name: multiplied(name, value) for name, value in rates.items()})
 
 
 def check_steps(spec: RatesSpec, steps: int) -> None:

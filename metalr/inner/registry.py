@@ -59,6 +59,7 @@ class Raw(NamedTuple):
 
 
 LOGARITHM = Raw(np.log, jnp.log, jnp.exp)
+IDENTITY = Raw(float, lambda value: value, lambda value: value)
 LOGIT = Raw(lambda share: float(np.log(share / (1 - share))), jax.scipy.special.logit, jax.nn.sigmoid)
 
 
@@ -67,7 +68,7 @@ class Hyperparameter(NamedTuple):
 
     Attributes:
       raw: the form it is learned in.
-      highest: its actual value is above 0 and below this.
+      highest, lowest: its actual value is between these, and neither of them.
       source: paper and place.
       stage: where its link stands; None for what is no part of an update.
       link: what it does to a step.
@@ -82,6 +83,7 @@ class Hyperparameter(NamedTuple):
     link: Link | None = None
     of_layers: bool = True
     timed: bool = False
+    lowest: float = 0.0
 
 
 def _nothing(params: Params) -> tuple[()]:
@@ -155,6 +157,10 @@ HYPERPARAMETERS = {
     "horizon_power": Hyperparameter(
         LOGARITHM, np.inf, "rates that fall with the square root of the number of steps have 1/2: Zinkevich 2003",
         timed=True,
+    ),
+    "support_power": Hyperparameter(
+        IDENTITY, np.inf, "rates that grow with the batch have 1 (Goyal et al. 2017, section 2.1) or 1/2 (Hoffer "
+        "et al. 2017)", timed=True, lowest=-np.inf,
     ),
     "dropout": Hyperparameter(LOGIT, 1.0, "Gaussian, Srivastava et al. 2014, section 10", of_layers=False),
 }  # fmt: skip

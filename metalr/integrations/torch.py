@@ -90,7 +90,13 @@ class Learned:
                 param.copy_(_towards(value, param) if layout else torch.from_numpy(np.array(value)))
 
     def optimizer(
-        self, module: torch.nn.Module, steps: int | None = None, names: Names = None, *, default: float | None = None
+        self,
+        module: torch.nn.Module,
+        steps: int | None = None,
+        names: Names = None,
+        *,
+        default: float | None = None,
+        support: int | None = None,
     ) -> LearnedDescent:
         """An optimizer with one parameter group a tensor: its learned rate in each step, momentum, decay and so on.
 
@@ -98,6 +104,7 @@ class Learned:
           steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
           names: as of `state_dict`.
           default: the rate of parameters that no learned tensor is like; None refuses them.
+          support: the examples of your task, if rates go with them (inner.support_power); default: as trained.
 
         Raises ConfigError for a parameter without a rate, rates that are predicted (alfa), or a base that is not here.
         """
@@ -105,6 +112,11 @@ class Learned:
             raise ConfigError("optimizer: expected rates that are not predicted, which PyTorch's optimizers cannot be")
         if self.spec["base"] not in ("sgd", "adam"):
             raise ConfigError(f"optimizer: expected rates of base sgd or adam in PyTorch, got {self.spec['base']!r}")
+        ratios = {"horizon_power": self.spec["steps"] / (steps or self.spec["steps"])}
+        if self.spec.get("support"):
+            ratios["support_power"] = (support or self.spec["support"]) / self.spec["support"]
+        elif support is not None:
+            raise ConfigError(f"support: expected None with rates that do not go with it, got {support!r}")
         flat = isinstance(module, _Flax)
         matched = self._matched(module, names, layout=not flat, lost=default is not None)
         groups = []
@@ -113,10 +125,10 @@ class Learned:
             shared = "all" if self.spec["granularity"] == "shared" else layer
             group: dict[str, Any] = {"params": [param], "name": name, "learned": of, "layer": shared}
             rate = self._rate(of) if of else np.array(default, np.float32)
-            power = self.rates.get(f"horizon_power:{shared}")
-            if of and rate is not None and power is not None and steps is not None:
-                power = power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
-                rate = rate * (steps / self.spec["steps"]) ** -power
+            for kind, ratio in ratios.items():
+                power = self.rates.get(f"{kind}:{shared}")
+                if of and rate is not None and power is not None:
+                    rate = rate * ratio ** power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
             group["lr"] = float(np.mean(rate)) if rate is not None else 0.0
             group["rates"] = None if rate is None else _rates_towards(rate, self.spec, param, layout=not flat)
             group |= {k: _number(self.rates.get(f"{k}:{shared}")) if rate is not None else None for k in KINDS}

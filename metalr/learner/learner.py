@@ -314,6 +314,7 @@ class Learner:
         names: Names = None,
         default: float | str | None = None,
         fan_in: float = 0.0,
+        support: int | None = None,
     ) -> optax.GradientTransformation:
         """Gradient descent with the learned hyperparameters, for any training loop.
 
@@ -347,19 +348,27 @@ class Learner:
             0..1, for layers of another width. An Adam step has the same size whatever the gradient, so more inputs move
             an output further: with power 1 if the steps of all weights pull the same way (Yang et al. 2022, Tensor
             Programs V, table 3), with 0.5 if they do not (Everett et al. 2024). 0: no change.
+          support: the examples of your task, if rates go with them (inner.support_power); default: as trained.
 
-        Raises ConfigError unless steps is None or an integer of at least 1; for a tensor without a rate; for rates that
-        are predicted, which are for their own network only.
+        Raises ConfigError unless steps and support are None or integers of at least 1; for a tensor without a rate; for
+        rates that are predicted, which are for their own network only.
         """
         if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
             raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
+        if support is not None and (self.spec.support_power is None or support < 1):
+            raise ConfigError(
+                "support: expected a number of examples with rates that go with it (inner.support_power), None with "
+                f"others, got {support!r}"
+            )
         if like is None:
             if names is not None or default is not None or fan_in:
                 raise ConfigError("like: expected your params beside names, default and fan_in, got None")
-            own = descent.optimizer(self.spec, self.rates, steps, tensors=trees.leaf_names(self.init))
+            rates = hyperparameters.of_size(self.spec, self.rates, support)
+            own = descent.optimizer(self.spec, rates, steps, tensors=trees.leaf_names(self.init))
             return _within_params(own)
         found = self.matching(like, names=names, default=default, fan_in=fan_in)
         spec, rates = rates_for(self.spec, self.rates, self.init, like, found)
+        rates = hyperparameters.of_size(spec, rates, support)
         return descent.optimizer(spec, rates, steps, tensors=trees.leaf_names(like))
 
     def matching(

@@ -130,6 +130,8 @@ def set_up(
         source, samplers, support, query = of_tasks(given, given.check(model, objective))
         sizes = {}
     spec = dataclasses.replace(spec, head=model.head)
+    if config.inner.support_power is not None:
+        spec = dataclasses.replace(spec, support_power=config.inner.support_power, support=support)
     outer.initial_shapes(model, spec)
     method = _method_of(config, row, spec, model)
     if model.start is not None and not isinstance(method, Reverse):
@@ -169,9 +171,12 @@ def _row_of(config: TrainConfig) -> algorithms.Algorithm:
 
 
 def _spec_of(config: TrainConfig, row: algorithms.Algorithm, objective: Objective) -> RatesSpec:
-    """What is learned of the inner loop; without the name of the head, which the network has. Raises ConfigError."""
+    """What is learned of the inner loop; without the name of the head and the size of tasks, which others know.
+
+    Raises ConfigError.
+    """
     given = dataclasses.asdict(config.inner)
-    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps"}
+    same = ({field.name for field in dataclasses.fields(RatesSpec)} & set(given)) - {"steps", "support_power"}
     start = NUMBERS_START if objective.targets == "numbers" else CLASSES_START
     if optimizers.needs_no_rate(config.inner.base):
         start = 1.0
@@ -202,6 +207,7 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
             f"got {config.curve_steps}"
         )
     _check_horizons(config, row)
+    _check_sizes(config)
 
 
 LEAST = {  # of settings that count something
@@ -230,7 +236,6 @@ def _check_counts(config: TrainConfig, row: algorithms.Algorithm) -> None:
 def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:
     """Raises ConfigError for horizons that cannot be trained at, and for a power that could not be learned."""
     check_choices("inner.horizons", config.inner.horizons, empty=True)
-    check_choices("tasks.shots", config.tasks.shots, empty=True)
     if config.inner.horizons and (row.multi_step or row.meta_gradient == "joint" or min(config.inner.horizons) < 1):
         raise ConfigError(
             "inner.horizons: expected numbers of inner steps of at least 1, an algorithm that takes inner steps, and "
@@ -245,6 +250,16 @@ def _check_horizons(config: TrainConfig, row: algorithms.Algorithm) -> None:
         raise ConfigError(
             "inner.horizon_power: expected None unless inner.horizons are two or more, from which it is learned, got "
             f"{config.inner.horizon_power}"
+        )
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Raises ConfigError for sizes of tasks that are none, and for a power that could not be learned from them."""
+    check_choices("tasks.shots", config.tasks.shots, empty=True)
+    if config.inner.support_power is not None and len(config.tasks.shots) < 2:
+        raise ConfigError(
+            "inner.support_power: expected None unless tasks.shots are two or more, from which it is learned, got "
+            f"{config.inner.support_power}"
         )
 
 

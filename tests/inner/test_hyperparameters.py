@@ -1,5 +1,6 @@
 """Rates: groups, shapes, steps beyond the trained ones, the optax transformation."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -77,6 +78,30 @@ def test_a_horizon_power_lets_rates_fall_with_the_length(settings):
     for steps, expected in ((4, 0.2), (None, 0.2), (16, 0.1), (1, 0.4)):
         now = hyperparameters.at_step(spec, rates, 0, steps)
         np.testing.assert_allclose([now[group] for group in groups], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"knots": 2}, {"granularity": "tensor"}, {"granularity": "shared"}])
+def test_a_support_power_lets_rates_go_with_the_size_of_the_support_set(settings):
+    spec = RatesSpec(**{"granularity": "layer", "initial": 0.2, "support_power": 0.5, "support": 8} | settings)
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS))
+    groups = [name for name in rates if hyperparameters.kind_of(name) == "rate"]
+    for support, expected in ((8, 0.2), (None, 0.2), (2, 0.1), (32, 0.4)):
+        of_size = hyperparameters.of_size(spec, rates, support)
+        np.testing.assert_allclose([np.max(of_size[group]) for group in groups], expected, rtol=1e-6)
+    falls = hyperparameters.actual(
+        spec, {k: -v if "power" in k else v for k, v in hyperparameters.raw_of(spec, rates).items()}
+    )
+    assert float(np.max(hyperparameters.of_size(spec, falls, 2)[groups[0]])) == pytest.approx(0.4)
+    bounded = dataclasses.replace(spec, highest=0.3)
+    assert float(np.max(hyperparameters.of_size(bounded, rates, 32)[groups[0]])) == pytest.approx(0.3)
+
+
+def test_a_support_power_needs_the_size_that_rates_are_for():
+    for settings in ({"support_power": 0.1}, {"support": 5}, {"support": 0, "support_power": 0.1}):
+        with pytest.raises(ConfigError, match="rates.support: expected a number of examples with support_power"):
+            RatesSpec(**settings)
+    with pytest.raises(ConfigError, match="inner.support_power: expected a finite number .*got inf"):
+        RatesSpec(support_power=np.inf, support=4)
 
 
 def test_each_knot_has_a_power_of_its_own():

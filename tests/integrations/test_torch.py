@@ -35,6 +35,7 @@ SPECS = {
     "all": RatesSpec("layer", steps=5, initial=0.3, momentum=0.5, decay=0.05, clip=0.2, proximal=0.1),
     "adam": RatesSpec("layer", steps=5, initial=0.03, base="adam", decay=0.01),
     "horizon": RatesSpec("layer", knots=2, steps=3, initial=0.3, horizon_power=0.5),
+    "size": RatesSpec("layer", steps=5, initial=0.3, support_power=0.5, support=4),  # with 9 examples
     "head only": RatesSpec("layer", steps=5, initial=0.3, adapts="head"),
     "signed": RatesSpec("layer", steps=5, initial=0.3, positive=False),
 }
@@ -68,7 +69,8 @@ def test_five_steps_give_the_same_logits(network, spec, tmp_path):
     theirs = metalr_torch.load(tmp_path / "a")
     module = theirs.module()
     np.testing.assert_allclose(module(as_torch(query, model)).detach(), learned.apply(learned.init, query), atol=1e-5)
-    optimizer = theirs.optimizer(module, steps=5)
+    support = len(Y) if SPECS[spec].support else None
+    optimizer = theirs.optimizer(module, steps=5, support=support)
     for _ in range(5):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(module(as_torch(x, model)), torch.from_numpy(Y).long()).backward()

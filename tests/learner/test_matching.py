@@ -233,6 +233,18 @@ def test_refusals(options, message):
         learner().as_optax(like=PARAMS, **options)
 
 
+def test_rates_that_go_with_the_size_of_the_support_set():
+    learned = learner(support_power=0.5, support=4)
+    for like in (None, learned.init):
+        found = rates_of(learned.as_optax(like=like, support=16), learned.init)
+        assert found["dense_1/kernel"] == pytest.approx(0.4)
+        assert rates_of(learned.as_optax(like=like), learned.init)["dense_1/kernel"] == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match="support: expected a number of examples .* got 3"):
+        learner().as_optax(support=3)
+    with pytest.raises(ConfigError, match="support: expected a number of examples .* got 0"):
+        learned.as_optax(support=0)
+
+
 def test_names_need_params_to_look_at():
     with pytest.raises(ConfigError, match="like: expected your params beside names, default and fan_in"):
         learner().as_optax(fan_in=1.0)

@@ -48,6 +48,7 @@ SPECS = {
     "adam": RatesSpec("layer", steps=12, initial=0.03, base="adam", batch_size=3),
     "predicted": RatesSpec("layer", steps=12, initial=0.3, predicted=True, proximal=0.1),
     "horizon": RatesSpec("tensor", steps=5, initial=0.3, horizon_power=0.4),  # at 12 steps
+    "size": RatesSpec("layer", steps=5, knots=2, initial=0.3, support_power=-0.4, support=2),  # with 6 examples
 }
 HORIZON = {"horizon": 12}
 
@@ -96,7 +97,7 @@ def test_rates_on_another_base_after_one_step_against_finite_differences():
             np.testing.assert_allclose(grads.rates[group], (losses[0] - losses[1]) / 2e-5, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["all", "adam", "predicted", "schedule", "horizon"])
+@pytest.mark.parametrize("name", ["all", "adam", "predicted", "schedule", "horizon", "size"])
 def test_every_hyperparameter_against_finite_differences(name):
     with jax.enable_x64(True):
         spec = SPECS[name]

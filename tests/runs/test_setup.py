@@ -59,6 +59,10 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
         ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(1, 1))}, "tasks.shots: expected different values"),
         ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(0, 1))}, "tasks.shot: expected at least 1, got 0"),
         (
+            {"inner": InnerConfig(steps=2, support_power=0.1)},
+            "inner.support_power: expected None unless tasks.shots are",
+        ),
+        (
             {"inner": InnerConfig(steps=2, horizons=(5,), horizon_power=0.5)},
             "inner.horizon_power: expected None unless",
         ),

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metalr
@@ -500,6 +501,30 @@ def test_tasks_of_several_sizes(small, tmp_path):
     assert results["training"]["validation_accuracy"] == pytest.approx(float(np.mean(scores)), abs=1e-5)
     assert config.tasks.shot == 2
     assert setup.support == 20
+
+
+def test_rates_learn_how_they_go_with_the_size_of_tasks(small, tmp_path):
+    sizes = dataclasses.replace(small.tasks, shots=(1, 4))
+    inner = dataclasses.replace(small.inner, support_power=0.1)
+    run(small, tasks=sizes, inner=inner, out=tmp_path / "sizes")
+    learned = metalr.load(tmp_path / "sizes")
+    assert learned.spec.support == 20
+    powers = [float(v) for name, v in learned.rates.items() if name.startswith("support_power")]
+    assert len(powers) == 2
+    assert all(power != pytest.approx(0.1, abs=1e-6) for power in powers)  # it was moved
+    rng = np.random.default_rng(0)
+    x, y = rng.random((10, 8, 8, 1), np.float32), np.arange(10)
+    params, tx = learned.init, learned.as_optax(support=10)
+    state = tx.init(params)
+    for _ in range(2):
+        grads = jax.grad(lambda p: inner_objective(learned.model.apply(p, x), y))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), learned.adapt(x, y, 2), params)
+
+
+def inner_objective(logits, y):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def test_seeds_together_are_what_each_is_alone(small, tmp_path):
