@@ -324,9 +324,6 @@ class Learner:
         Give params to its update(grads, state, params), and value=loss if `spec.base` looks at the loss. What is not
         part of an update stays with your loop: minibatches (`spec.batch_size`) and dropout (`rates["dropout:all"]`).
 
-        Args:
-          steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
-
         A learner that was trained on standardised numbers has init and rates for these: give your loop
         `standardisation.inputs(x)` and `standardisation.targets(y)`.
 
@@ -337,6 +334,7 @@ class Learner:
         holds).
 
         Args:
+          steps: the length of your fine-tune, over which a schedule with knots is stretched; default: as trained.
           like: your params, or their shapes, as the model's init gives them; with them `names` and `default` count.
           names: which learned tensor each of yours is like. A mapping from your tensors' names (or layers' names, or
             patterns such as `layer_*`) to learned ones; a function of your tensor's name; "depth": the learned tensor
