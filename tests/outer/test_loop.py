@@ -187,9 +187,9 @@ def test_failing_tasks_are_those_of_the_step_as_it_was(phase, parts, blobs):
 def test_every_outer_step_draws_one_of_the_horizons(parts, blobs):
     model, spec, pool, _, _ = parts
     _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
-    drawn = loop.make_gradient(model, spec, METHOD, sample, loop.Phases(horizons=(1, 3)))
+    drawn = jax.jit(loop.make_gradient(model, spec, METHOD, sample, loop.Phases(horizons=(1, 3))))
     each = [
-        loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample) for steps in (1, 3)
+        jax.jit(loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample)) for steps in (1, 3)
     ]  # fmt: skip
     meta, seen = loop.start(model, spec, optax.sgd(1.0), jax.random.key(0)).meta, set()
     keys = loop.task_keys(jax.random.key(0), 0, 2)
@@ -206,13 +206,13 @@ def test_every_outer_step_draws_tasks_of_one_of_the_sizes(parts, blobs):
     model, spec, pool, _, _ = parts
     train = tasks.make_splits(blobs, "permuted").train
     samplers = [tasks.make_sampler(train, 10, shot, 3)[1] for shot in (1, 2)]
-    drawn = loop.make_gradient(model, spec, METHOD, samplers, loop.Phases(horizons=(1, 3)))
+    drawn = jax.jit(loop.make_gradient(model, spec, METHOD, samplers, loop.Phases(horizons=(1, 3))))
     meta, keys = (
         loop.start(model, spec, optax.sgd(1.0), jax.random.key(0)).meta,
         loop.task_keys(jax.random.key(0), 0, 2),
     )
     of_each = {
-        (size, steps): float(loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample)(
+        (size, steps): float(jax.jit(loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample))(
             meta, pool, 0, keys)[1]["loss"])
         for size, sample in enumerate(samplers) for steps in (1, 3)
     }  # fmt: skip
