@@ -8,6 +8,7 @@ fills in its table; and the summary (<!-- summary -->) of README and docs/eviden
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -63,8 +64,13 @@ def file_name(case: str) -> str:
     return re.sub(r"\W+", "_", case).strip("_")
 
 
+@functools.cache
+def measured() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["rows"]
+
+
 def rows_of(case: str) -> list[dict[str, Any]]:
-    return [row for row in json.loads(RESULTS.read_text())["rows"] if row["case"] == case]
+    return [row for row in measured() if row["case"] == case]
 
 
 def above(series: Series, least: float) -> Series:

@@ -181,20 +181,23 @@ def match(
     chosen = float(start) if lost and start is not None else None
     if not 0 <= fan_in <= 1:
         raise ConfigError(f"fan_in: expected a power of 0..1, got {fan_in!r}")
-    inputs = {each.name: _inputs(each, init) for each in learned.values()}
-    factors = {each.name: _factor(_inputs(each, params), [inputs[of] for of in sources[each.name]]) for each in mine}
+    shapes = trees.leaf_shapes(init), trees.leaf_shapes(params)
+    inputs = {name: _inputs(each, shapes[0][name]) for name, each in learned.items()}
+    factors = {
+        each.name: _factor(_inputs(each, shapes[1][each.name]), [inputs[of] for of in sources[each.name]])
+        for each in mine
+    }
     factors = {name: factor**fan_in for name, factor in factors.items()}
     values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
     return Matching(sources, chosen, values, factors)
 
 
-def _inputs(tensor: Tensor, params: Params) -> int | None:
+def _inputs(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
     """How many numbers each output of a kernel is a sum over; None for what is no kernel.
 
     All axes but the last, as Flax lays out dense layers and convolutions; but the first one alone of an attention's
     query, key and value, [inputs, heads, outputs of each].
     """
-    shape = trees.leaf_shapes(params)[tensor.name]
     if tensor.kind != "kernel":
         return None
     of_attention = len(shape) == 3 and tensor.name.split("/")[-2:-1] in (["query"], ["key"], ["value"])

@@ -23,7 +23,7 @@ from metalr.models import Model
 from metalr.outer import devices, meta_gradients
 from metalr.outer.directions import Forward, Method, Reverse
 from metalr.tasks import Pool, Sampler, second_key
-from metalr.types import MetaParams, Params, Rates
+from metalr.types import Episode, MetaParams, Params, Rates
 
 SCHEDULES = ("cosine", "constant")
 POLICIES = ("stop", "skip")
@@ -310,9 +310,14 @@ def make_gradient(
     def gradient(meta: MetaParams, pool: Pool, number: Any, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
         inner_keys = jax.vmap(second_key)(keys)
 
+        def tasks_of(sample: Sampler) -> Episode:
+            return jax.vmap(lambda key: sample(pool, key))(keys)
+
+        alone = tasks_of(samplers[0]) if len(samplers) == 1 else None  # once, and not again in every branch
+
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             def of_variant(sample: Sampler, horizon: int | None) -> tuple[MetaParams, dict[str, jax.Array]]:
-                episodes = jax.vmap(lambda key: sample(pool, key))(keys)
+                episodes = tasks_of(sample) if alone is None else alone
                 return meta_gradients.meta_gradient(
                     model, spec, meta, episodes, inner_keys, method,
                     step_weights=weights, objective=objective, horizon=horizon,

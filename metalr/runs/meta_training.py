@@ -456,7 +456,7 @@ def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, A
 def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -> str:
     """Which tasks of a step that was not finite are to blame, and the rates it had, in words."""
     pool, _ = setup.samplers["train"]
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = _step_key(config)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(jnp.asarray, devices.local(meta))
     gradient = loop.make_gradient(

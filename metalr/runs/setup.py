@@ -116,7 +116,7 @@ def set_up(
     if isinstance(given, data.Dataset):
         if objective.name != CROSS_ENTROPY.name:
             raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
-        source, samplers, sizes = of_images(config, given)
+        source, samplers, by_size = of_images(config, given)
         model = model_of(config.model, config.tasks.way, given, model, row.head_start)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
@@ -128,7 +128,7 @@ def set_up(
         if standardisation is not None:
             objective = objective.in_units(standardisation.outputs)
         source, samplers, support, query = of_tasks(given, given.check(model, objective))
-        sizes = {}
+        by_size = {}
     spec = dataclasses.replace(spec, head=model.head)
     if config.inner.support_power is not None:
         spec = dataclasses.replace(spec, support_power=config.inner.support_power, support=support)
@@ -152,7 +152,7 @@ def set_up(
         config.inner.horizons,
         () if row.learned else ("rates",),
     )
-    amounts = tuple(Amount(size, of["train"][1], of["val"][1]) for size, of in sizes.items())
+    amounts = tuple(Amount(size, of["train"][1], of["val"][1]) for size, of in by_size.items())
     rest = row.learned, objective, support, query, amounts, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
 
