@@ -248,7 +248,8 @@ def _compiled(
         episodes = jax.eval_shape(sample, pool, keys[0])
         if fits(count(episodes.support_y)):
             return devices.map_tasks(in_fast_form, keys, min(32, len(keys)))
-        group = devices.fitting_group(functools.partial(one_task, model.cpu_apply or model.apply), keys)
+        alone = functools.partial(one_task, model.cpu_apply or model.apply)
+        group = functools.partial(devices.fitting_group, alone, keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
     compiled: dict[int, Callable[..., jax.Array]] = {}

@@ -23,6 +23,7 @@ from metalr.errors import ConfigError, one_line
 from metalr.learner import Learner, load
 from metalr.learner.artifact import CARD, folder_of
 from metalr.learner.learner import FEW_IMAGES_A_CLASS
+from metalr.outer import devices
 from metalr.storage import folders
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -68,7 +69,8 @@ def stablehlo(learned: Learner, source: Path, out: Path, support: int, steps: in
     }  # fmt: skip
     for name, (function, arguments) in programs.items():
         try:
-            made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+            with devices.every_platform(True):
+                made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
         except Exception as error:  # what a network's operations make of a size that is not known
             raise ConfigError(f"{source}: {name} cannot be exported: {one_line(error)[:300]}") from error
         folders.write_file(out / f"{name}.stablehlo", bytes(made.serialize()))

@@ -451,10 +451,12 @@ class Learner:
                 return devices.map_tasks(functools.partial(one, apply, init, rates), (x, y), group)
 
             def here(init: Params, rates: Rates, x: Any, y: Any) -> Params:
-                x, group = self._prepared(x), 1
-                if batched:
-                    alone = functools.partial(one, model.cpu_apply or model.apply, init, rates)
-                    group = devices.fitting_group(alone, (x, y))
+                x = self._prepared(x)
+                alone = functools.partial(one, model.cpu_apply or model.apply, init, rates)
+
+                def group() -> int:
+                    return devices.fitting_group(alone, (x, y)) if batched else 1
+
                 return devices.by_platform(model, tasks, init, rates, x, y, accelerator_group=group)
 
             if not batched:

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecut
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -205,21 +206,39 @@ def place_tasks(tasks: Any, mesh: Mesh) -> Any:
     return jax.device_put(tasks, NamedSharding(mesh, P(AXIS)))
 
 
+every_platform = jax.make_user_context(default_value=False)
+"""`with every_platform(True):` programs are traced in the forms of all platforms: those that are lowered for others."""
+
+
+def _cpus_alone() -> bool:
+    return not every_platform.value and {*jax.extend.backend.backends()} == {"cpu"}
+
+
 def by_platform(
-    model: Model, function: Callable[..., Any], *args: Any, cpu_group: int = 1, accelerator_group: int = 1
+    model: Model,
+    function: Callable[..., Any],
+    *args: Any,
+    cpu_group: int = 1,
+    accelerator_group: Callable[[], int] = lambda: 1,
 ) -> Any:
     """`function(apply, group, *args)` in the form that suits the platform it is lowered for.
 
     On CPUs: convolution as products, and tasks in small groups (1 unless a form gains from more), because what fits the
     cache is fastest. On NVIDIA GPUs: products too (a kernel a task makes lax.conv a grouped convolution, four to six
     times slower; benchmarks/results/accelerator.json), and many tasks at once. Elsewhere: lax.conv, many tasks at once.
+
+    A process that has CPUs alone traces only their form: tracing the others costs as much again for each. To lower for
+    platforms that are not here, see every_platform. accelerator_group: asked only where it matters.
     """
     products = model.cpu_apply or model.apply
+    if _cpus_alone():
+        return function(products, cpu_group, *args)
+    many = accelerator_group()
     return jax.lax.platform_dependent(
         *args,
         cpu=functools.partial(function, products, cpu_group),
-        cuda=functools.partial(function, products, accelerator_group),
-        default=functools.partial(function, model.apply, accelerator_group),
+        cuda=functools.partial(function, products, many),
+        default=functools.partial(function, model.apply, many),
     )
 
 
@@ -331,5 +350,8 @@ def mean_over_tasks(model: Model, function: Callable[[Apply, Any], Any], tasks: 
         return jax.tree.map(lambda v: v * (size / count), total)
 
     one = functools.partial(function, model.cpu_apply or model.apply)
-    group = fitting_group(lambda task: one(jax.tree.map(lambda v: v[None], task)), tasks)
+
+    def group() -> int:
+        return fitting_group(lambda task: one(jax.tree.map(lambda v: v[None], task)), tasks)
+
     return by_platform(model, mean, tasks, cpu_group=cpu_group, accelerator_group=group)

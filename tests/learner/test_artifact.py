@@ -15,7 +15,7 @@ from metalr import inner, models, outer
 from metalr.errors import ArtifactError, ConfigError, DataError, MetalrWarning, StorageError
 from metalr.inner import descent, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import algorithms
+from metalr.outer import algorithms, devices
 from metalr.storage import sealed
 
 RNG = np.random.default_rng(0)
@@ -368,9 +368,10 @@ def test_saving_refuses(tmp_path):
 def test_inner_loop_lowers_for_every_platform(platform, model):
     learned = learner(model=model)
     x = jnp.asarray(X)[..., None]
-    exported = jax.export.export(learned._adapt, platforms=[platform])(
-        learned.init, learned.rates, x, jnp.asarray(Y, jnp.int32), steps=3, batched=False
-    )
+    with devices.every_platform(True):
+        exported = jax.export.export(learned._adapt, platforms=[platform])(
+            learned.init, learned.rates, x, jnp.asarray(Y, jnp.int32), steps=3, batched=False
+        )
     assert exported.platforms == (platform,)
     text = exported.mlir_module()
     if model.name == "conv4":

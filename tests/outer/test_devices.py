@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metalr import models
 from metalr.config import MeshConfig, TrainConfig
 from metalr.errors import ConfigError
 from metalr.outer import devices
@@ -32,6 +35,27 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         training.run(TrainConfig(mesh=mesh, out=tmp_path / "x"), name="x")
     assert not (tmp_path / "x").exists()
+
+
+def test_only_what_runs_here_is_traced():
+    """Tracing the forms of platforms that are not here would cost as much again for each of them."""
+    model, traced = models.conv4(3, (8, 8, 1), channels=2, layers=1), []
+
+    def doubled(apply, group, x):
+        traced.append(("lax.conv" if apply is model.apply else "products", group))
+        return 2 * x
+
+    @jax.jit
+    def program(x):
+        return devices.by_platform(model, doubled, x, accelerator_group=lambda: 7)
+
+    assert float(program(jnp.float32(3))) == 6
+    here = [("products", 1)]
+    assert traced == here if jax.default_backend() == "cpu" else traced != here
+    traced.clear()
+    with devices.every_platform(True):
+        assert float(program(jnp.float32(3))) == 6
+    assert traced == [("products", 1), ("products", 7), ("lax.conv", 7)]
 
 
 def with_devices(count, code, *arguments):
