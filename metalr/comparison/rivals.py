@@ -54,6 +54,8 @@ class Field(NamedTuple):
       lengths: numbers of inner steps of the fine-tunes that are reported, ascending.
       batch_size: of minibatches of all runs that are not searched; support: no minibatches.
       objective: what all of them minimise, and are scored by.
+      early_stopping: a method stops at the length, of those up to the one reported, that was best on meta-validation
+        tasks, if it is tuned at all.
     """
 
     sampler: tuple[Pool, Sampler]
@@ -65,6 +67,7 @@ class Field(NamedTuple):
     lengths: tuple[int, ...]
     batch_size: int
     objective: Objective = CROSS_ENTROPY
+    early_stopping: bool = False
 
     @property
     def minibatch(self) -> int | None:
@@ -76,7 +79,7 @@ class Scores(NamedTuple):
     """One method at one cost.
 
     Attributes:
-      steps: of a run without a search; None for a search.
+      steps: of a run without a search, or the most that it may take; None for a search.
       scores: [learners, tasks] float64, the objective's score (accuracy, say); one row for what no learner is part of.
       example_gradients: of one task, as done; naive_example_gradients: with each cell of a grid run alone.
       seconds: of one task on one device; without compilation, but a search's first trials have it.
@@ -147,24 +150,34 @@ def of_lengths(
 
 
 def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = False) -> list[Scores]:
-    """The learned rates from the learned init, or from a random one; a schedule is stretched over each length."""
-    pool, sample = field.sampler
+    """The learned rates from the learned init, or from a random one; a schedule is stretched over each length.
+
+    With early stopping, the number of steps is chosen with the first learner, as a tuned rate is from the first init.
+    """
     start = "random" if random_init else "learned"
     of_length = learners[0].spec.of_length
 
     @functools.cache
-    def evaluator(length: int) -> protocol.Evaluator:
+    def evaluator(length: int, val: bool) -> protocol.Evaluator:
         model, spec = learners[0].model, learners[0].spec
         at = [length] if length else list(field.lengths)
         return protocol.make_evaluator(
-            model, spec, sample, at[-1], of_steps=length or None, at=at, random_init=random_init,
-            objective=field.objective,
+            model, spec, (field.val_sampler if val else field.sampler)[1], at[-1], of_steps=length or None, at=at,
+            random_init=random_init, objective=field.objective,
         )  # fmt: skip
 
-    def run(learner: Learner, length: int) -> np.ndarray:
-        return evaluator(length)(pool, learner.init, learner.rates, field.keys).tasks
+    def run(learner: Learner, length: int, val: bool = False) -> np.ndarray:
+        pool, keys = (field.val_sampler[0], field.val_keys) if val else (field.sampler[0], field.keys)
+        return evaluator(length, val)(pool, learner.init, learner.rates, keys).tasks
 
-    return of_lengths(f"{start} init + {learners[0].kind_of_rates}", learners, field, run, every=not of_length)
+    method = f"{start} init + {learners[0].kind_of_rates}"
+    rows = of_lengths(method, learners, field, run, every=not of_length)
+    if not field.early_stopping:
+        return rows
+    each = [run(learners[0], length, True) for length in (field.lengths if of_length else (0,))]
+    scores = np.concatenate(each, axis=1).mean(0)
+    paid = (sum(field.lengths) if of_length else field.lengths[-1]) * len(field.val_keys) * field.batch_size
+    return [row._replace(paid_once=float(paid)) for row in _stopped_early(rows, scores.tolist(), field)]
 
 
 Baselines = Callable[[str, bool, bool], Callable[[Params | None, Sequence[float]], np.ndarray]]
@@ -240,7 +253,8 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
     """From every init, the optimizer and rate that did best on meta-validation tasks at that very length.
 
     They are chosen from the first init. An optimizer's best rate at an end of its range widens the range, until none
-    is (or WIDENINGS times). The cost of the tuning is in paid_once, as that of meta-training.
+    is (or WIDENINGS times). With early stopping, the length is chosen with them, of those up to the one reported. The
+    cost of the tuning is in paid_once, as that of meta-training.
     """
     first = inits[0]
     found: dict[tuple[str, float], np.ndarray] = {}  # (optimizer, rate) -> score at each length
@@ -269,14 +283,31 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
         curves = {cell: runs(cell[0], init is None, False)(init, [cell[1]])[0] for cell in sorted(set(best))}
         return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
 
-    rows = of_lengths(f"{name} init + one tuned rate", inits, field, score, every=True)
-    return [
+    rows = [
         row._replace(
             paid_once=float(cost),
             seconds=row.seconds / len(set(best)),  # a curve for each of them was run
             chosen={"optimizer": cell[0], "learning_rate": cell[1]},
         )
-        for row, cell in zip(rows, best, strict=True)
+        for row, cell in zip(
+            of_lengths(f"{name} init + one tuned rate", inits, field, score, every=True), best, strict=True
+        )
+    ]
+    if not field.early_stopping:
+        return rows
+    scores = [by_length[at][cell] for at, cell in enumerate(best)]
+    return _stopped_early(rows, scores, field)
+
+
+def _stopped_early(rows: Sequence[Scores], scores: Sequence[float], field: Field) -> list[Scores]:
+    """For each length, the row of the length up to it with the best score; of equal ones the shortest.
+
+    rows, scores: at each length, on the tasks that all rivals meet, and on average on meta-validation tasks.
+    """
+    best = [field.objective.best(range(at + 1), scores.__getitem__) for at in range(len(rows))]
+    return [
+        rows[i]._replace(steps=most, chosen=rows[i].chosen | {"steps": rows[i].steps})
+        for i, most in zip(best, field.lengths, strict=True)
     ]
 
 

@@ -355,8 +355,11 @@ class CompareConfig:
     rivals: tuple[str, ...] = ("momo_adam", "cocob", "schedule_free_sgd")
     """Optimizers that need no learning rate, at their own defaults, from the random and the pre-trained init; also
     momo, schedule_free_adamw, prodigy, dadapt_adamw, dog, mechanize, adam_cosine."""
+    early_stopping: bool = False
+    """Stop at the number of steps, of `lengths` up to each, that was best on meta-validation tasks: chosen for what was
+    learned, and together with the rate and optimizer for one tuned rate."""
     tuning_tasks: int = 8
-    """Meta-validation tasks that the one tuned rate and the portfolios are tuned on."""
+    """Meta-validation tasks that the one tuned rate, the portfolios and where to stop early are chosen on."""
     part: Literal["test", "validation"] = "test"
     """Which held-out tasks all methods meet. Choose between settings of meta-training on validation, and look at test
     once."""

@@ -99,6 +99,25 @@ class Learner:
         y = self._labels(support_y, x.shape[: 1 + batched])
         return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
 
+    def best_steps(self, at_most: int | None = None) -> int:
+        """The number of inner steps that was best on meta-validation tasks, of those trained for (inner.horizons).
+
+        More steps are not always better: where labels are partly wrong, say, the last ones learn the mistakes. Early
+        stopping with no search: `learned.adapt(x, y, learned.best_steps())`. Trained for one number: that.
+
+        Args:
+          at_most: longer ones are left out.
+
+        Raises:
+          ConfigError: all are longer.
+        """
+        validated = self.facts.get("validated_steps") or {str(self.spec.steps): 0.0}
+        fitting = [steps for steps in sorted(map(int, validated)) if at_most is None or steps <= at_most]
+        if not fitting:
+            raise ConfigError(f"at_most: expected at least {min(map(int, validated))} inner steps, got {at_most}")
+        scores = {steps: validated[str(steps)] for steps in fitting}  # null where it was no number
+        return self.objective.best(fitting, lambda steps: np.nan if scores[steps] is None else scores[steps])
+
     def predictor(self, support_x: Any, support_y: Any, steps: int | None = None) -> Callable[[Any], jax.Array]:
         """Fine-tune on a task's support set; a function from inputs to outputs, as `apply` of `adapt` gives.
 

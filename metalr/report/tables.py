@@ -281,6 +281,8 @@ def contest_text(results: dict[str, Any]) -> str:
         about += (
             f"\nLearned rates on another network than they were learned on, an mlp of {', '.join(map(str, widths))}"
         )
+    if results["config"].get("early_stopping"):
+        about += "\nWhat was learned and what was tuned stop early, at steps chosen on meta-validation tasks"
     lines = [about, "", *aligned([head, *body], left=(0,)), *_direction(results), ""]
     return "\n".join([*lines, contest_conclusion(results)])
 

@@ -309,7 +309,7 @@ def _begun(
     run = _Run(state, loop.learned(setup.spec, state.meta), {
         "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
         "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
-        "validations": [], "warm_start": warm.facts if warm else None,
+        "validations": [], "validated_steps": {}, "warm_start": warm.facts if warm else None,
     })  # fmt: skip
     store = folder / "checkpoints"
     folders.make(store)
@@ -328,22 +328,25 @@ def _begun(
     return _Run(tree["state"], tree["best"], run.facts | facts), True
 
 
-def _validator(config: TrainConfig, setup: Setup) -> Callable[[Params, Rates], np.ndarray]:
-    """The score on each fixed meta-validation task: [tasks].
+Validator = Callable[[Params, Rates], list[tuple[int, np.ndarray]]]
 
-    Mean over the numbers of steps, and the sizes of tasks, that are trained for.
+
+def _validator(config: TrainConfig, setup: Setup) -> Validator:
+    """The score on each fixed meta-validation task: (number of steps, [tasks]), for all that are trained for.
+
+    Once for each size of tasks.
     """
     pool, _ = setup.samplers["val"]
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
     evaluators = [
-        protocol.make_evaluator(
+        (steps, protocol.make_evaluator(
             setup.model, setup.spec, amount.val, steps, of_steps=steps, at=[steps],
             random_init=setup.phases.fresh_init, objective=setup.objective, layout=layout_of(config),
-        )
+        ))
         for amount in setup.amounts
         for steps in setup.phases.horizons or (setup.spec.steps,)
     ]  # fmt: skip
-    return lambda init, rates: np.mean([of(pool, init, rates, keys).tasks[:, -1] for of in evaluators], axis=0)
+    return lambda init, rates: [(steps, of(pool, init, rates, keys).tasks[:, -1]) for steps, of in evaluators]
 
 
 class _Book:
@@ -357,7 +360,7 @@ class _Book:
         lines: RawIOBase,
         log: Log,
         run: _Run,
-        validator: Callable[[Params, Rates], np.ndarray],
+        validator: Validator,
     ) -> None:
         self.config, self.setup, self.folder, self.lines = config, setup, folder, lines
         self.log, self.run, self.validator = log, run, validator
@@ -395,7 +398,8 @@ class _Book:
         run, setup = self.run, self.setup
         done = int(run.state.step)
         init, rates = loop.learned(setup.spec, run.state.meta)
-        tasks = self.validator(init, rates)
+        found = self.validator(init, rates)
+        tasks = np.mean([tasks for _, tasks in found], axis=0)
         score = float(tasks.mean())
         line: dict[str, Any] = {"step": done, f"validation_{self.metric}": protocol.rounded(score)}
         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
@@ -405,6 +409,10 @@ class _Book:
         self.log.picture(done, "rates", functools.partial(pictures.heat_map, line["rates"], title))
         if run.facts["score"] is None or setup.objective.better(score, run.facts["score"]):
             run.best, run.facts["score"], run.facts["best_step"] = (init, rates), score, done
+            run.facts["validated_steps"] = {
+                str(steps): protocol.rounded(float(np.mean([tasks for of, tasks in found if of == steps])))
+                for steps, _ in found
+            }
         run.facts["validations"].append([done, protocol.rounded(score), round(run.facts["seconds"] + seconds, 2)])
         self.validated = f"validation {score:.3f} ± {float(protocol.half_width(tasks)):.3f}"
 
@@ -434,6 +442,7 @@ def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) ->
         "best_step": facts["best_step"],
         f"validation_{setup.objective.choose_by}": protocol.rounded(facts["score"]),
         "validations": facts["validations"],
+        "validated_steps": facts["validated_steps"],  # of best_step
         **numbers,
         # Of a step once it is compiled; and in all, with compilation, validation and everything between.
         "tasks_per_second": round(config.outer.meta_batch / warm, 1),

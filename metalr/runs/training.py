@@ -363,5 +363,6 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         "seed": config.seed,
         "outer": dataclasses.asdict(config.outer),
         (name := f"validation_{setup.objective.choose_by}"): training[name],
+        "validated_steps": training.get("validated_steps", {}),  # older runs that go on have none
         "example_gradients": training["example_gradients"],
     }

@@ -215,6 +215,18 @@ def test_statistics_of_the_support_set_make_single_predictions_mean_something():
     np.testing.assert_allclose(of_many[1], together, rtol=1e-4, atol=1e-5)
 
 
+def test_where_to_stop_is_the_shortest_of_the_best_that_fit():
+    learned = learner()
+    assert learned.best_steps() == learned.spec.steps  # trained for one number
+    scores = {"5": 0.7, "20": 0.9, "1": 0.7, "50": 0.9, "100": None}
+    learned = dataclasses.replace(learned, facts={"validated_steps": scores})
+    assert [learned.best_steps(most) for most in (None, 60, 20, 19, 1)] == [20, 20, 20, 1, 1]
+    lower = dataclasses.replace(learned, objective=inner.OBJECTIVES["squared_error"])
+    assert lower.best_steps() == 1
+    with pytest.raises(ConfigError, match="at_most: expected at least 1 inner steps, got 0"):
+        learned.best_steps(0)
+
+
 def test_a_learner_says_what_it_is_in_one_line():
     text = repr(learner())
     assert len(text.splitlines()) == 1

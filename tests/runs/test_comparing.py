@@ -123,14 +123,30 @@ def test_a_comparison_that_was_killed_goes_on(trained, tmp_path, few_rates):
 def test_tasks_of_another_family(trained, capsys, few_rates):
     run = trained[0]
     cli.main(
-        ["compare", str(run), "--tasks", "3", "--searched", "0", "--lengths", "1", "--tuning-tasks", "2",
-         "--data", json.loads((run / "config.json").read_text())["data"], "--family", "rotated",
+        ["compare", str(run), "--tasks", "3", "--searched", "0", "--lengths", "0.4", "1", "--tuning-tasks",
+         "2", "--early-stopping", "--data", json.loads((run / "config.json").read_text())["data"],
+         "--family", "rotated",
          "--label-noise", "0.3", "--rivals", "cocob", "--json"]
     )  # fmt: skip
     other = json.loads(capsys.readouterr().out)
     assert (other["family"], other["label_noise"]) == ("rotated", 0.3)
     assert other["trained_on"]["family"] == "permuted"
-    assert other["rows"][0]["example_gradients"] == other["rows"][0]["steps"] * 8  # the run's own minibatch
+    lengths = sorted({row["steps"] for row in other["rows"]})
+    assert len(lengths) == 2
+    for row in other["rows"]:
+        early = "learned rates" in row["method"] or "tuned" in row["method"]
+        assert ("steps" in row["chosen"]) == early
+        steps = row["chosen"]["steps"] if early else row["steps"]
+        assert steps in lengths
+        assert row["example_gradients"] == steps * 8  # the run's own minibatch
+        assert steps <= row["steps"]
+    learned, tuned = (
+        [row for row in other["rows"] if row["method"] == f"learned init + {what}"]
+        for what in ("learned rates", "one tuned rate")
+    )
+    for ours, theirs in zip(learned, tuned, strict=True):  # beside what may take as many steps
+        difference = ours["accuracy"] - theirs["accuracy"]
+        assert theirs["learned_minus_this_at_equal_cost"][0] == pytest.approx(difference, abs=2e-6)
 
 
 def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path, few_rates):
@@ -143,7 +159,7 @@ def test_label_noise_makes_training_parts_of_different_sizes(trained, tmp_path, 
         space=space,
         searched=2,
         searchers=("grid", "tpe+"),
-        seed=1,
+        seed=2,
         out=tmp_path / "noisy",
     )
     comparing.run(trained[:1], config, reporter=QUIET)

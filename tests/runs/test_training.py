@@ -71,6 +71,20 @@ def test_only_a_run_is_overwritten(small, tmp_path):
     assert first["curve"] == again["curve"]
 
 
+def test_an_artifact_knows_after_how_many_steps_it_was_best(small, tmp_path):
+    results = run(small, inner=InnerConfig(steps=2, horizons=(1, 3)), out=tmp_path / "run")
+    training = results["training"]
+    each = training["validated_steps"]
+    assert each.keys() == {"1", "3"}
+    assert np.mean([*each.values()]) == pytest.approx(training["validation_accuracy"], abs=2e-6)
+    learned = metalr.load(tmp_path / "run")
+    assert learned.best_steps() == max((1, 3), key=lambda steps: each[str(steps)])
+    assert learned.best_steps(at_most=2) == 1
+    one = metalr.load(run(small, out=tmp_path / "one")["folder"])
+    assert one.facts["validated_steps"] == {"2": one.facts["validation_accuracy"]}
+    assert one.best_steps() == 2
+
+
 def test_default_folders_are_numbered(small):
     assert [run(small)["folder"] for _ in range(2)] == ["runs/x", "runs/x-2"]
 
