@@ -167,9 +167,28 @@ def rates_alone(seed: int, *widths: int, of: str = "") -> Case:
     return Case(train, compare, pretraining_steps=None)
 
 
+def with_early_stopping(of: str, seed: int) -> Case:
+    """The runs of another few-shot case on new tasks, where what is tuned may stop early; no searches.
+
+    seed: of the tasks.
+    """
+    tasks = TaskConfig()  # the runs' own are taken
+    case = few_shot(tasks, MLP, OuterConfig(), seed=seed, searched=0, early_stopping=True)
+    return Case(None, dataclasses.replace(case.compare, tuning_tasks=100), of)
+
+
 NEW = ("grid", "tpe", "portfolio")  # the searches of newer tables
 MLP = ModelConfig()
 CONV = ModelConfig(name="conv4", channels=32)
+FEW_SHOT = (  # of those trained at several horizons
+    "rotated 10-way 5-shot",
+    "scaled 10-way 5-shot",
+    "relabeled 10-way 5-shot",
+    "rotated 10-way 5-shot, label noise 0.4",
+    "permuted 10-way 10-shot",
+    "rotated 10-way 5-shot, 8 hidden layers",
+    "Fashion-MNIST, rotated 10-way 5-shot",
+)
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
 CASES = {
     "rotated, full data": full("rotated", steps=2400),
@@ -195,6 +214,10 @@ CASES = {
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": few_shot_several_horizons(
         TaskConfig("rotated", 10, 5), 20261205, images="fashion"
     ),
+    **{
+        f"{case}, early stopping": with_early_stopping(f"{case}, several horizons", 20261210 + number)
+        for number, case in enumerate(FEW_SHOT)
+    },
     "rates alone, two layers of 64": rates_alone(20261206),
     "rates alone, one layer of 256": rates_alone(20261207, 256, of="rates alone, two layers of 64"),
     "rates alone, two layers of 256": rates_alone(20261208, 256, 256, of="rates alone, two layers of 64"),
@@ -335,7 +358,9 @@ def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, help="only these; the results file keeps the others' rows")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, metavar="CASE", help="only these; the results file keeps the others' rows"
+    )
     parser.add_argument("--small", action="store_true", help="bundled data, minutes, written to runs/")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
