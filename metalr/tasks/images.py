@@ -7,6 +7,7 @@ meta-training, meta-validation and meta-test. One transform is drawn per episode
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -100,6 +101,12 @@ class TaskSplit:
         """What is done to a task's images: as in Family, "none" where turning is left out."""
         transform = FAMILIES[self.family].transform
         return "none" if transform == "turns" and not self.turns else transform
+
+    @functools.cached_property
+    def pool(self) -> Pool:
+        """The part's arrays on the device, once for samplers of all sizes."""
+        images = jnp.asarray(self.images.reshape(len(self.images), -1))
+        return Pool(images, jnp.asarray(self.first), jnp.asarray(self.count))
 
     def describe(self) -> dict:
         """Everything that defines the part, as plain JSON values; images by their hash."""
@@ -328,11 +335,7 @@ def make_sampler(
             support_y = jnp.where(jax.random.bernoulli(wrong_key, label_noise, support_y.shape), drawn, support_y)
         return Episode(x[: way * shot], support_y, x[way * shot :], y[way * shot :])
 
-    return Pool(
-        jnp.asarray(split.images.reshape(len(split.images), -1)),
-        jnp.asarray(split.first),
-        jnp.asarray(split.count),
-    ), sample
+    return split.pool, sample
 
 
 def make_samplers(

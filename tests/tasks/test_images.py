@@ -265,3 +265,10 @@ def test_classes_need_not_be_turned():
     assert tasks.make_splits(square, "classes").sha256 != tasks.make_splits(square, "classes", turns=False).sha256
     with pytest.raises(ConfigError, match="tasks.turns: expected True, because family 'rotated' turns no classes"):
         tasks.make_splits(square, "rotated", turns=False)
+
+
+def test_samplers_of_all_sizes_share_one_copy_of_the_images(blobs):
+    split = tasks.make_splits(blobs, "rotated").train
+    pools = [tasks.make_sampler(split, 10, shot, 2)[0] for shot in (1, 5)]
+    assert pools[0].images is pools[1].images
+    assert pools[0].images.shape == (len(split.images), 64)
