@@ -3,7 +3,8 @@
     python benchmarks/evidence.py
 
 Draws docs/figures/CASE.svg for every case that docs/evidence_tables.md has a place for (<!-- table: CASE -->), and
-fills in its table; and the summary (<!-- summary -->) of README and docs/evidence.md.
+fills in its table; the summary (<!-- summary -->) of README and docs/evidence.md; and the table of all cases in which
+what is tuned stops early (<!-- early stopping -->).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "grid_search.json"
 PLACE = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
 SUMMARISED = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 SUMMARY_PLACE = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.S)
+EARLY_PLACE = re.compile(r"(<!-- early stopping -->\n).*?(<!-- end -->)", re.S)
 SUMMARY = {  # case -> what README calls it, and the numbers of steps that it shows
     "rotated, full data, several horizons": ("rotated, 7,000 images", (11, 436, 4360)),
     "rotated 10-way 5-shot, several horizons": ("rotated", (1, 50)),
@@ -136,6 +138,42 @@ def best_search(rows: list[dict[str, Any]], init: str) -> str:
     return rival(max(ends, key=lambda row: row["accuracy"])) if ends else ""
 
 
+def without_searches(at: dict[str, dict[str, Any]]) -> tuple[str, str, str]:
+    """The learned method, one tuned rate from the pre-trained init, and the best optimizer without a rate.
+
+    at: method -> its row at one number of steps.
+    """
+    learned = at["learned init + learned rates"]
+    free = [row for method, row in at.items() if "no search" in method and "Adam" not in method]
+    best = max(free, key=lambda row: row["accuracy"])
+    start, optimizer = re.fullmatch(r"(.*) init, no search \((.*)\)", best["method"]).groups()
+    return (
+        f"{100 * learned['accuracy']:.1f} ± {100 * learned['ci95']:.1f}",
+        rival(at["pre-trained init + one tuned rate"]),
+        f"{rival(best)} {optimizer}, {start}",
+    )
+
+
+def early_stopping() -> str:
+    """A row for each case and length, with early stopping: the learned method, where it stops, its closest rivals."""
+    lines = [
+        "| tasks | at most so many steps | learned init + rates | it stops after | pre-trained init, one tuned rate "
+        "| random init, one tuned rate | best optimizer without a rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, (name, _) in SUMMARY.items():
+        rows = rows_of(case.replace("several horizons", "early stopping"))
+        lengths = sorted({row["steps"] for row in rows})
+        for steps in lengths:
+            at = {row["method"]: row for row in rows if row["steps"] == steps}
+            learned, *rivals = without_searches(at)
+            stops = at["learned init + learned rates"]["chosen"]["steps"]
+            rivals.insert(1, rival(at["random init + one tuned rate"]))
+            cells = [name if steps == lengths[0] else "", str(steps), learned, str(stops), *rivals]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def summary() -> str:
     """A row for each case and length: the learned method, and the best rival of each kind."""
     lines = [
@@ -146,17 +184,10 @@ def summary() -> str:
     for case, (name, lengths) in SUMMARY.items():
         rows = rows_of(case)
         for steps in lengths if rows else ():
-            at = {row["method"]: row for row in rows if row["steps"] == steps}
-            learned = at["learned init + learned rates"]
-            free = [row for method, row in at.items() if "no search" in method and "Adam" not in method]
-            best = max(free, key=lambda row: row["accuracy"])
-            start, optimizer = re.fullmatch(r"(.*) init, no search \((.*)\)", best["method"]).groups()
             cells = [
                 name if steps == lengths[0] else "",
                 f"{steps:,}",
-                f"{100 * learned['accuracy']:.1f} ± {100 * learned['ci95']:.1f}",
-                rival(at["pre-trained init + one tuned rate"]),
-                f"{rival(best)} {optimizer}, {start}",
+                *without_searches({row["method"]: row for row in rows if row["steps"] == steps}),
                 *(best_search(rows, init) if steps == lengths[-1] else "" for init in ("random", "pre-trained")),
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -170,6 +201,7 @@ def summarised(text: str) -> str:
 
 def filled(text: str) -> str:
     """The page with its tables as the results have them."""
+    text = EARLY_PLACE.sub(lambda found: f"{found.group(1)}\n{early_stopping()}\n{found.group(2)}", text)
     return PLACE.sub(lambda found: f"{found.group(1)}\n{table(rows_of(found.group(2)))}\n{found.group(3)}", text)
 
 
