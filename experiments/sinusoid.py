@@ -6,7 +6,7 @@ Finn et al. 2017, section 5.1 and figure 3: amplitude 0.1..5, phase 0..pi, input
 error, a network 1-40-40-1 with ReLUs. The paper meta-trains MAML with one inner step at a fixed rate of 0.01 for 70,000
 iterations of 25 tasks; here it is 10,000 for every method. All methods meet the same 600 meta-test tasks. Beside them:
 an init pre-trained on all tasks with no inner loop, fine-tuned at the rate that did best on meta-validation tasks.
-Expected: see results/sinusoid.json and docs/tasks.md; about 25 minutes on one CPU core.
+Expected: see results/sinusoid.json and docs/own_tasks.md; about 25 minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from metalr.errors import MetalrError
 
 if TYPE_CHECKING:
-    from metalr import models, tasks
+    from metalr import config, data, models, runs, tasks
     from metalr.inner import Objective
     from metalr.learner import Learner, load, save
     from metalr.runs import meta_train
@@ -27,9 +27,12 @@ __all__ = [
     "Objective",
     "Tasks",
     "__version__",
+    "config",
+    "data",
     "load",
     "meta_train",
     "models",
+    "runs",
     "save",
     "tasks",
 ]
@@ -44,7 +47,7 @@ _FROM = {
     "meta_train": "metalr.runs",
     "save": "metalr.learner",
 }
-_PACKAGES = ("models", "tasks")
+_PACKAGES = ("config", "data", "models", "runs", "tasks")
 
 
 def __dir__() -> list[str]:

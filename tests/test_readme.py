@@ -13,6 +13,7 @@ import pytest
 import metalr
 from metalr import data
 from metalr.config.files import differences, from_json
+from metalr.outer.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -101,6 +102,43 @@ def test_the_page_of_your_own_loop_runs_in_jax():
         for block in blocks[:3]:  # the last is run by tests/integrations/test_torch.py
             exec(block.replace("outer_steps=500", "outer_steps=40"), scope)
     assert scope["params"]["head"]["kernel"].shape == (40, 1)
+
+
+def algorithms() -> str:
+    """The table of docs/choosing.md: a row for each algorithm."""
+    lines = [
+        "| algorithm | a rate for each | rates learned | second order | more | from |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in ALGORITHMS.items():
+        per = "network" if row.granularity == "shared" else row.granularity
+        more = {"head": "adapts the output layer alone", "body": "adapts all but the output layer"}.get(row.adapts, "")
+        gradient = {
+            "reptile": "moves towards the fine-tuned params",
+            "implicit": "as if fine-tuning had ended in a minimum",
+        }
+        notes = [
+            more,
+            gradient.get(row.meta_gradient, ""),
+            "rates predicted from the task" * row.predicted,
+            "multi-step loss, then derivative-order annealing" * bool(row.multi_step),
+            "" if row.head_start == "learned" else f"output layer made for each task ({row.head_start})",
+        ]
+        cells = [
+            f"`{name}`",
+            "none" if row.meta_gradient == "joint" else f"{per} and step" if row.per_step else per,
+            "yes" if row.learned else "no",
+            "no" if row.first_order else "yes",
+            "; ".join(note for note in notes if note),
+            row.source,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_guide_has_every_algorithm_as_it_is():
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    assert re.search(r"<!-- algorithms -->\n\n(.*?)\n\n<!-- end -->", text, re.S).group(1) == algorithms()
 
 
 def test_the_citation_is_of_this_version():

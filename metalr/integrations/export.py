@@ -121,6 +121,8 @@ def torch(learned: Learner, source: Path, out: Path) -> None:
     """Write model.safetensors, the init as a PyTorch state dict, and export.json, the learned hyperparameters.
 
     Names and layouts are those of `metalr.integrations.torch.Learned.module()`, with "weight" and "bias".
+    "standardisation": where training standardised, the network takes (x - x_mean) / x_deviation and gives
+    (y - y_mean) / y_deviation.
     """
     tensors = {}
     for name, value in _init(learned).items():
@@ -135,6 +137,7 @@ def torch(learned: Learner, source: Path, out: Path) -> None:
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     rates = {name: np.asarray(value).tolist() for name, value in learned.rates.items()}
     facts = {"rates": rates, "rates_spec": learned.spec.__dict__, "steps": learned.spec.steps}
+    facts["standardisation"] = _standardisation(learned)
     folders.write_json(out / "export.json", facts | {"model": learned.model.name, "settings": learned.model.settings})
 
 
@@ -162,7 +165,8 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
     folders.write_json(
         out / "config.json",
         {"model_type": learned.model.name, "library": "metalr", "settings": learned.model.settings}
-        | {"input_shape": learned.model.input_shape, "outputs": learned.model.way, "facts": learned.facts},
+        | {"input_shape": learned.model.input_shape, "outputs": learned.model.way, "facts": learned.facts}
+        | {"standardisation": _standardisation(learned)},
     )
     save_file(_init(learned), out / "model.safetensors")
     (out / "model.safetensors").chmod(0o644)  # to be shared; safetensors leaves it to its owner alone
@@ -232,10 +236,15 @@ def _init(learned: Learner) -> dict[str, np.ndarray]:
     return {name.removeprefix("/"): value for name, value in trees.named_arrays(learned.init, "").items()}
 
 
+def _standardisation(learned: Learner) -> dict[str, Any]:
+    """Means and deviations by name, as lists: {} if training did not standardise."""
+    own = {} if learned.standardisation is None else learned.standardisation.named()
+    return {name.removeprefix("standardisation/"): value.tolist() for name, value in own.items()}
+
+
 def support_of(learned: Learner) -> int | None:
     """Examples of a support set in training, where the artifact says so."""
-    tasks = learned.facts.get("tasks", {})
-    if {"way", "shot"} <= set(tasks):
-        return int(tasks["way"] * tasks["shot"])
-    table = learned.facts.get("table", {})
-    return int(table["shot"]) if "shot" in table else None
+    if "support" in learned.facts:
+        return int(learned.facts["support"])
+    tasks = learned.facts.get("tasks", {})  # of an older version
+    return int(tasks["way"] * tasks["shot"]) if {"way", "shot"} <= set(tasks) else None

@@ -48,6 +48,8 @@ class Learned:
       spec: the choices about them, as in metalr.inner.hyperparameters.RatesSpec.
       model: name, way, input_shape, head and settings of the network.
       facts: where it comes from.
+      standardisation: x_mean and x_deviation of one input, and y_mean and y_deviation of one target, as far as training
+        standardised them; the network's numbers are those then: see inputs, targets and outputs.
     """
 
     init: dict[str, np.ndarray]
@@ -55,6 +57,31 @@ class Learned:
     spec: dict[str, Any]
     model: dict[str, Any]
     facts: dict[str, Any]
+    standardisation: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [n, …] in your own units as the network takes them; as they are if training did not standardise."""
+        return self._less("x", x)
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        """Targets [n, …] in your own units as the loss takes them; as they are if training did not standardise them."""
+        return self._less("y", y)
+
+    def outputs(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The network's outputs [n, …] in the targets' own units."""
+        mean, deviation = self._units("y", outputs)
+        return outputs if mean is None else outputs * deviation + mean
+
+    def _less(self, what: str, value: torch.Tensor) -> torch.Tensor:
+        value = value if value.is_floating_point() or f"{what}_mean" not in self.standardisation else value.float()
+        mean, deviation = self._units(what, value)
+        return value if mean is None else (value - mean) / deviation
+
+    def _units(self, what: str, like: torch.Tensor) -> tuple[Any, Any]:
+        """(mean, deviation) of "x" or "y" as tensors like that one; (None, None) where training did not standardise."""
+        found = (self.standardisation.get(f"{what}_{of}") for of in ("mean", "deviation"))
+        mean, deviation = (None if value is None else torch.from_numpy(value).to(like) for value in found)
+        return mean, deviation
 
     def module(self) -> torch.nn.Module:
         """The network in PyTorch, with the learned init: for mlp, conv4 and rnn (gru).
@@ -261,15 +288,14 @@ def load(path: Path | str) -> Learned:
         tensors = parse(sealed.read_file(path, TENSORS, facts, 1 << 32))
     except SafetensorError as error:
         raise ArtifactError(f"{path / TENSORS}: not a safetensors file: {one_line(error)}") from error
-    parts: dict[str, dict[str, np.ndarray]] = {"init": {}, "rates": {}}
+    parts: dict[str, dict[str, np.ndarray]] = {"init": {}, "rates": {}, "standardisation": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
-        if kind == "standardisation":
-            raise ArtifactError(
-                f"{path}: expected a learner of inputs as they are, got one that standardises its table"
-            )
+        if kind == "standardisation" and "/" in rest:
+            raise ArtifactError(f"{path}: expected a learner of one array of inputs, got one of several ({rest})")
         parts[kind][rest] = value
-    return Learned(parts["init"], parts["rates"], facts["rates"], facts["model"], facts.get("facts", {}))
+    own = facts["rates"], facts["model"], facts.get("facts", {}), parts["standardisation"]
+    return Learned(parts["init"], parts["rates"], *own)
 
 
 def init_of(module: torch.nn.Module, names: Mapping[str, str] | Callable[[str], str]) -> dict[str, Any]:

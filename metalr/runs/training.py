@@ -358,6 +358,7 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         **({} if table is None else {"table": table}),
         "data": {"name": setup.source.name, "sha256": setup.source.sha256},
         "split_sha256": setup.source.split_sha256,
+        "support": setup.support,
         "algorithm": config.inner.algorithm,
         "learned_rates": setup.learned,
         "seed": config.seed,

@@ -176,7 +176,10 @@ def import_optuna() -> types.ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError("searcher: expected Optuna for any but the grid; pip install 'metalr[search]'") from error
+        raise ConfigError(
+            "searcher: expected Optuna for any but the grid; pip install 'metalr[search]', or ask for the grid alone "
+            "(metalr search grid, metalr compare --searchers grid portfolio)"
+        ) from error
     return optuna
 
 

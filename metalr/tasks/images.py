@@ -23,6 +23,7 @@ from metalr.tasks import transforms
 from metalr.types import Episode
 
 Shape = tuple[int, int, int]  # height, width, channels
+LEAST_CLASSES = 6  # of a dataset whose classes are split at random: with fewer, meta-validation would have none
 ARC = 30  # degrees; the circle's 12 arcs are dealt to the splits in turn
 ARCS = {"train": (0, 2, 4, 6, 8, 10), "val": (1, 5, 9), "test": (3, 7, 11)}
 PERMUTATIONS = {
@@ -172,10 +173,12 @@ def make_splits(dataset: Dataset, family: str, seed: int = 0, *, turns: bool = T
         order = np.argsort(labels, kind="stable")
         count = np.array([np.sum(labels == c) for c in class_ids], np.int32)
         if not len(class_ids) or not count.all():
+            if not len(class_ids):
+                raise DataError(f"{dataset.name}: class_split: expected a class of meta-{part}, got none")
             empty = [dataset.class_names[c] if dataset.class_names else str(c) for c in class_ids[count == 0]]
             raise DataError(
                 f"{dataset.name}: family {family!r} leaves a class of meta-{part} without images: "
-                f"{', '.join(empty[:5]) or 'there is no class'}; leave such classes out (metalr data import FILE.npz "
+                f"{', '.join(empty[:5])}; leave such classes out (metalr data import FILE.npz "
                 "--min-per-class N)"
             )
         images = np.ascontiguousarray(images[order])
@@ -232,8 +235,10 @@ def _split_by_class(dataset: Dataset, seed: int) -> dict:
             first_half = np.cumsum(assigned == "val") <= np.sum(assigned == "val") // 2
             assigned = np.where((assigned == "val") & ~first_half, "test", assigned)
     else:
-        if dataset.classes < 5:
-            raise DataError(f"{dataset.name}: family 'classes' needs 5 or more classes, got {dataset.classes}")
+        if dataset.classes < LEAST_CLASSES:  # one of them for meta-validation
+            raise DataError(
+                f"{dataset.name}: family 'classes' needs {LEAST_CLASSES} or more classes, got {dataset.classes}"
+            )
         shuffled = np.random.default_rng(seed).permutation(dataset.classes)
         cuts = np.ceil(np.array([0.64, 0.80]) * dataset.classes).astype(int)
         assigned = np.empty(dataset.classes, "<U5")

@@ -115,6 +115,22 @@ def test_a_state_dict_has_the_layouts_of_torch(tmp_path):
     assert json.loads((out / "export.json").read_text())["rates"]["head"] == pytest.approx(0.1)
 
 
+def test_what_a_table_is_standardised_by_goes_with_its_network(tmp_path):
+    learned = numbers(tmp_path / "a")
+    for to, name in (("torch", "export.json"), ("hub-folder", "config.json")):
+        facts = json.loads((export(tmp_path / "a", to, tmp_path / to) / name).read_text())["standardisation"]
+        assert facts.keys() == {"x_mean", "x_deviation", "y_mean", "y_deviation"}
+        np.testing.assert_allclose(facts["x_mean"], learned.standardisation.x_mean)
+        np.testing.assert_allclose(facts["y_deviation"], learned.standardisation.y_deviation)
+
+
+def test_the_support_set_is_as_large_as_in_training(tmp_path):
+    """Of tables and tasks of your own too, where nothing says it but the artifact."""
+    made(tmp_path / "a", mlp(2, (4,), widths=(8,)), "squared_error", facts={"support": 7})
+    out = export(tmp_path / "a", "stablehlo", tmp_path / "out")
+    assert json.loads((out / "export.json").read_text())["support"] == 7
+
+
 def test_refusals(tmp_path):
     numbers(tmp_path / "a")
     with pytest.raises(ConfigError, match="to: expected one of"):

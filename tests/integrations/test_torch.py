@@ -16,6 +16,7 @@ from metalr import models, outer
 from metalr.errors import ArtifactError, ConfigError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.tasks import Standardisation
 
 torch = pytest.importorskip("torch")
 from metalr.integrations import torch as metalr_torch
@@ -76,6 +77,35 @@ def test_five_steps_give_the_same_logits(network, spec, tmp_path):
         torch.nn.functional.cross_entropy(module(as_torch(x, model)), torch.from_numpy(Y).long()).backward()
         optimizer.step()
     np.testing.assert_allclose(module(as_torch(query, model)).detach(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["inputs", "both"])
+def test_a_table_that_was_standardised(choice, tmp_path):
+    """In your own units on both sides, as JAX's adapt and apply."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, 2, (50, 4)).astype(np.float32), rng.normal(10, 5, (50, 2)).astype(np.float32)
+    model, spec = models.mlp(2, (4,), widths=(8,)), RatesSpec("layer", steps=5, initial=0.1)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    learned = metalr.Learner(
+        model, spec, meta.init, hyperparameters.actual(spec, meta.rates),
+        objective=metalr.inner.OBJECTIVES["squared_error"], standardisation=Standardisation.of(x, y, choice),
+    )  # fmt: skip
+    metalr.save(tmp_path / "a", learned)
+    expected = learned.apply(learned.adapt(x[:9], y[:9], steps=5), x)
+    theirs = metalr_torch.load(tmp_path / "a")
+    module = theirs.module()
+    optimizer = theirs.optimizer(module, steps=5)
+    own_x, own_y = theirs.inputs(torch.from_numpy(x[:9])), theirs.targets(torch.from_numpy(y[:9]))
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(module(own_x), own_y).backward()
+        optimizer.step()
+    found = theirs.outputs(module(theirs.inputs(torch.from_numpy(x)))).detach()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    whole = np.arange(8).reshape(2, 4)
+    np.testing.assert_allclose(
+        theirs.inputs(torch.from_numpy(whole)), learned.standardisation.inputs(whole), rtol=1e-5
+    )  # integers too
 
 
 class Own(torch.nn.Module):

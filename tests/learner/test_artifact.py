@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -243,6 +245,11 @@ def test_a_run_folder_loads_as_its_artifact(tmp_path):
 
 def test_the_public_face_shows_itself():
     assert {"load", "save", "Learner"} <= set(dir(metalr))
+    code = "import metalr; metalr.config.TrainConfig, metalr.data.from_arrays, metalr.runs.resume; "
+    jobs = "from metalr import runs; runs.comparing.run, runs.searching.run, runs.sweeping.run"
+    subprocess.run([sys.executable, "-c", code + jobs], check=True)
+    with pytest.raises(AttributeError, match="module 'metalr.runs' has no attribute 'nothing'"):
+        getattr(metalr.runs, "nothing")  # noqa: B009
 
 
 def test_custom_model_is_asked_for(tmp_path):

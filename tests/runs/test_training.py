@@ -83,6 +83,7 @@ def test_an_artifact_knows_after_how_many_steps_it_was_best(small, tmp_path):
     one = metalr.load(run(small, out=tmp_path / "one")["folder"])
     assert one.facts["validated_steps"] == {"2": one.facts["validation_accuracy"]}
     assert one.best_steps() == 2
+    assert one.facts["support"] == 10 * 2
 
 
 def test_default_folders_are_numbered(small):
