@@ -146,6 +146,7 @@ def meta_train(
     with _open_log(folder, run.facts["metrics_bytes"]) as lines:
         book = _Book(config, setup, folder, lines, log, run, _validator(config, setup))
         if warm is not None and not resumed:
+            book.validate(0.0)  # it may be better than all that comes
             book.save()  # so that resuming never needs what it started from
         if book.due():
             book.validate(0.0)
@@ -220,6 +221,8 @@ def meta_train_together(
                 book.save()
 
         if warm is not None:
+            for book in books:
+                book.validate(0.0)  # it may be better than all that comes
             save()  # so that resuming never needs what they started from
         try:
             with reporter.bar(f"meta-training of {count} seeds", steps, 0) as advance:

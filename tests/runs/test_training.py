@@ -319,6 +319,19 @@ def test_a_warm_start_takes_init_and_rates(small, tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
+def test_what_it_started_from_is_kept_if_nothing_is_better(small, tmp_path):
+    """Where the init has seen its training tasks, more meta-training may make it worse on new ones."""
+    more = dataclasses.replace(small, evaluation=EvaluationConfig(episodes=6, validation_episodes=40, shown_tasks=0))
+    first = run(more, out=tmp_path / "first", outer=OuterConfig(steps=60, meta_batch=2))
+    ruined = OuterConfig(steps=3, meta_batch=2, init_rate=1.0, validate_every=1)
+    second = run(more, init=tmp_path / "first", out=tmp_path / "second", outer=ruined)["training"]
+    assert [step for step, *_ in second["validations"]] == [0, 1, 2, 3]
+    assert second["best_step"] == 0
+    assert second["validation_accuracy"] == first["training"]["validation_accuracy"]
+    start, kept = (metalr.load(tmp_path / name) for name in ("first", "second"))
+    jax.tree.map(np.testing.assert_array_equal, start.init, kept.init)
+
+
 def test_a_warm_started_run_resumes_without_what_it_started_from(small, tmp_path):
     run(small, out=tmp_path / "first")
     longer = dataclasses.replace(small, init=tmp_path / "first", outer=dataclasses.replace(small.outer, steps=6))
