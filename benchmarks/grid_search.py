@@ -55,6 +55,7 @@ class Case(NamedTuple):
     instead of the config's.
     begins_pretrained: each seed's meta-training starts from the same seed's pre-trained init.
     pretraining_steps: of that init; 0: twice the outer steps of meta-training; None: there is none.
+    pretrained_of: the case whose pre-trained inits are taken, if not its own.
     """
 
     train: TrainConfig | None
@@ -63,6 +64,7 @@ class Case(NamedTuple):
     network: models.Model | None = None
     begins_pretrained: bool = False
     pretraining_steps: int | None = 0
+    pretrained_of: str = ""
 
 
 class Bytes(nn.Module):
@@ -147,6 +149,19 @@ def few_shot_several_horizons(
     return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
 
 
+def rates_of_pretrained(of: str, case: Case, seed: int) -> Case:
+    """The pre-trained inits of another case, and rates that are learned for them on meta-validation tasks.
+
+    seed: of the test tasks.
+    """
+    assert case.train is not None
+    outer = OuterConfig(
+        steps=200, rates_rate=5e-2, validate_every=50, learns="rates_of_init", part="validation", calibrate=True
+    )
+    train = dataclasses.replace(case.train, outer=outer)
+    return case._replace(train=train, compare=dataclasses.replace(case.compare, seed=seed), pretrained_of=of)
+
+
 def rates_alone(seed: int, *widths: int, of: str = "") -> Case:
     """Learned rates without an init, learned on two hidden layers of 64, and used on hidden layers of other widths.
 
@@ -190,6 +205,7 @@ FEW_SHOT = (  # of those trained at several horizons
     "Fashion-MNIST, rotated 10-way 5-shot",
 )
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
+FASHION = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261205, images="fashion")
 CASES = {
     "rotated, full data": full("rotated", steps=2400),
     "rotated, full data, several horizons": several_horizons(
@@ -211,8 +227,9 @@ CASES = {
     "rotated 10-way 5-shot, 8 hidden layers, several horizons": few_shot_several_horizons(
         TaskConfig("rotated", 10, 5), 20261204, ModelConfig(widths=(64,) * 8)
     ),
-    "Fashion-MNIST, rotated 10-way 5-shot, several horizons": few_shot_several_horizons(
-        TaskConfig("rotated", 10, 5), 20261205, images="fashion"
+    "Fashion-MNIST, rotated 10-way 5-shot, several horizons": FASHION,
+    "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": rates_of_pretrained(
+        "Fashion-MNIST, rotated 10-way 5-shot, several horizons", FASHION, 20261217
     ),
     **{
         f"{case}, early stopping": with_early_stopping(f"{case}, several horizons", 20261210 + number)
@@ -328,11 +345,12 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
     train, network = cases[source].train, cases[source].network
     assert train is not None
     seeded, pretrained = [], []
-    steps = cases[source].pretraining_steps
+    of_joint = cases[source].pretrained_of or source
+    jointly, steps = cases[of_joint].train, cases[of_joint].pretraining_steps
     for seed in seeds:
-        if steps is not None:
-            joint = dataclasses.replace(pretraining(train, steps), seed=seed)
-            pretrained.append(trained(f"{source}_joint", joint, root, network))
+        if steps is not None and jointly is not None:
+            joint = dataclasses.replace(pretraining(jointly, steps), seed=seed)
+            pretrained.append(trained(f"{of_joint}_joint", joint, root, network))
         start = pretrained[-1] if cases[source].begins_pretrained else None
         seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, network))
     choosing = sorted(path.parent for path in (root / f"{folder_name(source)}_choosing").glob("*/results.json"))

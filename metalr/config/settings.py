@@ -176,8 +176,15 @@ class OuterConfig:
     """Outer steps."""
     meta_batch: int = 16
     """Tasks an outer step."""
-    learns: Literal["both", "init", "rates"] = "both"
-    """What is learned; rates: every outer step draws a new random init, so that the rates stand alone."""
+    learns: Literal["both", "init", "rates", "rates_of_init"] = "both"
+    """What is learned; rates: every outer step draws a new random init, so that the rates stand alone; rates_of_init:
+    those of the init that --init gives, which stays as it is."""
+    part: Literal["train", "validation"] = "train"
+    """Tasks that outer steps draw. validation, with rates_of_init: an init that has seen the training tasks needs
+    hardly a step there, and larger ones on new tasks. Results are of meta-test tasks as ever."""
+    calibrate: bool = False
+    """Minimise the query loss at its best temperature, of each task: for classes, where accuracy counts and confidence
+    does not."""
     multi_step: float | None = None
     """Share of the outer steps over which the losses after all inner steps count; None: the algorithm's."""
     first_order_share: float | None = None

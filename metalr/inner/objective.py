@@ -24,6 +24,7 @@ class Objective:
     Attributes:
       name: a key of OBJECTIVES, or what you call your own.
       loss: (outputs, targets) -> [] float, the mean over examples; of support and query sets alike.
+      meta_loss: what the outer loop minimises of the query set, if that is something else.
       metrics: name -> (outputs, targets) -> [] float; reported beside the loss.
       choose_by: the metric (or "loss") that validation chooses by and that curves and tables show.
       maximise: whether more of it is better.
@@ -36,6 +37,7 @@ class Objective:
     choose_by: str = "loss"
     maximise: bool = False
     targets: str = "numbers"
+    meta_loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if self.choose_by != "loss" and self.choose_by not in self.metrics:
@@ -53,9 +55,25 @@ class Objective:
 
         return dataclasses.replace(self, metrics={name: of(metric) for name, metric in self.metrics.items()})
 
+    @property
+    def of_query(self) -> Loss:
+        """What the outer loop minimises."""
+        return self.meta_loss or self.loss
+
+    def calibrated(self) -> Objective:
+        """The same, but the outer loop minimises the query loss at its best temperature. Raises ConfigError.
+
+        So a fine-tune is not held back because it would be too sure of itself, which accuracy does not mind.
+        """
+        if self.targets != "classes":
+            raise ConfigError(f"outer.calibrate: expected False with {self.name}, which is not of classes, got True")
+        return dataclasses.replace(
+            self, meta_loss=lambda logits, labels: self.loss(best_scale(logits, labels) * logits, labels)
+        )
+
     def measure(self, outputs: Any, targets: Any) -> dict[str, jax.Array]:
-        """The loss and all metrics, by name."""
-        found = {"loss": self.loss(outputs, targets)}
+        """What the outer loop minimises ("loss") and all metrics, by name."""
+        found = {"loss": self.of_query(outputs, targets)}
         return found | {name: metric(outputs, targets) for name, metric in self.metrics.items()}
 
     def score(self, outputs: Any, targets: Any) -> jax.Array:
@@ -80,6 +98,25 @@ class Objective:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean softmax cross-entropy. logits: [n, way] float; labels: [n] int; result: [] float."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def best_scale(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The factor (one over the temperature) of the logits with the least cross-entropy: [] float, 0.01 to 100.
+
+    Temperature scaling (Guo et al. 2017, section 4.2), by Newton steps of at most a factor of three. It is taken as a
+    constant: where it is best, the loss's derivative through it is zero (the envelope theorem).
+    """
+    logits = jax.lax.stop_gradient(logits)
+    right = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+    def step(_: int, scale: jax.Array) -> jax.Array:
+        shares = jax.nn.softmax(scale * logits)
+        mean = (shares * logits).sum(-1)
+        variance = (shares * jnp.square(logits)).sum(-1) - jnp.square(mean)
+        new = scale - (mean - right).mean() / (variance.mean() + 1e-8)
+        return jnp.clip(new, scale / 3, 3 * scale).clip(0.01, 100)
+
+    return jax.lax.fori_loop(0, 12, step, jnp.ones((), logits.dtype))
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     Attributes:
       apply: of the model, in the form that the platform is best at.
       spec: of the hyperparameters.
-      objective: its loss is that of support and query set alike.
+      objective: its loss is that of the support set, and of the query set too unless it has a meta_loss.
       dropout: whether the model has some; a learned rate replaces it.
       begin: (init, support_x, support_y) -> where the inner steps start; default: from the init.
       horizon: how many inner steps are taken; default: spec.steps.

@@ -83,7 +83,7 @@ def meta_gradient(
       meta: init and raw rates.
       episodes: with a leading axis [tasks].
       keys: [tasks] keys, for minibatches and dropout in the inner loop (active if the model has any).
-      objective: its loss is that of support and query set alike.
+      objective: its loss is that of the support set, and of the query set too unless it has a meta_loss.
       step_weights: [steps] float: the loss is the sum of these times the query losses after 1, 2, … steps, instead of
         that after the last one (Antoniou et al. 2019, section 4).
       horizon: how many inner steps are taken; default: spec.steps.
@@ -96,7 +96,7 @@ def meta_gradient(
     fast = isinstance(method, Reverse) and method.last is None and objective.name in factored.OBJECTIVES and not plain
     steps = horizon or spec.steps
     fast = fast and factored.pays(model, spec, support, steps)
-    loss, every = objective.loss, step_weights is not None
+    loss, every = objective.of_query, step_weights is not None
     if isinstance(method, Forward):
         model = dataclasses.replace(model, cpu_apply=None)  # that form may have no forward mode: conv4's has not
 

@@ -70,6 +70,11 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
     if config.init is None:
         return None
     learner = artifact.load(config.init, setup.model if setup.model.name == models.CUSTOM else None)
+    if config.outer.learns == "rates" and not learner.rates_alone:
+        raise ConfigError(
+            f"init: {config.init}: expected rates that were learned alone with outer.learns rates, which draws random "
+            "inits, got a learned init; outer.learns rates_of_init learns rates for it"
+        )
     shapes = outer.initial_shapes(setup.model, setup.spec)
 
     def described(tree: Any) -> dict[str, tuple[Any, str]]:

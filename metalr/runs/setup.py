@@ -34,6 +34,9 @@ DERIVATIVES: dict[str, Callable[[bool, int], Method]] = {  # (first order?, step
 }
 
 
+RATES_ONLY = ("rates", "rates_of_init")  # of outer.learns: the init does not learn
+
+
 class Amount(NamedTuple):
     """How much data tasks of meta-training have: the size of their support set, and who draws such tasks."""
 
@@ -91,6 +94,8 @@ def set_up(
       MetalrError: naming the setting, what was expected and what came.
     """
     objective = objective_of(config.objective) if objective is None else objective
+    if config.outer.calibrate:
+        objective = objective.calibrated()
     check_choices_of(config, model)
     row = _row_of(config)
     spec = _spec_of(config, row, objective)
@@ -105,7 +110,7 @@ def set_up(
         grid_of(config)
     optimizer = loop.make_optimizer(
         steps=config.outer.steps,
-        init_rate=None if config.outer.learns == "rates" else config.outer.init_rate,
+        init_rate=None if config.outer.learns in RATES_ONLY else config.outer.init_rate,
         rates_rate=config.outer.rates_rate if row.learned else None,
         clip=config.outer.clip,
         schedule=config.outer.schedule,
@@ -150,8 +155,11 @@ def set_up(
         round(row.multi_step * config.outer.steps),
         config.outer.learns == "rates",
         config.inner.horizons,
-        () if row.learned else ("rates",),
+        (*(() if row.learned else ("rates",)), *(("init",) if config.outer.learns == "rates_of_init" else ())),
     )
+    if config.outer.part == "validation":
+        samplers, prefetch = samplers | {"train": samplers["val"]}, None
+        by_size = {size: of | {"train": of["val"]} for size, of in by_size.items()}
     amounts = tuple(Amount(size, of["train"][1], of["val"][1]) for size, of in by_size.items())
     rest = row.learned, objective, support, query, amounts, standardisation, prefetch
     return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
@@ -195,9 +203,17 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
             f"inner.learned: expected False with {config.inner.algorithm}, whose meta-gradient does not move rates, "
             "got True"
         )
-    if config.outer.learns == "rates" and not row.learned:
+    learns = config.outer.learns
+    if learns in RATES_ONLY and not row.learned:
         raise ConfigError(
-            f"outer.learns: expected both or init with fixed rates ({config.inner.algorithm}), got 'rates'"
+            f"outer.learns: expected both or init with fixed rates ({config.inner.algorithm}), got {learns!r}"
+        )
+    if learns == "rates_of_init" and config.init is None:
+        raise ConfigError("init: expected a run or an artifact with outer.learns rates_of_init, got None")
+    if config.outer.part == "validation" and learns != "rates_of_init":
+        raise ConfigError(
+            "outer.part: expected train unless outer.learns is rates_of_init (an init that learned on meta-validation "
+            f"tasks could not be chosen by them), got validation with {learns}"
         )
     if row.meta_gradient == "implicit" and row.proximal is None:
         raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
@@ -323,11 +339,13 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
     if row.meta_gradient != "query":
         why = f"{inner.algorithm} does not differentiate through the inner steps"
         unused |= {"inner.derivative": why, "inner.last": why, "inner.first_order": why}
+    if row.meta_gradient not in ("query", "implicit"):
+        unused["outer.calibrate"] = f"{inner.algorithm} has no query loss"
     if not (row.per_step if inner.per_step is None else inner.per_step):
         unused["inner.extend"] = "only with rates for every step"
     if not learned or config.outer.learns == "init":
         unused["outer.rates_rate"] = "rates do not learn"
-    if config.outer.learns == "rates":
+    if config.outer.learns in RATES_ONLY:
         unused["outer.init_rate"] = "the init does not learn"
     if not config.grid.run:
         unused |= {f"grid.{field.name}": "only with --grid.run" for field in dataclasses.fields(config.grid)[1:]}

@@ -87,3 +87,36 @@ def test_the_fast_form_with_squared_error_is_the_plain_one(granularity, outputs)
             outer.meta_gradient(model, spec, meta, episodes, keys, objective=objective, plain=p) for p in (False, True)
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), fast, plain)
+
+
+def test_the_best_temperature_is_where_the_loss_is_least():
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 4, 60))
+    logits = 9 * jnp.asarray(rng.normal(size=(60, 4)), jnp.float32) + 12 * jax.nn.one_hot(labels, 4)
+    scale = inner.objective.best_scale(logits, labels)
+    losses = [float(inner.objective.cross_entropy(by * scale * logits, labels)) for by in (0.9, 0.97, 1, 1.03, 1.1)]
+    assert losses == sorted(losses[:3], reverse=True) + sorted(losses[3:])
+    np.testing.assert_allclose(inner.objective.best_scale(3 * logits, labels), scale / 3, rtol=1e-4)
+    right = 5 * jax.nn.one_hot(labels, 4)  # the more sure the better
+    assert float(inner.objective.best_scale(right, labels)) > 3
+    assert float(inner.objective.best_scale(-right, labels)) == pytest.approx(0.01)
+
+
+@pytest.mark.numerical
+def test_a_calibrated_meta_loss_has_the_derivative_of_the_least_loss():
+    """By finite differences of the loss at its best temperature, which moves with the logits."""
+    rng = np.random.default_rng(1)
+    labels = jnp.asarray(rng.integers(0, 3, 40))
+    start, way = (jnp.asarray(rng.normal(size=(40, 3)), jnp.float32) for _ in range(2))
+    start = start + jax.nn.one_hot(labels, 3)
+    objective = inner.CROSS_ENTROPY.calibrated()
+
+    def loss(t):
+        return objective.of_query(start + t * way, labels)
+
+    numeric = (loss(0.01) - loss(-0.01)) / 0.02
+    np.testing.assert_allclose(jax.grad(loss)(0.0), numeric, rtol=2e-2)
+    assert objective.measure(start, labels)["loss"] == loss(0.0)
+    assert objective.loss is inner.CROSS_ENTROPY.loss
+    with pytest.raises(ConfigError, match="outer.calibrate: expected False with squared_error"):
+        inner.OBJECTIVES["squared_error"].calibrated()

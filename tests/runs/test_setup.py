@@ -50,6 +50,12 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
         ({"outer": OuterConfig(steps="10")}, "outer.steps: expected int, got '10'"),
         ({"outer": OuterConfig(learns="init"), "inner": InnerConfig(learned=True)}, "inner.learned: expected None or"),
         ({"inner": InnerConfig(steps=2, horizons=(2, 2))}, "inner.horizons: expected different values"),
+        ({"outer": OuterConfig(learns="rates_of_init")}, "init: expected a run or an artifact with outer.learns"),
+        ({"outer": OuterConfig(part="validation")}, "outer.part: expected train unless outer.learns is rates_of_init"),
+        (
+            {"inner": InnerConfig("reptile"), "outer": OuterConfig(calibrate=True)},
+            r"outer.calibrate: expected False, .*\(reptile has no query loss\), got True",
+        ),
         (
             {"inner": InnerConfig(steps=2, horizons=(0, 2))},
             "inner.horizons: expected numbers of inner steps of at least 1",

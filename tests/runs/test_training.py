@@ -332,6 +332,32 @@ def test_what_it_started_from_is_kept_if_nothing_is_better(small, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, start.init, kept.init)
 
 
+def test_rates_are_learned_for_an_init_that_stays_as_it_is(small, tmp_path):
+    """On meta-validation tasks: the init has seen those of meta-training."""
+    run(small, inner=InnerConfig("joint", 2), out=tmp_path / "joint")
+    outer = OuterConfig(steps=4, meta_batch=2, learns="rates_of_init", part="validation", calibrate=True)
+    config = dataclasses.replace(small, init=tmp_path / "joint", outer=outer)
+    start, given = metalr.load(tmp_path / "joint"), data.load(small.data)
+    parts = set_up(config, given=given)
+    assert parts.samplers["train"] is parts.samplers["val"]
+    warm = meta_training.warm_start(config, parts)
+    begun = jax.tree.map(np.array, warm.meta.rates)  # what is trained is donated
+    folder = tmp_path / "state"
+    folder.mkdir()
+    meta_training.meta_train(config, parts, folder, QUIET, warm=warm)
+    state = meta_training._begun(config, parts, folder, QUIET, "", None, meta_training.mesh_of(config))[0].state
+    assert int(state.step) == 4
+    jax.tree.map(np.testing.assert_array_equal, start.init, state.meta.init)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), begun, state.meta.rates)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    run(config, out=tmp_path / "run")
+    learned = metalr.load(tmp_path / "run")
+    assert not learned.rates_alone
+    jax.tree.map(np.testing.assert_array_equal, start.init, learned.init)
+    with pytest.raises(ConfigError, match="expected rates that were learned alone with outer.learns rates"):
+        run(dataclasses.replace(config, outer=OuterConfig(learns="rates")), out=tmp_path / "no")
+
+
 def test_a_warm_started_run_resumes_without_what_it_started_from(small, tmp_path):
     run(small, out=tmp_path / "first")
     longer = dataclasses.replace(small, init=tmp_path / "first", outer=dataclasses.replace(small.outer, steps=6))
