@@ -34,6 +34,10 @@ SUMMARY = {  # case -> what README calls it, and the numbers of steps that it sh
     "scaled 10-way 5-shot, several horizons": ("inputs of another scale", (1, 50)),
     "rotated 10-way 5-shot, 8 hidden layers, several horizons": ("rotated, 8 hidden layers", (1, 50)),
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": ("Fashion-MNIST, rotated", (1, 50)),
+    "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": (
+        "the same, rates of the pre-trained init",
+        (1, 50),
+    ),
 }
 LEAST = {
     "rotated, full data, several horizons": 0.88,

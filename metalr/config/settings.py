@@ -180,7 +180,7 @@ class OuterConfig:
     """What is learned; rates: every outer step draws a new random init, so that the rates stand alone; rates_of_init:
     those of the init that --init gives, which stays as it is."""
     part: Literal["train", "validation"] = "train"
-    """Tasks that outer steps draw. validation, with rates_of_init: an init that has seen the training tasks needs
+    """Tasks that outer steps draw. validation, if rates alone learn: an init that has seen the training tasks needs
     hardly a step there, and larger ones on new tasks. Results are of meta-test tasks as ever."""
     calibrate: bool = False
     """Minimise the query loss at its best temperature, of each task: for classes, where accuracy counts and confidence

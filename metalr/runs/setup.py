@@ -210,10 +210,10 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
         )
     if learns == "rates_of_init" and config.init is None:
         raise ConfigError("init: expected a run or an artifact with outer.learns rates_of_init, got None")
-    if config.outer.part == "validation" and learns != "rates_of_init":
+    if config.outer.part == "validation" and learns not in RATES_ONLY:
         raise ConfigError(
-            "outer.part: expected train unless outer.learns is rates_of_init (an init that learned on meta-validation "
-            f"tasks could not be chosen by them), got validation with {learns}"
+            f"outer.part: expected train unless outer.learns is one of {RATES_ONLY} (an init that learned on "
+            f"meta-validation tasks could not be chosen by them), got validation with {learns}"
         )
     if row.meta_gradient == "implicit" and row.proximal is None:
         raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
