@@ -9,6 +9,8 @@ import numpy as np
 
 from metalr.errors import ArtifactError, ConfigError, DataError
 
+INT32 = np.iinfo(np.int32)
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as one string: "dense_0/kernel"; the value of a variable of NNX goes by the variable's name."""
@@ -30,12 +32,16 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def as_numbers(value: Any, what: str) -> np.ndarray:
     """An array as compiled programs take it: floats as float32, integers as int32, bytes and booleans as they are.
 
-    Raises DataError for anything that is no number.
+    Raises DataError for anything that is no number, and for integers beyond 32 bits.
     """
     value = np.asarray(value)
     if value.dtype.kind == "f":
         return value.astype(np.float32)
     if value.dtype.kind in "iu" and value.dtype != np.uint8:
+        if value.size and (value.min() < INT32.min or value.max() > INT32.max):
+            raise DataError(
+                f"{what}: expected integers of 32 bits, got {value.min()} to {value.max()}; give numbers as floats"
+            )
         return value.astype(np.int32)
     if value.dtype.kind in "bu":
         return value

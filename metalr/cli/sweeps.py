@@ -23,7 +23,7 @@ FIELDS = [field.name for field in dataclasses.fields(SweepConfig) if field.name 
 FIELDS += [f"slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)]
 OWN = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--resume", "--dry-run", "--json", "--help"}
 BESIDE_RESUME = {"--resume", "--workers", "--json"}
-RANGE = re.compile(r"^([^.]+(?:\.\d+)?)\.\.(.+)$")
+RANGE = re.compile(r"^(.+?)\.\.(.+)$")
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -55,8 +55,10 @@ def points(steps: int, trained: int) -> list[int]:
 
 
 def rounded(value: float) -> float | None:
-    """A number for JSON, which has no NaN and no infinity."""
-    return round(float(value), 6) if np.isfinite(value) else None
+    """A number for JSON, which has no NaN and no infinity: to six decimals, and to six digits of what is smaller."""
+    if not np.isfinite(value):
+        return None
+    return round(float(value), 6) if value == 0 or abs(value) >= 0.1 else float(f"{value:.6g}")
 
 
 def half_width(values: np.ndarray) -> np.ndarray:
@@ -118,10 +120,20 @@ def row(
 
 
 def difference_of(reference: np.ndarray, scores: np.ndarray) -> list[float | None]:
-    """[mean, 95 % half-width] of reference - scores, paired by task, and by seed where both have as many."""
+    """[mean, 95 % half-width] of reference - scores, paired by task, and by seed where both have as many.
+
+    Where both have several seeds, and not as many, the seeds' part is that of two samples: both half-widths in
+    quadrature.
+    """
     reference, scores = (np.atleast_2d(np.asarray(v, np.float64)) for v in (reference, scores))
+    reference = reference[:, : scores.shape[1]]
     with np.errstate(invalid="ignore"):  # of runs that diverged
-        mean, ci95, _ = interval(reference[:, : scores.shape[1]] - scores)
+        if len(reference) == len(scores) or 1 in (len(reference), len(scores)):
+            mean, ci95, _ = interval(reference - scores)
+        else:
+            by_task = reference.mean(0) - scores.mean(0)
+            seeds = [half_width(one.mean(1)) for one in (reference, scores)]
+            mean, ci95 = float(by_task.mean()), float(np.hypot(np.hypot(*seeds), half_width(by_task)))
     return [rounded(mean), rounded(ci95)]
 
 

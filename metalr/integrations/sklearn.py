@@ -230,7 +230,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
       random_state: of the random init where nothing was learned.
 
     Attributes:
-      `classes_`: as in y, in the order of the columns of predict_proba.
+      `classes_`: as in y, in the order of the columns of predict_proba; `outputs_`: the network's output for each.
       `params_`: the fine-tuned params.
       `learner_`: what fine-tuned them.
       `n_iter_`: inner steps.
@@ -241,6 +241,9 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] classes of any kind.
 
+        With `learned`, integers that are numbers of its outputs (0 to its classes - 1) mean those outputs, as in
+        meta-training; other classes are numbered in their order.
+
         Raises ConfigError (a ValueError) for more classes than were learned for, and for one class.
         """
         X, y = validate_data(self, X, y, dtype=np.float32)
@@ -248,10 +251,19 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ConfigError(f"y: expected 2 classes or more, got one class: {self.classes_.tolist()}")
-        labels = labels.astype(np.int32)
         self.learner_ = self._begin(X, labels, len(self.classes_))
-        self._adapt(X, labels)
+        self.outputs_ = self._numbered()
+        self._adapt(X, self.outputs_[labels])
         return self
+
+    def _numbered(self) -> np.ndarray:
+        """The output of each class: [classes] int32."""
+        kept = self.learned is not None and self.learner_.model.of_way is None
+        if kept and np.issubdtype(self.classes_.dtype, np.integer):
+            ways = self.learner_.model.way or 0
+            if self.classes_[0] >= 0 and self.classes_[-1] < ways:
+                return self.classes_.astype(np.int32)
+        return np.arange(len(self.classes_), dtype=np.int32)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Go on fine-tuning from the params so far. classes: all classes, at the first call."""
@@ -269,10 +281,11 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ConfigError(f"y: expected some of the classes {self.classes_.tolist()}, got {unknown.tolist()}")
-        labels = np.searchsorted(self.classes_, y).astype(np.int32)
+        labels = np.searchsorted(self.classes_, y)
         if first:
             self.learner_ = self._begin(X, labels, len(self.classes_))
-        self._adapt(X, labels, None if first else self.params_)
+            self.outputs_ = self._numbered()
+        self._adapt(X, self.outputs_[labels], None if first else self.params_)
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -281,8 +294,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def _logits(self, X: Any) -> np.ndarray:
-        outputs = self._outputs(X)
-        return outputs[:, : len(self.classes_)]
+        return self._outputs(X)[:, self.outputs_]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities [rows, classes], of the classes that were shown."""
@@ -296,10 +308,13 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         return self.classes_[likeliest]
 
     def _more(self) -> dict[str, Any]:
-        return {"classes_": self.classes_.tolist(), "dtype": str(self.classes_.dtype)}
+        named = {"classes_": self.classes_.tolist(), "dtype": str(self.classes_.dtype)}
+        return named | {"outputs_": self.outputs_.tolist()}
 
     def _take(self, facts: dict[str, Any]) -> None:
         self.classes_ = np.array(facts["classes_"], np.dtype(facts["dtype"]))
+        older = range(len(self.classes_))
+        self.outputs_ = np.array(facts.get("outputs_", older), np.int32)
 
 
 class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):

@@ -133,12 +133,16 @@ class Learned:
           default: the rate of parameters that no learned tensor is like; None refuses them.
           support: the examples of your task, if rates go with them (inner.support_power); default: as trained.
 
-        Raises ConfigError for a parameter without a rate, rates that are predicted (alfa), or a base that is not here.
+        Raises ConfigError for a parameter without a rate, rates that are predicted (alfa), a base that is not here, and
+        unless steps and support are None or integers of at least 1.
         """
         if self.spec["predicted"]:
             raise ConfigError("optimizer: expected rates that are not predicted, which PyTorch's optimizers cannot be")
         if self.spec["base"] not in ("sgd", "adam"):
             raise ConfigError(f"optimizer: expected rates of base sgd or adam in PyTorch, got {self.spec['base']!r}")
+        for name, value in (("steps", steps), ("support", support)):
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise ConfigError(f"{name}: expected an integer of at least 1, got {value!r}")
         ratios = {"horizon_power": self.spec["steps"] / (steps or self.spec["steps"])}
         if self.spec.get("support"):
             ratios["support_power"] = (support or self.spec["support"]) / self.spec["support"]
@@ -156,6 +160,7 @@ class Learned:
                 power = self.rates.get(f"{kind}:{shared}")
                 if of and rate is not None and power is not None:
                     rate = rate * ratio ** power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
+                    rate = np.clip(rate, self.spec["lowest"], self.spec["highest"])
             group["lr"] = float(np.mean(rate)) if rate is not None else 0.0
             group["rates"] = None if rate is None else _rates_towards(rate, self.spec, param, layout=not flat)
             group |= {k: _number(self.rates.get(f"{k}:{shared}")) if rate is not None else None for k in KINDS}

@@ -21,7 +21,7 @@ from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.learner import params as params_file
-from metalr.learner.matching import Matching, Names, match, rates_for
+from metalr.learner.matching import Matching, Names, match, order_of, rates_for
 from metalr.learner.params import ClassNames
 from metalr.models import Model
 from metalr.outer import devices
@@ -256,7 +256,8 @@ class Learner:
         Raises:
           ConfigError: params of another network, or of many tasks. StorageError: it cannot be written.
         """
-        names = None if classes is None else ClassNames(tuple(classes), tuple(range(len(classes))))
+        plain = [name.item() if isinstance(name, np.generic) else name for name in ([] if classes is None else classes)]
+        names = None if classes is None else ClassNames(tuple(plain), tuple(range(len(plain))))
         save_params(self, path, params, names)
 
     def load_params(self, path: Path | str) -> Params:
@@ -372,7 +373,8 @@ class Learner:
         """
         if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
             raise ConfigError(f"steps: expected an integer of at least 1, got {steps!r}")
-        if support is not None and (self.spec.support_power is None or support < 1):
+        whole = isinstance(support, (int, np.integer)) and support >= 1
+        if support is not None and (self.spec.support_power is None or not whole):
             raise ConfigError(
                 "support: expected a number of examples with rates that go with it (inner.support_power), None with "
                 f"others, got {support!r}"
@@ -392,7 +394,7 @@ class Learner:
         self, like: Params, *, names: Names = None, default: float | str | None = None, fan_in: float = 0.0
     ) -> Matching:
         """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
-        return match(self.spec, self.rates, self.init, like, names, default, fan_in)
+        return match(self.spec, self.rates, self.init, like, names, default, fan_in, order=self._order)
 
     def for_network(
         self,
@@ -425,13 +427,19 @@ class Learner:
         if self.spec.dropout is not None and not model.learned_dropout:
             raise ConfigError(f"model: expected a network that takes a learned dropout rate, got {model.name}")
         init = model.init(jax.random.key(seed))  # without jit, which would sort its layers by name
-        found = match(self.spec, self.rates, self.init, init, names, default, fan_in, model.head)
+        found = match(self.spec, self.rates, self.init, init, names, default, fan_in, model.head, self._order)
         spec, rates = rates_for(self.spec, self.rates, self.init, init, found)
         outer = {**self.facts.get("outer", {}), "learns": RATES_ALONE}
         how = {"model": own.name, "names": str(names), "default": default, "fan_in": fan_in}
-        facts = {**self.facts, "outer": outer, "carried_from": how}
+        facts = {k: v for k, v in self.facts.items() if not k.startswith("validat")}  # of the network left behind
+        facts |= {"outer": outer, "carried_from": how}
         spec = dataclasses.replace(spec, head=model.head)
         return dataclasses.replace(self, model=model, spec=spec, init=init, rates=rates, facts=facts)
+
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        """The tensors' names in the order of the network."""
+        return order_of(self.model.init)
 
     @property
     def rates_alone(self) -> bool:
@@ -531,6 +539,8 @@ class Learner:
         if isinstance(y, jax.core.Tracer):
             return y
         y = np.asarray(y)
+        if not y.size:
+            raise DataError("support_y: expected one example or more, got none")
         if not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
             raise DataError(
                 f"support_y: expected integer labels 0..{self.model.classes - 1}, got {y.dtype} {y.min()}..{y.max()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from metalr.types import Params, Rates
 Names = Mapping[str, str] | Callable[[str], str | None] | str | None
 BY = ("depth", "role")
 MEAN = "mean"
+PULLS = ("decay", "proximal")  # hyperparameters that move a weight with no gradient
 
 
 class Tensor(NamedTuple):
@@ -66,13 +67,27 @@ class Matching:
         return "\n".join(lines)
 
 
-def tensors_of(params: Params, last: str | None = None) -> list[Tensor]:
+def order_of(init: Callable[[jax.Array], Params]) -> list[str]:
+    """The names of a network's tensors as its init makes them; params of jit or of a file are sorted by name."""
+    names: list[str] = []
+
+    def note(key: jax.Array) -> None:
+        names.extend(name for name, _ in _in_order(init(key)))
+
+    jax.eval_shape(note, jax.random.key(0))
+    return names
+
+
+def tensors_of(params: Params, last: str | None = None, order: Sequence[str] = ()) -> list[Tensor]:
     """The tensors of a tree with their kinds and places; layers are in the order of the tree's own dicts.
 
     Args:
       last: the name of the output layer; default: the last one.
+      order: the tensors' names in the order of the network, where the tree has lost it; see order_of.
     """
     names = {name: np.ndim(leaf) for name, leaf in _in_order(params)}
+    if set(order) == set(names):
+        names = {name: names[name] for name in order}
     prefix = "params/" if names and all(name.startswith("params/") for name in names) else ""  # Flax's outer level
     layers = list(dict.fromkeys(hyperparameters.layer_name(name.removeprefix(prefix)) for name in names))
     normalising = {
@@ -134,17 +149,18 @@ def match(
     default: float | str | None,
     fan_in: float = 0.0,
     head: str | None = None,
+    order: Sequence[str] = (),
 ) -> Matching:
     """Which of the learned tensors each tensor of `params` takes its rate from. See Learner.as_optax.
 
-    head: the output layer of `params`; default: the last one.
+    head: the output layer of `params`; default: the last one. order: of the learned tensors; see tensors_of.
     """
     if spec.predicted:
         raise ConfigError(
             "like: expected None, because these rates are predicted from the layers that they were learned on, got "
             "params of another network"
         )
-    learned = {each.name: each for each in tensors_of(init, spec.head)}
+    learned = {each.name: each for each in tensors_of(init, spec.head, order)}
     mine = tensors_of(params, head)
     prefix = "params/" if all(each.name.startswith("params/") for each in mine) else ""
     if isinstance(names, str) and names not in BY:
@@ -273,6 +289,7 @@ def rates_for(
             value = np.broadcast_to(value.reshape(*value.shape, *(1,) * len(own)), (*value.shape, *own))
         found[name] = jnp.asarray(value)
     granularity = spec.granularity if spec.granularity in ("channel", "parameter") else "tensor"
+    adapting = {hyperparameters.layer_name(name) for name, value in found.items() if np.any(np.asarray(value) != 0)}
     for kind in spec.chosen:
         if not HYPERPARAMETERS[kind].of_layers:
             found[f"{kind}:all"] = rates[f"{kind}:all"]
@@ -282,6 +299,8 @@ def rates_for(
             layer = hyperparameters.layer_name(name)
             own = [known[key] for source in of if (key := f"{kind}:{_layer(spec, source)}") in known]
             mean = np.mean(own or list(known.values()), axis=0)  # its time axis, if it has one, stays
+            if kind in PULLS and layer not in adapting:
+                mean = np.zeros_like(mean)
             found.setdefault(f"{kind}:{layer}", jnp.asarray(mean, jnp.float32))
     return dataclasses.replace(spec, granularity=granularity, adapts="all"), Rates(found)
 

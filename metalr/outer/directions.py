@@ -135,7 +135,7 @@ class Reverse:
         for number in range(problem.steps):
             carry = inner.take(step, carry, number, number + 1, remat=self.remat)
             seen.append(predict(problem.apply, carry[0], episode.support_x, episode.query_x))
-        return jnp.stack(seen)
+        return jax.tree.map(lambda *each: jnp.stack(each), *seen)
 
     def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
         """Example-gradients of the inner loop of one task.

@@ -95,16 +95,22 @@ def contest_conclusion(results: dict[str, Any]) -> str:
     metric, rows, maximise = _metric(results), results["rows"], results["metric"]["maximise"]
     own = [row for row in rows if row["method"] == rows[0]["method"]]
     best, seeds = own[-1], len(results["seeds"])
+    stopped = best.get("chosen", {}).get("steps", best["steps"])
+    steps = f"{stopped:,} step{'s' * (stopped != 1)}"
+    steps += f" (of at most {best['steps']:,})" * (stopped != best["steps"])
     said = (
         f"{best['method']}: {metric} {shown(best[metric], metric)} {shown_interval(best['ci95'], metric)} after "
-        f"{best['steps']:,} steps, {f'mean over {seeds} seeds' if seeds > 1 else 'one seed'}."
+        f"{steps}, {f'mean over {seeds} seeds' if seeds > 1 else 'one seed'}."
     )
-    cost, above = best["example_gradients"] * 1.001, "learned_minus_this_at_the_end"  # on the very tasks of the other
-    others = [
-        row
-        for row in rows
-        if row not in own and row["example_gradients"] <= cost and (row.get(above) or [None])[0] is not None
-    ]
+    above = "learned_minus_this_at_the_end"  # on the very tasks of the other
+
+    def no_dearer(row: dict[str, Any]) -> bool:
+        """By the steps that it may take, as the learned method may (see runs.comparing); a search by its cost."""
+        if row["steps"] is not None:
+            return row["steps"] <= best["steps"]
+        return row["example_gradients"] <= best["example_gradients"] * 1.001
+
+    others = [row for row in rows if row not in own and no_dearer(row) and (row.get(above) or [None])[0] is not None]
     if not others:
         return said
     rival = (min if maximise else max)(others, key=lambda row: row[above][0])

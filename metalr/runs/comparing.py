@@ -28,6 +28,7 @@ from metalr.evaluation import protocol
 from metalr.inner import Objective, hyperparameters, optimizers
 from metalr.learner import Learner, artifact
 from metalr.models import Model
+from metalr.runs import training
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
@@ -310,8 +311,12 @@ def load_runs(runs: Sequence[Path], own: Own, setting: str = "runs") -> tuple[li
         raise ConfigError(f"{setting}: expected different run folders, got {[str(path) for path in runs]}")
     configs = [read_config(path) for path in runs]
     for path, config in zip(runs, configs, strict=True):
-        free = ("seed", "out", "overwrite", "grid.", "evaluation.", "data")
-        changed = [name for name in differences(configs[0], config) if not name.startswith(free)]
+        free = ("seed", "evaluation", "data", *training.JOB.may_change)
+        changed = [
+            name
+            for name in differences(configs[0], config)
+            if not any(name == one or name.startswith(f"{one}.") for one in free)
+        ]
         changed = [
             name for name in changed if name != "init" or not (config.init and configs[0].init)
         ]  # each seed's own
@@ -464,7 +469,8 @@ def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: C
             between()
             rows += [row._replace(paid_once=row.paid_once + parts.paid_once[origin]) for row in method()]
             last = rows[-1]
-            advance(1, f"{last.method}: {report.shown(last.mean, field.objective.choose_by)} after {last.steps} steps")
+            steps = last.chosen.get("steps", last.steps)
+            advance(1, f"{last.method}: {report.shown(last.mean, field.objective.choose_by)} after {steps} steps")
     return rows
 
 
@@ -542,7 +548,7 @@ def _rows_of_search(
     grid, title = name == "grid", title + {WARM: "tpe, learned rates first"}.get(name, name)
     cell = rivals.mean_cost(parts.space.fitting(parts.field.train), parts.field.train)
     within = {f"{title}, {len(found[0].trials)} cells": np.inf} if grid else {
-        f"{title}, cost of {budget:g} cells": budget * cell for budget in budgets
+        f"{title}, cost of {budget:g} cells": budget * cell for budget in sorted(budgets)
     }  # fmt: skip
     best_of = functools.partial(rivals.best_of, grid=grid, objective=parts.field.objective)
     rows = [best_of(text, found, budget) for text, budget in within.items()]

@@ -106,8 +106,9 @@ class TaskSplit:
     @functools.cached_property
     def pool(self) -> Pool:
         """The part's arrays on the device, once for samplers of all sizes."""
-        images = jnp.asarray(self.images.reshape(len(self.images), -1))
-        return Pool(images, jnp.asarray(self.first), jnp.asarray(self.count))
+        with jax.ensure_compile_time_eval():  # arrays for good, also if it is first asked for inside jit
+            images = jnp.asarray(self.images.reshape(len(self.images), -1))
+            return Pool(images, jnp.asarray(self.first), jnp.asarray(self.count))
 
     def describe(self) -> dict:
         """Everything that defines the part, as plain JSON values; images by their hash."""

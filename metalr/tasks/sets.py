@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -394,12 +395,14 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     if any(other is not first and not (first and first.same_as(other)) for other in rest):
         raise ConfigError("mixture: expected task sets that are standardised alike, got some that are not")
     log_shares = np.log(shares / shares.sum()).astype(np.float32)
+    name = " + ".join(each.name for each in parts)
 
     def of(part: str) -> Sample:
         samplers = [each.sampler(part)[1] for each in parts]
 
         def sample(pools: Any, key: jax.Array) -> Episode:
-            which = jax.random.categorical(second_key(key), jnp.asarray(log_shares))
+            own = jax.random.fold_in(second_key(key), zlib.crc32(name.encode()))  # a mixture of mixtures draws twice
+            which = jax.random.categorical(own, jnp.asarray(log_shares))
             branches = [lambda pools, key, i=i, one=one: one(pools[i], key) for i, one in enumerate(samplers)]
             return jax.lax.switch(which, branches, pools, key)
 
@@ -412,5 +415,4 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
 
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
-    name = " + ".join(each.name for each in parts)
     return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, prefetch)

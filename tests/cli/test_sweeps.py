@@ -48,6 +48,7 @@ def test_arguments_are_the_sweeps_own_or_settings_of_runs():
         ("--inner.rate", ["None", "0.1"], ("inner.rate", [None, 0.1])),
         ("--outer.init-rate", ["1e-4..1e-2"], ("outer.init_rate", Range(1e-4, 1e-2))),
         ("--outer.init-rate", ["0.5..1"], ("outer.init_rate", Range(0.5, 1.0))),
+        ("--outer.init-rate", ["1.5e-3..1.5e-2"], ("outer.init_rate", Range(1.5e-3, 1.5e-2))),
         ("--outer.meta-batch", ["2..8"], ("outer.meta_batch", Range(2, 8))),
     ],
 )

@@ -88,6 +88,24 @@ def test_a_row_says_what_its_interval_is_over():
     assert two["difference_ci95"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_difference_of_unequal_numbers_of_seeds():
+    """Paired by task; the seeds' part is that of two samples."""
+    two, three = np.array([[0.6, 0.8], [0.7, 0.9]]), np.array([[0.5, 0.6], [0.4, 0.7], [0.6, 0.8]])
+    mean, ci95 = protocol.difference_of(two, three)
+    assert mean == pytest.approx(0.75 - 0.6, abs=1e-6)
+    seeds = [protocol.half_width(one.mean(1)) for one in (two, three)]
+    tasks = protocol.half_width(two.mean(0) - three.mean(0))
+    assert ci95 == pytest.approx(np.sqrt(seeds[0] ** 2 + seeds[1] ** 2 + tasks**2), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.23456789e-8, -7.7e-12, 0.0123456789, 0.895333, 2.302585093, 12345.678912])
+def test_small_numbers_keep_six_digits(value):
+    """Scores are chosen by: those of errors in metres or volts may all be small."""
+    found = protocol.rounded(value)
+    assert found == pytest.approx(value, rel=6e-6, abs=0)
+    assert found == round(value, 6) or abs(value) < 0.1
+
+
 def test_runs_that_diverged_are_null_in_json():
     row = protocol.row("x", 5, np.array([0.5, np.inf, np.nan]), "mse", np.zeros(3))
     assert [row[name] for name in ("mse", "ci95", "learned_minus_this", "difference_ci95")] == [None] * 4

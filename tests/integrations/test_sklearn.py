@@ -123,6 +123,28 @@ def test_the_readmes_lines_run(tmp_path, monkeypatch):
     assert scope["model"].predict(scope["x"][10:20]).shape == (10,)
 
 
+def test_classes_that_were_learned_keep_their_meaning(tmp_path):
+    """A task that shows classes 1 and 2 of three is fine-tuned on outputs 1 and 2; names are numbered in order."""
+    rng = np.random.default_rng(0)
+    x, task = rng.normal(size=(600, 2)), np.repeat(np.arange(30), 20)
+    y = np.digitize(x[:, 0] + 0.2 * rng.normal(size=30)[task], [-0.5, 0.5])
+    made = MetaClassifier.from_tasks(x, y, task, out=tmp_path / "a", hidden=(8,), outer_steps=40)
+    rows = np.flatnonzero((task == 0) & (y > 0))
+    shown = clone(made).set_params(steps=1).fit(x[rows], y[rows])
+    expected = shown.learner_.apply(shown.learner_.adapt(x[rows].astype(np.float32), y[rows], 1), x.astype(np.float32))
+    np.testing.assert_allclose(
+        shown.predict_proba(x)[:, 1] / shown.predict_proba(x)[:, 0], np.exp(expected[:, 2] - expected[:, 1]), rtol=1e-3
+    )
+    assert shown.classes_.tolist() == shown.outputs_.tolist() == [1, 2]
+    assert set(shown.predict(x)) <= {1, 2}
+    shown.save(tmp_path / "kept")
+    np.testing.assert_array_equal(MetaClassifier.load(tmp_path / "kept").predict(x), shown.predict(x))
+    named = clone(made).fit(x[rows], np.array(["no", "low", "high"])[y[rows]])
+    assert named.outputs_.tolist() == [0, 1]
+    again = clone(made).partial_fit(x[rows], y[rows], classes=[1, 2])
+    assert again.outputs_.tolist() == [1, 2]
+
+
 def test_refusals(learned, tmp_path):
     x, y, task = waves(6, seed=5)
     with pytest.raises(DataError, match="X: expected rows of shape"):

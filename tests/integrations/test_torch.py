@@ -108,6 +108,21 @@ def test_a_table_that_was_standardised(choice, tmp_path):
     )  # integers too
 
 
+def test_rates_stay_within_their_bounds(tmp_path):
+    """Also those of other lengths, as in JAX."""
+    model = NETWORKS["mlp"]()
+    spec = RatesSpec("layer", steps=100, initial=0.1, lowest=0.01, highest=0.15, knots=2, horizon_power=0.5)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    metalr.save(tmp_path / "a", metalr.Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates)))
+    theirs = metalr_torch.load(tmp_path / "a")
+    for steps, expected in ((1, 0.15), (100, 0.1), (100_000, 0.01)):
+        optimizer = theirs.optimizer(theirs.module(), steps=steps)
+        np.testing.assert_allclose([group["lr"] for group in optimizer.param_groups], expected, rtol=1e-5)
+    for name, value in (("support", -5), ("support", 0), ("steps", 2.5)):
+        with pytest.raises(ConfigError, match=f"{name}: expected an integer of at least 1, got {value}"):
+            theirs.optimizer(theirs.module(), **{name: value})
+
+
 class Own(torch.nn.Module):
     """A module as people write it, with names of its own."""
 

@@ -229,6 +229,20 @@ def test_where_to_stop_is_the_shortest_of_the_best_that_fit():
         learned.best_steps(0)
 
 
+def test_names_of_classes_may_be_an_array(tmp_path):
+    learned = learner()
+    fast = learned.adapt(X[:6], Y[:6])
+    for classes in (np.array([3, 5, 8]), np.array(["a", "b", "c"])):
+        learned.save_params(tmp_path / "fast.safetensors", fast, classes)
+        jax.tree.map(np.testing.assert_array_equal, learned.load_params(tmp_path / "fast.safetensors"), fast)
+
+
+def test_a_support_set_of_rows_has_examples():
+    table = learner(model=models.mlp(3, (4,), widths=(5,)))
+    with pytest.raises(DataError, match="support_y: expected one example or more, got none"):
+        table.adapt(np.zeros((0, 4), np.float32), np.zeros(0, int))
+
+
 def test_a_learner_says_what_it_is_in_one_line():
     text = repr(learner())
     assert len(text.splitlines()) == 1

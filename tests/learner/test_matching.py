@@ -73,6 +73,71 @@ def test_by_depth_and_by_role():
     np.testing.assert_allclose(by_role["norm/scale"], (0.1 * 0.2 * 0.4) ** (1 / 3), rtol=1e-5)
 
 
+class Named(nn.Module):
+    """Layers whose names do not sort as they stand."""
+
+    names: tuple[str, ...] = ("stem", "mid")
+
+    @nn.compact
+    def __call__(self, x):
+        for name in self.names:
+            x = nn.relu(nn.Dense(5, name=name)(x))
+        return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize("by", ["role", "depth"])
+def test_learned_layers_are_in_the_order_of_their_network_after_jit_and_loading(by, tmp_path):
+    """JAX and files sort a tree's names: mid would come before stem."""
+    model = models.from_linen(Named(), np.zeros((1, 4), np.float32))
+    spec = RatesSpec("layer", steps=4)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    rates = {name: jnp.float32(rate) for name, rate in (("stem", 0.1), ("mid", 0.2), ("head", 0.4))}
+    metalr.save(tmp_path / "a", metalr.Learner(model, spec, jax.jit(lambda p: p)(meta.init), rates))
+    learned = metalr.load(tmp_path / "a", model)
+    longer = ("one", "a", "z", "b")
+    for names, expected in ((("stem", "mid"), [0.1, 0.2, 0.4]), (longer, [0.1, 0.2, 0.2, 0.2, 0.4])):
+        mine = Named(names).init(jax.random.key(1), jnp.zeros((1, 4)))["params"]
+        found = rates_of(learned.as_optax(like=mine, names=by), mine)
+        kernels = [found[f"{name}/kernel"] for name in (*names, "head")]
+        if by == "role":
+            np.testing.assert_allclose(kernels, expected, rtol=1e-5)
+        else:
+            np.testing.assert_allclose([kernels[0], kernels[-1]], [0.1, 0.4], rtol=1e-5)
+            np.testing.assert_allclose(kernels, sorted(kernels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{"decay": 0.1}, {"proximal": 0.1}])
+def test_what_does_not_adapt_does_not_shrink(kind):
+    """Neither on its own network, nor elsewhere, nor with a default rate of zero."""
+    learned = learner(adapts="head", initial=0.1, rates={}, **kind)
+    x, y = np.ones((3, 4), np.float32), np.arange(3)
+
+    def moved(tx, params, of):
+        still = jax.tree.map(jnp.zeros_like, params)
+        far = jax.tree.map(lambda v: v + 1.0, params)
+        updates, _ = tx.update(still, tx.init(params), far)
+        return [float(abs(updates[name]["kernel"]).max()) for name in of]
+
+    for like in (None, learned.init):
+        tx = learned.as_optax(like=like)
+        body, head = moved(tx, learned.init, ("dense_0", "head"))
+        assert body == 0 < head
+    other = learned.for_network(learned.model)
+    fast = other.adapt(x, y, steps=3, init=learned.init)
+    np.testing.assert_array_equal(fast["dense_0"]["kernel"], learned.init["dense_0"]["kernel"])
+    body = learner(initial=0.1, rates={}, **kind)
+    tx = body.as_optax(like=learned.init, names={"head": "head"}, default=0.0)
+    assert moved(tx, learned.init, ("dense_0", "head"))[0] == 0
+
+
+def test_another_network_knows_no_best_number_of_steps():
+    learned = dataclasses.replace(learner(), facts={"validated_steps": {"1": 0.9, "20": 0.8}, "seed": 3})
+    assert learned.best_steps() == 1
+    other = learned.for_network(models.mlp(3, (4,), widths=(9, 9)))
+    assert other.best_steps() == other.spec.steps == 4
+    assert other.facts["seed"] == 3
+
+
 def test_by_mapping_pattern_and_function():
     learned = learner()
     names = {"a_last_one": "head", "layer_0": "dense_0", "layer_*": "dense_1"}
@@ -241,8 +306,9 @@ def test_rates_that_go_with_the_size_of_the_support_set():
         assert rates_of(learned.as_optax(like=like), learned.init)["dense_1/kernel"] == pytest.approx(0.2)
     with pytest.raises(ConfigError, match="support: expected a number of examples .* got 3"):
         learner().as_optax(support=3)
-    with pytest.raises(ConfigError, match="support: expected a number of examples .* got 0"):
-        learned.as_optax(support=0)
+    for support in (0, 2.5, "10"):
+        with pytest.raises(ConfigError, match=f"support: expected a number of examples .* got {support!r}"):
+            learned.as_optax(support=support)
 
 
 def test_names_need_params_to_look_at():

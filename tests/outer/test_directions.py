@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import models, outer
+from metalr import inner, models, outer
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.outer import Forward, Implicit, Joint, Reverse
@@ -205,6 +205,26 @@ def test_step_weights_are_the_multi_step_loss():
                 padded = {k: jnp.pad(v, (0, 3 - steps)) for k, v in part.rates.items()}
                 expected = jax.tree.map(lambda a, b, w=weight: a + w * b, expected, part._replace(rates=padded))
             close(grads, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_multi_step_loss_of_outputs_that_are_a_tree():
+    """As of the same network with one output."""
+    plain = models.from_function(lambda key: {"w": jnp.full((16, 3), 0.1)}, lambda p, x: x.reshape(len(x), -1) @ p["w"])
+    tree = models.from_function(plain.init, lambda params, x: {"logits": plain.apply(params, x)})
+    spec, weights = RatesSpec("layer", steps=2, initial=0.1), jnp.array([0.4, 0.6])
+    error = inner.OBJECTIVES["cross_entropy"].loss
+    found = []
+    for model, loss in ((plain, error), (tree, lambda outputs, y: error(outputs["logits"], y))):
+        meta = outer.initial(model, spec, jax.random.key(0))
+        objective = inner.Objective("own", loss, targets="classes")
+        keys = jax.random.split(jax.random.key(0), 2)
+        found.append(
+            outer.meta_gradient(
+                model, spec, meta, episodes(dtype=jnp.float32), keys, Reverse(), objective=objective,
+                step_weights=weights,
+            )[0]
+        )  # fmt: skip
+    close(*found, rtol=1e-6)
 
 
 def test_auto_picks_by_memory():

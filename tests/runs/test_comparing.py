@@ -195,6 +195,54 @@ def test_learned_rates_on_another_network(trained, tmp_path, few_rates, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "same"),
+    [("outer.init_rate", 0.5, False), ("outer.learns", "init", False), ("mesh.tasks", 1, True), ("seed", 7, True),
+     ("outer.checkpoint_every", 3, True), ("evaluation.seed", 9, True)],
+)  # fmt: skip
+def test_runs_of_one_comparison_differ_in_their_seed_alone(trained, tmp_path, setting, value, same):
+    other = tmp_path / "other"
+    shutil.copytree(trained[0], other)
+    config = json.loads((other / "config.json").read_text())
+    at, *name = setting.split(".")
+    config[at] = config[at] | {name[0]: value} if name else value
+    (other / "config.json").write_text(json.dumps(config))
+    if same:
+        assert len(comparing.load_runs([trained[0], other], comparing.Own())[0]) == 2
+        return
+    with pytest.raises(ConfigError, match=f"differ in their seed only, .* also in .*{setting}"):
+        comparing.load_runs([trained[0], other], comparing.Own())
+
+
+def test_a_conclusion_counts_the_steps_that_were_allowed():
+    """With early stopping the learned method may have taken fewer: what may take as many is no dearer."""
+
+    def row(method, steps, stopped, accuracy, less):
+        return {
+            "method": method, "steps": steps, "accuracy": accuracy, "ci95": 0.01, "example_gradients": 10 * stopped,
+            "chosen": {"steps": stopped}, "learned_minus_this_at_the_end": [less, 0.01],
+        }  # fmt: skip
+
+    learned = [row("learned init + learned rates", n, 1, 0.8, 0.0) for n in (1, 50)]
+    rivals_ = [row("pre-trained init + one tuned rate", 50, 20, 0.9, -0.1), row("random", 1, 1, 0.3, 0.5)]
+    results = {
+        "rows": [*learned, *rivals_], "metric": {"name": "accuracy", "maximise": True}, "seeds": [0, 1], "config": {}
+    }  # fmt: skip
+    said = report.tables.contest_conclusion(results)
+    assert "80.00 % ± 1.00 after 1 step (of at most 50)" in said
+    assert "The best other one at no more cost is pre-trained init + one tuned rate with 90.00 %" in said
+
+
+def test_budgets_in_any_order_end_with_the_largest(trained, tmp_path, few_rates):
+    config = dataclasses.replace(CONFIG, rivals=(), searchers=("random",), budgets=(3.0, 1.0), out=tmp_path / "budgets")
+    rows = comparing.run(trained[:1], config, reporter=QUIET)["rows"]
+    names = [row["method"] for row in rows if row["steps"] is None]
+    assert names == [
+        "random init + random, cost of 1 cells", "random init + random, cost of 3 cells",
+        "random init + random, cost of 3 cells, trained again on all",
+    ]  # fmt: skip
+
+
 def test_refusals(trained, tmp_path):
     a, b, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")

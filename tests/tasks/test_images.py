@@ -267,6 +267,19 @@ def test_classes_need_not_be_turned():
         tasks.make_splits(square, "rotated", turns=False)
 
 
+def test_a_sampler_made_inside_jit_leaves_no_tracer_behind(blobs):
+    split = tasks.make_splits(blobs, "rotated").train
+
+    @jax.jit
+    def drawn(key):
+        pool, sample = tasks.make_sampler(split, 10, 2, 2)
+        return sample(pool, key).support_x
+
+    x = drawn(jax.random.key(0))
+    pool, sample = tasks.make_sampler(split, 10, 2, 2)
+    np.testing.assert_allclose(jax.jit(sample)(pool, jax.random.key(0)).support_x, x, atol=1e-6)
+
+
 def test_samplers_of_all_sizes_share_one_copy_of_the_images(blobs):
     split = tasks.make_splits(blobs, "rotated").train
     pools = [tasks.make_sampler(split, 10, shot, 2)[0] for shot in (1, 5)]

@@ -176,6 +176,22 @@ def test_a_mixture_draws_from_all_by_weight():
         tasks.mixture(zeros)
 
 
+def test_a_mixture_of_mixtures_draws_from_all():
+    a, b, c = (
+        Tasks(*[lambda key, v=v: jax.tree.map(lambda x: 0 * x + v, draw(key))] * 3, name=str(v)) for v in (0, 1, 2)
+    )
+    pool, sample = tasks.mixture(tasks.mixture(a, b), c).sampler("train")
+    values = jax.vmap(lambda key: sample(pool, key).support_x.mean())(jax.random.split(jax.random.key(0), 400))
+    counts = [int((values == v).sum()) for v in (0, 1, 2)]
+    np.testing.assert_allclose(counts, [100, 100, 200], atol=45)
+
+
+def test_integers_that_do_not_fit_are_refused():
+    x = np.arange(40).reshape(20, 2) * 100_000_000
+    with pytest.raises(DataError, match="expected integers of 32 bits, got 0 to 3900000000; give numbers as floats"):
+        Tasks.from_arrays(x, np.ones(20), np.arange(20) // 5, shot=2, query=2)
+
+
 def test_image_families_are_those_of_the_command_line(blobs):
     own = tasks.Tasks.from_images(blobs, "digits", 3, 2, 3, label_noise=0.2)
     splits = tasks.make_splits(blobs, "digits")
