@@ -35,7 +35,7 @@ SUMMARY = {  # case -> what README calls it, and the numbers of steps that it sh
     "rotated 10-way 5-shot, 8 hidden layers, several horizons": ("rotated, 8 hidden layers", (1, 50)),
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": ("Fashion-MNIST, rotated", (1, 50)),
     "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": (
-        "the same, rates of the pre-trained init",
+        "the same, rates alone, of the pre-trained init",
         (1, 50),
     ),
 }
@@ -166,7 +166,7 @@ def early_stopping() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for case, (name, _) in SUMMARY.items():
-        rows = rows_of(case.replace("several horizons", "early stopping"))
+        rows = rows_of(f"{case.removesuffix('several horizons')}early stopping")
         lengths = sorted({row["steps"] for row in rows})
         for steps in lengths:
             at = {row["method"]: row for row in rows if row["steps"] == steps}
