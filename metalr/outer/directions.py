@@ -262,7 +262,7 @@ class Implicit:
 
 
 def _conjugate_gradient(system: Callable[[Params], Params], target: Params, start: Params, steps: int) -> Params:
-    """Solve system(x) = target, symmetric, from `start`; ends where curvature is not positive.
+    """Solve system(x) = target, symmetric, from `start`; ends where curvature is not positive, or nothing is left.
 
     Away from a minimum H + lambda may be indefinite, where plain conjugate gradient blows up (Nocedal & Wright 2006,
     algorithm 7.1).
@@ -270,12 +270,13 @@ def _conjugate_gradient(system: Callable[[Params], Params], target: Params, star
     b, restore = ravel_pytree(target)
     x = ravel_pytree(start)[0]
     residual = b - ravel_pytree(system(start))[0]
+    rounding = jnp.finfo(b.dtype).eps ** 2 * (b @ b)  # beyond it, steps divide zero by zero
 
     def body(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, residual, direction, going = carry
         along = ravel_pytree(system(restore(direction)))[0]
         square, curvature = residual @ residual, direction @ along
-        going = going & (curvature > 1e-6 * (direction @ direction))
+        going = going & (curvature > 1e-6 * (direction @ direction)) & (square > rounding)
         size = jnp.where(going, square / jnp.where(going, curvature, 1.0), 0.0)
         left = residual - size * along
         turn = jnp.where(going, left @ left / jnp.where(going, square, 1.0), 0.0)

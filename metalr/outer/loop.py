@@ -270,7 +270,8 @@ def make_chunk(
             pool, key = devices.replicate((pool, key), mesh)
         return compiled(devices.place(state, mesh), pool, key, count)
 
-    placed.lower = compiled.lower  # type: ignore[attr-defined] # as a compiled function has
+    for name in ("lower", "_cache_size"):  # as a compiled function has
+        setattr(placed, name, getattr(compiled, name))
     return placed
 
 

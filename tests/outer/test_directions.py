@@ -10,7 +10,7 @@ import pytest
 from metalr import inner, models, outer
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import Forward, Implicit, Joint, Reverse
+from metalr.outer import Forward, Implicit, Joint, Reverse, directions
 from metalr.types import Episode
 
 MODEL = models.mlp(3, (4, 4, 1), widths=(6,), dropout=0.0)
@@ -147,6 +147,14 @@ def test_implicit_gradient_at_a_minimum_is_the_derivative_through_the_path(adapt
         close(implicit.init, exact.init, rtol=1e-4, atol=1e-6)
         _, coarse, _ = gradient(spec, Implicit(solver_steps=1), model=SMOOTH)
         assert not np.allclose(coarse.init["head"]["kernel"], exact.init["head"]["kernel"], rtol=1e-4)
+
+
+def test_conjugate_gradient_ends_when_nothing_is_left():
+    """Many more steps than are needed, and a target of zero."""
+    matrix = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+    for target in (jnp.array([1.0, -2.0]), jnp.zeros(2)):
+        found = directions._conjugate_gradient(lambda x: matrix @ x, target, jnp.zeros(2), 500)
+        np.testing.assert_allclose(found, jnp.linalg.solve(matrix, target), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [Implicit(), Forward()])
