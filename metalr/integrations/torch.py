@@ -160,7 +160,7 @@ class Learned:
                 power = self.rates.get(f"{kind}:{shared}")
                 if of and rate is not None and power is not None:
                     rate = rate * ratio ** power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
-                    rate = np.clip(rate, self.spec["lowest"], self.spec["highest"])
+                    rate = _within(rate, self.spec)
             group["lr"] = float(np.mean(rate)) if rate is not None else 0.0
             group["rates"] = None if rate is None else _rates_towards(rate, self.spec, param, layout=not flat)
             group |= {k: _number(self.rates.get(f"{k}:{shared}")) if rate is not None else None for k in KINDS}
@@ -364,6 +364,12 @@ def _at_step(rates: torch.Tensor, spec: Mapping[str, Any], step: int, of_steps: 
     if spec["extend"] == "error":
         raise ConfigError(f"steps: expected at most the {spec['steps']} trained steps; extend is 'error'")
     return rates.mean(0) if spec["extend"] == "mean" else rates[-1]
+
+
+def _within(rate: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
+    """A rate within its bounds, as metalr.inner.hyperparameters has them."""
+    lowest, highest = spec["lowest"], spec["highest"]
+    return np.clip(rate, -np.inf if lowest is None else lowest, np.inf if highest is None else highest)
 
 
 def _number(value: np.ndarray | None) -> float | None:

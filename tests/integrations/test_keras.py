@@ -27,7 +27,7 @@ def test_five_steps_in_keras_give_the_same_logits():
     y = (np.arange(50) % 10).astype(np.int32)
     scope = {"x": x, "y": y}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        exec(block.replace('"runs/digits"', repr(str(run))), scope)
+        exec(block.replace('"runs/quickstart"', repr(str(run))), scope)
         found = scope["net"].predict(query, verbose=0)
     learned = metalr.load(run)
     np.testing.assert_allclose(found, learned.apply(learned.adapt(x, y), query), atol=1e-4)

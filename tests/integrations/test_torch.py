@@ -231,7 +231,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     block = next(b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "metalr_torch" in b)
     assert len(block.splitlines()) <= 15
     model = NETWORKS["mlp"]()
-    learner(model, SPECS["layer"], tmp_path / "runs" / "mine")
+    learner(model, SPECS["layer"], tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     scope = {"support_x": torch.from_numpy(images(model)), "support_y": torch.from_numpy(Y).long()}
     scope["query_x"] = torch.from_numpy(images(model, 4, 1))
