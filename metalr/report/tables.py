@@ -90,6 +90,16 @@ def conclusion(results: dict[str, Any]) -> str:
     )
 
 
+def no_dearer(one: tuple[int | None, float], other: tuple[int | None, float]) -> bool:
+    """Whether one method costs no more than another. Both: (steps that it may take, example-gradients).
+
+    By the steps, where both have them: one that stopped early could have taken the rest too. A search has none.
+    """
+    if one[0] is not None and other[0] is not None:
+        return one[0] <= other[0]
+    return one[1] <= other[1] * 1.001
+
+
 def contest_conclusion(results: dict[str, Any]) -> str:
     """A comparison in two sentences: the learned method at its longest, and the best of the others at no more cost."""
     metric, rows, maximise = _metric(results), results["rows"], results["metric"]["maximise"]
@@ -104,13 +114,14 @@ def contest_conclusion(results: dict[str, Any]) -> str:
     )
     above = "learned_minus_this_at_the_end"  # on the very tasks of the other
 
-    def no_dearer(row: dict[str, Any]) -> bool:
-        """By the steps that it may take, as the learned method may (see runs.comparing); a search by its cost."""
-        if row["steps"] is not None:
-            return row["steps"] <= best["steps"]
-        return row["example_gradients"] <= best["example_gradients"] * 1.001
-
-    others = [row for row in rows if row not in own and no_dearer(row) and (row.get(above) or [None])[0] is not None]
+    spent = best["steps"], best["example_gradients"]
+    others = [
+        row
+        for row in rows
+        if row not in own
+        and no_dearer((row["steps"], row["example_gradients"]), spent)
+        and (row.get(above) or [None])[0] is not None
+    ]
     if not others:
         return said
     rival = (min if maximise else max)(others, key=lambda row: row[above][0])

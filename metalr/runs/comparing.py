@@ -576,18 +576,12 @@ def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str
         "compile_seconds": None if row.compile_seconds is None else round(row.compile_seconds, 2),
         "chosen": row.chosen,
     }
-    affordable = [one for one in reference if _no_dearer(one, row)]
+    spent = row.steps, row.example_gradients
+    affordable = [one for one in reference if report.tables.no_dearer((one.steps, one.example_gradients), spent)]
     for name, against in (("at_equal_cost", affordable), ("at_the_end", reference)):
         if against:
             facts[f"learned_minus_this_{name}"] = protocol.difference_of(against[-1].scores, row.scores)
     return facts
-
-
-def _no_dearer(one: Scores, row: Scores) -> bool:
-    """By the steps that they may take: if the other stopped early, it could have taken the rest too."""
-    if one.steps is not None and row.steps is not None:
-        return one.steps <= row.steps
-    return one.example_gradients <= row.example_gradients * 1.001
 
 
 def _conclusion(row: Scores, reference: list[Scores], objective: Objective, choosing: float) -> dict[str, Any]:
