@@ -22,7 +22,34 @@ from metalr.tasks import Pool, Sampler, second_key
 from metalr.trees import count
 from metalr.types import Curve, Episode, Params, Rates
 
-Evaluator = Callable[..., Curve]
+
+class Evaluator:
+    """A compiled `evaluate(pool, init, rates, keys) -> Curve`; one program serves every call with as many keys.
+
+    Args:
+      curves: (pool, init, rates, keys) -> [tasks, ..., points].
+      at: after which numbers of steps the curve has a point.
+      layout: of tasks and params over this process's devices.
+    """
+
+    def __init__(self, curves: Callable[..., jax.Array], at: Sequence[int], layout: devices.Layout) -> None:
+        self._curves, self._at, self._layout = curves, at, layout
+        self._programs: dict[int, Callable[..., jax.Array]] = {}
+
+    def _program(self, tasks: int) -> Any:
+        if tasks not in self._programs:
+            mesh = devices.task_mesh(tasks, layout=self._layout)
+            self._programs[tasks] = jax.jit(devices.split_tasks(self._curves, mesh, replicated=3, mean=False))
+        return self._programs[tasks]
+
+    def __call__(self, pool: Any, init: Params, rates: Any, keys: jax.Array) -> Curve:
+        if self._layout.params > 1:
+            init, rates = devices.place((init, rates), devices.task_mesh(len(keys), layout=self._layout))
+        return curve_of(self._program(len(keys))(pool, init, rates, keys), self._at)
+
+    def compile(self, pool: Any, init: Params, rates: Any, keys: jax.Array) -> None:
+        """Compile for arguments of these shapes: arrays, or ShapeDtypeStruct. See devices.compiled_ahead."""
+        self._program(len(keys)).lower(pool, init, rates, keys).compile()
 
 
 def episode_keys(seed: int, episodes: int) -> jax.Array:
@@ -264,14 +291,4 @@ def _compiled(
         group = functools.partial(devices.fitting_group, alone, keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
-    compiled: dict[int, Callable[..., jax.Array]] = {}
-
-    def evaluate(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> Curve:
-        mesh = devices.task_mesh(len(keys), layout=layout)
-        if layout.params > 1:
-            init, rates = devices.place((init, rates), mesh)
-        if len(keys) not in compiled:
-            compiled[len(keys)] = jax.jit(devices.split_tasks(curves, mesh, replicated=3, mean=False))
-        return curve_of(compiled[len(keys)](pool, init, rates, keys), at)
-
-    return evaluate
+    return Evaluator(curves, at, layout)

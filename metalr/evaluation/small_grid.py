@@ -55,6 +55,36 @@ class Cell(NamedTuple):
         return facts | {metric: protocol.rounded(mean), "ci95": protocol.rounded(ci95)}
 
 
+def evaluators(
+    grid: GridConfig,
+    model: Model,
+    sample: Sampler,
+    support: int,
+    *,
+    random_init: bool,
+    objective: Objective = CROSS_ENTROPY,
+) -> dict[tuple[str, int], protocol.Evaluator]:
+    """The programs of a grid, (optimizer, batch size) -> `evaluate(pool, init, rate or rates, keys)`."""
+    batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
+    return {
+        (name, batch_size): protocol.make_baseline(
+            model,
+            sample,
+            optimizers.by_name(name),
+            sorted(grid.steps),
+            batch_size=None if batch_size == support else batch_size,
+            random_init=random_init,
+            objective=objective,
+        )
+        for name, batch_size in itertools.product(grid.optimizers, batch_sizes)
+    }
+
+
+def rates_of(rates: Sequence[float]) -> np.ndarray:
+    """Learning rates of one dispatch as a program takes them: [] of one, [rates] of several, float32."""
+    return np.asarray(rates[0] if len(rates) == 1 else rates, np.float32)
+
+
 def run_grid(
     grid: GridConfig,
     model: Model,
@@ -90,25 +120,15 @@ def run_grid(
     check(grid)
     cells: list[Cell] = []
     began = time.perf_counter()
-    origin = "random" if init is None else "learned"
+    origin, steps = "random" if init is None else "learned", sorted(grid.steps)
     found = {cell[:5]: cell for cell in known}
-    batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
     start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
-    for name, batch_size in itertools.product(grid.optimizers, batch_sizes):
-        evaluator = protocol.make_baseline(
-            model,
-            sample,
-            optimizers.by_name(name),
-            sorted(grid.steps),
-            batch_size=None if batch_size == support else batch_size,
-            random_init=init is None,
-            objective=objective,
-        )
-        steps = sorted(grid.steps)
+    programs = evaluators(grid, model, sample, support, random_init=init is None, objective=objective)
+    for (name, batch_size), evaluator in programs.items():
         wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
         missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]
         for rates in devices.at_once(missing):
-            curve = evaluator(pool, start, np.asarray(rates[0] if len(rates) == 1 else rates, np.float32), keys)
+            curve = evaluator(pool, start, rates_of(rates), keys)
             tasks = curve.tasks.reshape(len(keys), len(rates), len(steps))
             fresh = [
                 Cell(*key, tasks[:, i, j], key[4] * batch_size)
@@ -122,7 +142,7 @@ def run_grid(
     cost = {
         "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),
         "example_gradients": float(
-            sum(batch_sizes) * max(grid.steps) * len(grid.learning_rates) * len(grid.optimizers)
+            sum(batch_size for _, batch_size in programs) * max(grid.steps) * len(grid.learning_rates)
         ),
         "seconds": time.perf_counter() - began,
     }

@@ -175,12 +175,16 @@ class Learner:
           tasks: their `test` sampler is drawn from.
           steps: length of the curve; default: 10, or as many as were trained if those are more.
 
-        Rates that were learned alone (outer.learns "rates") start from a random init for each task.
+        Rates that were learned alone (outer.learns "rates") start from a random init for each task. With
+        inner.head_start other than "learned", tasks may have any number of classes, all of them the same.
 
         Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
         """
         length = max(10, self.spec.steps) if steps is None else steps
         pool, sample = tasks.sampler("test")
+        ways = self._ways_of(sample(pool, jax.random.key(seed)).support_y) if self.model.of_way is not None else None
+        if ways is not None and ways != self.model.way:
+            return self._of_way(ways).evaluate(tasks, episodes, steps, seed)
         own = self.standardisation
         if tasks.standardisation is None and own is not None:
             given = sample

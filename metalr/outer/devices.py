@@ -10,12 +10,11 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -28,6 +27,7 @@ from metalr.models import Apply, Model
 AXIS, PARAMS = "tasks", "params"
 SETTINGS: Any = jax.config  # its options are not in its type
 ACCELERATOR_BYTES = 64 << 30  # of the tasks vmapped together there, by `bytes_of`; XLA keeps far less at once
+MOST_COMPILATIONS = 4  # at a time: each of an accelerator's takes several cores
 SMALLEST_SPLIT = 1 << 14  # numbers of a tensor that is worth splitting over devices
 
 
@@ -55,6 +55,41 @@ def use_compilation_cache(folder: os.PathLike | str) -> None:
     if SETTINGS.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compiles_ahead() -> bool:
+    """Whether `compiled_ahead` does anything: there is a cache, and compilation takes nothing from the computation."""
+    return SETTINGS.jax_compilation_cache_dir is not None and jax.default_backend() != "cpu" and cores() > 2
+
+
+@contextlib.contextmanager
+def compiled_ahead(programs: Callable[[], Sequence[Callable[[], None]]]) -> Iterator[Callable[[], None]]:
+    """While an accelerator computes, idle CPU cores compile the programs that come afterwards.
+
+    They get into the compilation cache, from which they are read when they are needed: an accelerator's compiler takes
+    10 to 30 s for each. The body is given a function that begins with it, to be called when the first program of its
+    own is compiled, and ends when all are. Without a cache, or on CPUs, nothing is done.
+
+    Args:
+      programs: gives what compiles each program; those are called in threads. What they raise is left for the call that
+        needs the program, which raises it again.
+    """
+    if not compiles_ahead():
+        yield lambda: None
+        return
+    with ThreadPoolExecutor(min(MOST_COMPILATIONS, cores() - 1)) as threads:
+        started: list[Future[None]] = []
+
+        def begin() -> None:
+            if not started:
+                started.extend(threads.submit(program) for program in programs())
+
+        try:
+            yield begin
+        except BaseException:
+            for each in started:
+                each.cancel()
+            raise
 
 
 class Layout(NamedTuple):
@@ -210,8 +245,15 @@ every_platform = jax.make_user_context(default_value=False)
 """`with every_platform(True):` programs are traced in the forms of all platforms: those that are lowered for others."""
 
 
-def _cpus_alone() -> bool:
-    return not every_platform.value and {*jax.extend.backend.backends()} == {"cpu"}
+def _traced_platform() -> str | None:
+    """The platform that programs are traced for, as lowering calls it: that of the default device; None: all."""
+    if every_platform.value:
+        return None
+    chosen = SETTINGS.jax_default_device
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    device = chosen or jax.devices()[0]
+    return "cuda" if "cuda" in device.client.platform_version else device.platform
 
 
 def by_platform(
@@ -227,13 +269,15 @@ def by_platform(
     cache is fastest. On NVIDIA GPUs: products too (a kernel a task makes lax.conv a grouped convolution, four to six
     times slower; benchmarks/results/accelerator.json), and many tasks at once. Elsewhere: lax.conv, many tasks at once.
 
-    A process that has CPUs alone traces only their form: tracing the others costs as much again for each. To lower for
-    platforms that are not here, see every_platform. accelerator_group: asked only where it matters.
+    Only the form of the default device's platform is traced: each of the others costs as much again. To lower for other
+    platforms, see every_platform. accelerator_group: asked only where it matters.
     """
-    products = model.cpu_apply or model.apply
-    if _cpus_alone():
+    products, platform = model.cpu_apply or model.apply, _traced_platform()
+    if platform == "cpu":
         return function(products, cpu_group, *args)
     many = accelerator_group()
+    if platform is not None:
+        return function(products if platform == "cuda" else model.apply, many, *args)
     return jax.lax.platform_dependent(
         *args,
         cpu=functools.partial(function, products, cpu_group),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 
 from metalr.config import GridConfig, TrainConfig
 from metalr.evaluation import protocol, small_grid
+from metalr.inner import hyperparameters
 from metalr.learner import Learner
+from metalr.outer import devices, initial_shapes
 from metalr.outer.devices import Layout
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
@@ -48,6 +51,31 @@ def held_out(
     )
     curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
+
+
+def programs(config: TrainConfig, setup: Setup) -> list[Callable[[], None]]:
+    """What compiles each program that judges a run after its training: see devices.compiled_ahead."""
+    init, raw = initial_shapes(setup.model, setup.spec)
+    rates = jax.eval_shape(functools.partial(hyperparameters.actual, setup.spec), raw)
+    pool, sample = setup.samplers["test"]
+    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
+    make = functools.partial(protocol.make_evaluator, setup.model, setup.spec, sample, objective=setup.objective)
+    fresh, steps = setup.phases.fresh_init, config.inner.steps
+    judge = make(config.curve_steps, random_init=fresh, layout=Layout(config.mesh.tasks, config.mesh.params))
+    found: list[Callable[[], None]] = [functools.partial(judge.compile, pool, init, rates, keys)]
+    if not config.grid.run:
+        return found
+    if not fresh:
+        ablation = make(steps, random_init=True, at=[steps])
+        found.append(functools.partial(ablation.compile, pool, init, rates, keys))
+    grid = grid_of(config)
+    for random_init in (True,) if fresh else (True, False):
+        for evaluator in small_grid.evaluators(
+            grid, setup.model, sample, setup.support, random_init=random_init, objective=setup.objective
+        ).values():
+            for some in devices.at_once(grid.learning_rates)[:1]:
+                found.append(functools.partial(evaluator.compile, pool, init, small_grid.rates_of(some), keys))
+    return found
 
 
 def label_orders(learner: Learner, setup: Setup, seed: int, *, episodes: int = 100, orders: int = 5) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import metalr
 from metalr import inner, models, outer
 from metalr.errors import ConfigError, DataError
+from metalr.evaluation import protocol
 from metalr.inner import descent, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.models import heads
@@ -50,6 +51,25 @@ def test_heads_start_as_they_say_and_fit_any_number_of_classes(name, kind):
             columns = np.asarray(fast["head"]["kernel"])
             np.testing.assert_array_equal(columns, columns[:, :1].repeat(ways, 1))
             assert (columns == 0).all() == (name == "zero")
+
+
+@pytest.mark.parametrize("name", heads.HEAD_STARTS)
+def test_a_curve_of_tasks_with_other_numbers_of_classes_is_that_of_their_fine_tunes(blobs, name):
+    net, spec = (
+        models.build("mlp", 3, (8, 8, 1), widths=(8,), head_start=name),
+        RatesSpec("layer", steps=2, initial=0.3),
+    )
+    init = net.init(jax.random.key(0))
+    learned = metalr.Learner(net, spec, init, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init)))
+    for way in (2, 4):
+        tasks = metalr.Tasks.from_images(blobs, "classes", way, 2, 3)
+        pool, sample = tasks.sampler("test")
+        curve = learned.evaluate(tasks, episodes=4, steps=2)
+        for key, found in zip(protocol.episode_keys(0, 4), curve.tasks, strict=True):
+            episode = sample(pool, key)
+            fast = learned.adapt(episode.support_x, episode.support_y)
+            predicted = learned.apply(fast, episode.query_x).argmax(-1)
+            assert found[-1] == pytest.approx(float((predicted == episode.query_y).mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", heads.HEAD_STARTS)

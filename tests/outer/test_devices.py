@@ -1,9 +1,11 @@
 """Devices: meshes, and tensors that are split over them."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def test_a_mesh_that_cannot_be_is_refused(mesh, message, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_only_what_runs_here_is_traced():
+def test_only_what_runs_here_is_traced(monkeypatch):
     """Tracing the forms of platforms that are not here would cost as much again for each of them."""
     model, traced = models.conv4(3, (8, 8, 1), channels=2, layers=1), []
 
@@ -50,12 +52,74 @@ def test_only_what_runs_here_is_traced():
         return devices.by_platform(model, doubled, x, accelerator_group=lambda: 7)
 
     assert float(program(jnp.float32(3))) == 6
-    here = [("products", 1)]
-    assert traced == here if jax.default_backend() == "cpu" else traced != here
+    forms = {"cpu": ("products", 1), "cuda": ("products", 7)}
+    assert traced == [forms.get(devices._traced_platform(), ("lax.conv", 7))]
     traced.clear()
     with devices.every_platform(True):
         assert float(program(jnp.float32(3))) == 6
     assert traced == [("products", 1), ("products", 7), ("lax.conv", 7)]
+    for platform, form in {**forms, "tpu": ("lax.conv", 7)}.items():
+        traced.clear()
+        monkeypatch.setattr(devices, "_traced_platform", lambda platform=platform: platform)
+        jax.eval_shape(lambda x: devices.by_platform(model, doubled, x, accelerator_group=lambda: 7), jnp.float32(3))
+        assert traced == [form]
+
+
+class _Device(NamedTuple):
+    platform: str
+    platform_version: str
+
+    @property
+    def client(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("device", "platform"),
+    [
+        (_Device("gpu", "PJRT C API\ncuda 13000"), "cuda"),
+        (_Device("gpu", "PJRT C API\nrocm 60000"), "gpu"),
+        (_Device("tpu", "PJRT C API\nTFRT TPU v5 lite"), "tpu"),
+        (_Device("cpu", "cpu"), "cpu"),
+    ],
+)
+def test_programs_are_traced_for_the_default_device(monkeypatch, device, platform):
+    monkeypatch.setattr(jax, "devices", lambda *names: [device])
+    assert devices._traced_platform() == platform
+    with devices.every_platform(True):
+        assert devices._traced_platform() is None
+    monkeypatch.undo()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert devices._traced_platform() == "cpu"
+
+
+def test_programs_are_compiled_ahead_where_that_takes_nothing_from_the_computation(monkeypatch):
+    ran = []
+
+    def failing():
+        ran.append("failing")
+        raise RuntimeError("left for the call that needs the program")
+
+    def programs():
+        return [lambda: ran.append("one"), failing, lambda: ran.append("two")]
+
+    assert not devices.compiles_ahead() or jax.default_backend() != "cpu"
+    monkeypatch.setattr(devices, "compiles_ahead", lambda: False)
+    with devices.compiled_ahead(programs) as begin:
+        begin()
+    assert ran == []
+    monkeypatch.setattr(devices, "compiles_ahead", lambda: True)
+    monkeypatch.setattr(devices, "cores", lambda: 3)
+    with devices.compiled_ahead(programs):
+        pass
+    assert ran == []
+    with devices.compiled_ahead(programs) as begin:
+        begin()
+        begin()
+    assert sorted(ran) == ["failing", "one", "two"]
+    begun = contextlib.ExitStack()
+    begun.enter_context(devices.compiled_ahead(programs))
+    assert not begun.__exit__(KeyError, KeyError("the body's own"), None)  # is raised again
 
 
 def with_devices(count, code, *arguments):
