@@ -4,10 +4,9 @@
 
 Needs no network. Every row is written as soon as it is measured, with the device and the versions, so that a run that
 is cut off leaves what it had; sections begin with what matters most, and none begins after --minutes. Throughput is
-that
-of throughput.py: second-order per-layer Meta-SGD, 5-way, 5 inner steps, 15 query images a class. Matrix products of
-float32 use TF32 on NVIDIA GPUs, in JAX and in PyTorch alike, unless a row says "highest". Where no accelerator is at
-hand it measures the CPU, and the rows say so.
+measured as in throughput.py: second-order per-layer Meta-SGD, 5-way, 5 inner steps, 15 query images a class. Matrix
+products of float32 use TF32 on NVIDIA GPUs, in JAX and in PyTorch alike, unless a row says "highest". Where no
+accelerator is at hand it measures the CPU, and the rows say so.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from metalr.trees import named_arrays
 
 Row = dict[str, Any]
 SIZES = (32, 512)
+NO_SEARCH = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"  # for the fastest kernels
 FORMS = {"metalr": "as metalr chooses", "metalr, lax.conv": "the standard form of a convolution"}
 
 
@@ -120,6 +120,31 @@ def throughput_rows(wanted: list[tuple[str, int, str]]) -> Iterator[Row]:
         yield row
 
 
+def compilation_rows() -> Iterator[Row]:
+    """What a step takes to trace and to compile, and then, with XLA's search for the fastest kernels and without."""
+    for flags, name in ((flags, name) for name in ("conv4_1shot", "mlp_1shot") for flags in ("", NO_SEARCH)):
+        env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+        call = [sys.executable, __file__, "--compile", name]
+        done = subprocess.run(call, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-200:])
+        yield {"workload": name, "meta_batch": 32, "xla_flags": flags} | json.loads(done.stdout.splitlines()[-1])
+
+
+def compiled_once(name: str) -> Row:
+    """Of a process that has compiled nothing before."""
+    model, spec, meta, episodes, keys = parts(name, 32)
+    gradient = jax.jit(lambda m, e, k: outer.meta_gradient(model, spec, m, e, k)[0])
+    began = time.perf_counter()
+    lowered = gradient.lower(meta, episodes, keys)
+    traced = time.perf_counter() - began
+    program = lowered.compile()
+    compiled = time.perf_counter() - began - traced
+    _, seconds = seconds_of(lambda: jax.block_until_ready(program(meta, episodes, keys)))
+    row = {"trace_seconds": traced, "compile_seconds": compiled, "seconds_a_step": seconds}
+    return {key: float(f"{value:.3g}") for key, value in row.items()}
+
+
 def product_rows() -> Iterator[Row]:
     for precision in ("default", "highest"):
         with jax.default_matmul_precision(None if precision == "default" else "highest"):
@@ -184,6 +209,7 @@ def sections(left: Callable[[], float]) -> dict[str, Callable[[], Iterator[Row]]
         "torch": lambda: throughput_rows([(name, 32, "torch.func vmap") for name in few]),
         "large meta-batch": lambda: throughput_rows([(name, 512, "metalr") for name in few]),
         "plain JAX": lambda: throughput_rows([(name, 32, "plain JAX vmap(grad)") for name in few]),
+        "compilation": compilation_rows,
         "adaptation": adaptation_rows,
         "quickstart": lambda: quickstart_rows(max(30.0, min(150.0, left()))),
         "torch, large": lambda: throughput_rows([(name, 512, "torch.func vmap") for name in few[:2]]),
@@ -197,7 +223,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="no section begins after that")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "accelerator.json")
     parser.add_argument("--only", nargs="+", default=[], help="only these sections")
+    parser.add_argument("--compile", metavar="WORKLOAD", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile:
+        print(json.dumps(compiled_once(options.compile)))
+        return
     until = time.perf_counter() + 60 * options.minutes
     rows: list[Row] = []
     head = {"command": command(), "provenance": provenance()}

@@ -27,7 +27,7 @@ class Evaluator:
     """A compiled `evaluate(pool, init, rates, keys) -> Curve`; one program serves every call with as many keys.
 
     Args:
-      curves: (pool, init, rates, keys) -> [tasks, ..., points].
+      curves: (pool, init, rates, fresh, keys) -> [tasks, ..., points]; fresh: bool [], see __call__.
       at: after which numbers of steps the curve has a point.
       layout: of tasks and params over this process's devices.
     """
@@ -39,17 +39,18 @@ class Evaluator:
     def _program(self, tasks: int) -> Any:
         if tasks not in self._programs:
             mesh = devices.task_mesh(tasks, layout=self._layout)
-            self._programs[tasks] = jax.jit(devices.split_tasks(self._curves, mesh, replicated=3, mean=False))
+            self._programs[tasks] = jax.jit(devices.split_tasks(self._curves, mesh, replicated=4, mean=False))
         return self._programs[tasks]
 
-    def __call__(self, pool: Any, init: Params, rates: Any, keys: jax.Array) -> Curve:
+    def __call__(self, pool: Any, init: Params, rates: Any, keys: jax.Array, *, fresh: bool = False) -> Curve:
+        """fresh: a new random init for every task in place of `init`, where the evaluator was made for either."""
         if self._layout.params > 1:
             init, rates = devices.place((init, rates), devices.task_mesh(len(keys), layout=self._layout))
-        return curve_of(self._program(len(keys))(pool, init, rates, keys), self._at)
+        return curve_of(self._program(len(keys))(pool, init, rates, np.bool_(fresh), keys), self._at)
 
     def compile(self, pool: Any, init: Params, rates: Any, keys: jax.Array) -> None:
         """Compile for arguments of these shapes: arrays, or ShapeDtypeStruct. See devices.compiled_ahead."""
-        self._program(len(keys)).lower(pool, init, rates, keys).compile()
+        self._program(len(keys)).lower(pool, init, rates, np.bool_(False), keys).compile()
 
 
 def episode_keys(seed: int, episodes: int) -> jax.Array:
@@ -219,7 +220,7 @@ def make_baseline(
     at: Sequence[int],
     *,
     batch_size: int | None = None,
-    random_init: bool = False,
+    random_init: bool | None = False,
     objective: Objective = CROSS_ENTROPY,
     evaluated: Callable[[Any, Params], Params] | None = None,
 ) -> Evaluator:
@@ -228,7 +229,8 @@ def make_baseline(
     learning_rate: [] or [rates] float32; with several, side by side in one program, the curve's arrays have an axis of
     rates before that of points.
     at: after which numbers of steps, ascending, the curve has an entry.
-    random_init: ignore `init` and draw a new one for every task. Dropout is active in training if the model has it.
+    random_init: ignore `init` and draw a new one for every task; None: as each call says (`fresh`), by one program.
+    Dropout is active in training if the model has it.
     evaluated: as in inner.adapt.
     """
 
@@ -258,18 +260,21 @@ def _compiled(
     sample: Sampler,
     plain: Callable[..., jax.Array],
     at: Sequence[int],
-    random_init: bool,
+    random_init: bool | None,
     fast: Callable[..., jax.Array] | None = None,
     fits: Callable[[int], bool] = lambda support: False,
     layout: devices.Layout = devices.Layout(),  # noqa: B008 - a tuple
 ) -> Evaluator:
     """plain(apply, episode, key, init, rates), or fast(episode, init, rates) where it fits the support set's size."""
 
-    def curves(pool: Pool, init: Params, rates: Any, keys: jax.Array) -> jax.Array:
+    def curves(pool: Pool, init: Params, rates: Any, fresh: jax.Array, keys: jax.Array) -> jax.Array:
         def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
             init_key, step_key = jax.random.split(second_key(key))
             episode = sample(pool, key)
-            start = model.init(init_key) if random_init else init
+            if random_init is None:
+                start = jax.lax.cond(fresh, model.init, lambda _: init, init_key)
+            else:
+                start = model.init(init_key) if random_init else init
             return episode, step_key, model.begin(start, episode.support_x, episode.support_y)
 
         def in_fast_form(key: jax.Array) -> jax.Array:

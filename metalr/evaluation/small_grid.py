@@ -55,16 +55,17 @@ class Cell(NamedTuple):
         return facts | {metric: protocol.rounded(mean), "ci95": protocol.rounded(ci95)}
 
 
+Evaluators = dict[tuple[str, int], protocol.Evaluator]  # by optimizer and batch size
+
+
 def evaluators(
     grid: GridConfig,
     model: Model,
     sample: Sampler,
     support: int,
-    *,
-    random_init: bool,
     objective: Objective = CROSS_ENTROPY,
-) -> dict[tuple[str, int], protocol.Evaluator]:
-    """The programs of a grid, (optimizer, batch size) -> `evaluate(pool, init, rate or rates, keys)`."""
+) -> Evaluators:
+    """The programs of a grid: `evaluate(pool, init, rate or rates, keys)`, or with `fresh`, from random inits."""
     batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
     return {
         (name, batch_size): protocol.make_baseline(
@@ -73,7 +74,7 @@ def evaluators(
             optimizers.by_name(name),
             sorted(grid.steps),
             batch_size=None if batch_size == support else batch_size,
-            random_init=random_init,
+            random_init=None,
             objective=objective,
         )
         for name, batch_size in itertools.product(grid.optimizers, batch_sizes)
@@ -98,6 +99,7 @@ def run_grid(
     report: Callable[[str], None] = lambda line: None,
     known: Sequence[Cell] = (),
     keep: Callable[[list[Cell]], None] = lambda cells: None,
+    programs: Evaluators | None = None,
 ) -> tuple[list[Cell], dict[str, float]]:
     """Score every cell on the tasks of `keys`.
 
@@ -111,6 +113,7 @@ def run_grid(
       objective: what is minimised, and what a cell's score is.
       report: called with a line of text after each optimizer and batch size.
       known: cells of an earlier call with the same arguments, which are not run again.
+      programs: of `evaluators` with the same arguments, for several calls.
       keep: called with the cells of each dispatch (all steps of its rates) as soon as they are there.
 
     Returns:
@@ -123,12 +126,12 @@ def run_grid(
     origin, steps = "random" if init is None else "learned", sorted(grid.steps)
     found = {cell[:5]: cell for cell in known}
     start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
-    programs = evaluators(grid, model, sample, support, random_init=init is None, objective=objective)
+    programs = evaluators(grid, model, sample, support, objective) if programs is None else programs
     for (name, batch_size), evaluator in programs.items():
         wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
         missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]
         for rates in devices.at_once(missing):
-            curve = evaluator(pool, start, rates_of(rates), keys)
+            curve = evaluator(pool, start, rates_of(rates), keys, fresh=init is None)
             tasks = curve.tasks.reshape(len(keys), len(rates), len(steps))
             fresh = [
                 Cell(*key, tasks[:, i, j], key[4] * batch_size)

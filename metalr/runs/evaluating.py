@@ -69,12 +69,9 @@ def programs(config: TrainConfig, setup: Setup) -> list[Callable[[], None]]:
         ablation = make(steps, random_init=True, at=[steps])
         found.append(functools.partial(ablation.compile, pool, init, rates, keys))
     grid = grid_of(config)
-    for random_init in (True,) if fresh else (True, False):
-        for evaluator in small_grid.evaluators(
-            grid, setup.model, sample, setup.support, random_init=random_init, objective=setup.objective
-        ).values():
-            for some in devices.at_once(grid.learning_rates)[:1]:
-                found.append(functools.partial(evaluator.compile, pool, init, small_grid.rates_of(some), keys))
+    for evaluator in small_grid.evaluators(grid, setup.model, sample, setup.support, setup.objective).values():
+        for some in devices.at_once(grid.learning_rates)[:1]:
+            found.append(functools.partial(evaluator.compile, pool, init, small_grid.rates_of(some), keys))
     return found
 
 
@@ -126,12 +123,15 @@ def horizons(
     spec, model, objective = learner.spec, learner.model, learner.objective
     size = min(spec.minibatch(support) or support, support)
     grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
+    of_grid = small_grid.evaluators(grid, model, sample, support, objective)
     best: dict[str, dict[int, small_grid.Cell]] = {}
     for origin, init in (("random", None), ("learned", learner.init)):
         if origin == "random" and random_grid is not None:
             best[origin] = random_grid
         elif origin == "random" or not random_init:
-            cells, _ = small_grid.run_grid(grid, model, pool, sample, support, keys, init=init, objective=objective)
+            cells, _ = small_grid.run_grid(
+                grid, model, pool, sample, support, keys, init=init, objective=objective, programs=of_grid
+            )
             best[origin] = {steps: small_grid.best(cells, steps, objective) for steps in lengths}
     rows = []
     for steps in lengths:
@@ -184,6 +184,7 @@ def compare(
     cells, costs = {}, {}
     origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})
     batches = {min(size, support) for size in grid.batch_sizes}
+    of_grid = small_grid.evaluators(grid, setup.model, sample, support, objective)
     trajectories = len(grid.optimizers) * len(batches) * len(grid.learning_rates)
     for origin, init in origins.items():
         there = sum(cell.init == origin for cell in known) // len(grid.steps)
@@ -195,8 +196,9 @@ def compare(
                 advance(1, f"{new[0].optimizer}, rate {new[0].learning_rate:g}, batches of {new[0].batch_size}")
 
             cells[origin], costs[origin] = small_grid.run_grid(
-                grid, setup.model, pool, sample, support, keys, init=init, objective=objective, known=known, keep=kept
-            )
+                grid, setup.model, pool, sample, support, keys, init=init, objective=objective, known=known, keep=kept,
+                programs=of_grid,
+            )  # fmt: skip
     taken = [int(n) for n in curve.steps]
     reference = curve.tasks[:, taken.index(steps)]
     per_step = min(config.inner.batch_size or support, support)

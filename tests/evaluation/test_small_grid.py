@@ -58,6 +58,18 @@ def test_rates_side_by_side_are_one_dispatch_and_the_same_cells(setting, monkeyp
         np.testing.assert_allclose(one.tasks, other.tasks, atol=0.034)
 
 
+def test_random_and_learned_inits_are_one_program(setting):
+    model, pool, sample, keys = setting
+    grid = GridConfig(learning_rates=(1e-2, 1e-1), steps=(2,), batch_sizes=(5,), optimizers=("sgd",))
+    programs = small_grid.evaluators(grid, model, sample, 20)
+    scores = []
+    for init in (None, jax.device_get(model.init(jax.random.key(4)))):
+        cells, _ = small_grid.run_grid(grid, model, pool, sample, 20, keys, init=init, programs=programs)
+        scores.append([cell.tasks.tolist() for cell in cells])
+    assert scores[0] != scores[1]
+    assert [program._program(len(keys))._cache_size() for program in programs.values()] == [1]
+
+
 def test_best(setting):
     def cell(steps, score):
         return small_grid.Cell("random", "adam", 0.1, 5, steps, np.full(4, score), 5)
