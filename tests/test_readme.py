@@ -199,7 +199,7 @@ def test_numbers_of_the_studies_are_those_of_their_results():
     """Rows of docs/choosing.md and docs/long.md: study | variant | … | accuracy ± ci."""
     text = (ROOT / "docs" / "choosing.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+\.\d) ± (\d+\.\d) \|", text, re.M)
-    shown = {(study, variant): (float(a), float(ci)) for study, variant, a, ci in rows}
+    shown = {(study, variant): (float(a), float(ci)) for study, variant, a, ci in rows if study not in OMNIGLOT}
     measured = {
         (name, row["variant"]): (round(100 * row["accuracy"], 1), round(100 * row["ci95"], 1))
         for name, results in STUDIES.items()
