@@ -30,10 +30,13 @@ class Evaluator:
       curves: (pool, init, rates, fresh, keys) -> [tasks, ..., points]; fresh: bool [], see __call__.
       at: after which numbers of steps the curve has a point.
       layout: of tasks and params over this process's devices.
+      either: whether `curves` heeds `fresh`.
     """
 
-    def __init__(self, curves: Callable[..., jax.Array], at: Sequence[int], layout: devices.Layout) -> None:
-        self._curves, self._at, self._layout = curves, at, layout
+    def __init__(
+        self, curves: Callable[..., jax.Array], at: Sequence[int], layout: devices.Layout, *, either: bool
+    ) -> None:
+        self._curves, self._at, self._layout, self._either = curves, at, layout, either
         self._programs: dict[int, Callable[..., jax.Array]] = {}
 
     def _program(self, tasks: int) -> Any:
@@ -43,14 +46,15 @@ class Evaluator:
         return self._programs[tasks]
 
     def __call__(self, pool: Any, init: Params, rates: Any, keys: jax.Array, *, fresh: bool = False) -> Curve:
-        """fresh: a new random init for every task in place of `init`, where the evaluator was made for either."""
+        """fresh: a new random init for every task in place of `init`.
+
+        Raises ConfigError unless the evaluator was made for either.
+        """
+        if fresh and not self._either:
+            raise ConfigError("fresh: expected an evaluator that was made with random_init None")
         if self._layout.params > 1:
             init, rates = devices.place((init, rates), devices.task_mesh(len(keys), layout=self._layout))
         return curve_of(self._program(len(keys))(pool, init, rates, np.bool_(fresh), keys), self._at)
-
-    def compile(self, pool: Any, init: Params, rates: Any, keys: jax.Array) -> None:
-        """Compile for arguments of these shapes: arrays, or ShapeDtypeStruct. See devices.compiled_ahead."""
-        self._program(len(keys)).lower(pool, init, rates, np.bool_(False), keys).compile()
 
 
 def episode_keys(seed: int, episodes: int) -> jax.Array:
@@ -296,4 +300,4 @@ def _compiled(
         group = functools.partial(devices.fitting_group, alone, keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
-    return Evaluator(curves, at, layout)
+    return Evaluator(curves, at, layout, either=random_init is None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalr.errors import ConfigError
@@ -55,17 +56,18 @@ class Cell(NamedTuple):
         return facts | {metric: protocol.rounded(mean), "ci95": protocol.rounded(ci95)}
 
 
-Evaluators = dict[tuple[str, int], protocol.Evaluator]  # by optimizer and batch size
+Programs = dict[tuple[str, int], protocol.Evaluator]  # by optimizer and batch size
 
 
-def evaluators(
+def programs_of(
     grid: GridConfig,
     model: Model,
     sample: Sampler,
     support: int,
     objective: Objective = CROSS_ENTROPY,
-) -> Evaluators:
+) -> Programs:
     """The programs of a grid: `evaluate(pool, init, rate or rates, keys)`, or with `fresh`, from random inits."""
+    check(grid)
     batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
     return {
         (name, batch_size): protocol.make_baseline(
@@ -99,7 +101,7 @@ def run_grid(
     report: Callable[[str], None] = lambda line: None,
     known: Sequence[Cell] = (),
     keep: Callable[[list[Cell]], None] = lambda cells: None,
-    programs: Evaluators | None = None,
+    programs: Programs | None = None,
 ) -> tuple[list[Cell], dict[str, float]]:
     """Score every cell on the tasks of `keys`.
 
@@ -113,7 +115,7 @@ def run_grid(
       objective: what is minimised, and what a cell's score is.
       report: called with a line of text after each optimizer and batch size.
       known: cells of an earlier call with the same arguments, which are not run again.
-      programs: of `evaluators` with the same arguments, for several calls.
+      programs: of `programs_of` with the same arguments, for several calls.
       keep: called with the cells of each dispatch (all steps of its rates) as soon as they are there.
 
     Returns:
@@ -125,8 +127,8 @@ def run_grid(
     began = time.perf_counter()
     origin, steps = "random" if init is None else "learned", sorted(grid.steps)
     found = {cell[:5]: cell for cell in known}
-    start = init if init is not None else jax.jit(model.init)(jax.random.key(0))
-    programs = evaluators(grid, model, sample, support, objective) if programs is None else programs
+    start = jax.jit(model.init)(jax.random.key(0)) if init is None else jax.tree.map(jnp.asarray, init)
+    programs = programs_of(grid, model, sample, support, objective) if programs is None else programs
     for (name, batch_size), evaluator in programs.items():
         wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
         missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]

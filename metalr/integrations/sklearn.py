@@ -266,7 +266,10 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         return np.arange(len(self.classes_), dtype=np.int32)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Go on fine-tuning from the params so far. classes: all classes, at the first call."""
+        """Go on fine-tuning from the params so far. classes: all classes, at the first call.
+
+        Raises ConfigError for a learner whose output layer is made for each fine-tune (inner.head_start).
+        """
         first = not hasattr(self, "params_")
         X, y = validate_data(self, X, y, dtype=np.float32, reset=first)
         check_classification_targets(y)
@@ -282,8 +285,14 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         if len(unknown):
             raise ConfigError(f"y: expected some of the classes {self.classes_.tolist()}, got {unknown.tolist()}")
         labels = np.searchsorted(self.classes_, y)
+        learner = self._begin(X, labels, len(self.classes_)) if first else self.learner_
+        if learner.model.of_way is not None:
+            raise ConfigError(
+                f"learned: expected a learned output layer, which partial_fit goes on from, got {self.learned}, whose "
+                "output layer is made anew for each fine-tune (inner.head_start); call fit with all rows"
+            )
         if first:
-            self.learner_ = self._begin(X, labels, len(self.classes_))
+            self.learner_ = learner
             self.outputs_ = self._numbered()
         self._adapt(X, self.outputs_[labels], None if first else self.params_)
         return self

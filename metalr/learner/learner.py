@@ -176,13 +176,14 @@ class Learner:
           steps: length of the curve; default: 10, or as many as were trained if those are more.
 
         Rates that were learned alone (outer.learns "rates") start from a random init for each task. With
-        inner.head_start other than "learned", tasks may have any number of classes, all of them the same.
+        inner.head_start other than "learned", tasks may have another number of classes than the trained ones.
 
         Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
         """
         length = max(10, self.spec.steps) if steps is None else steps
         pool, sample = tasks.sampler("test")
-        ways = self._ways_of(sample(pool, jax.random.key(seed)).support_y) if self.model.of_way is not None else None
+        keys = protocol.episode_keys(seed, episodes)
+        ways = None if self.model.of_way is None else _ways_in(tasks, keys)
         if ways is not None and ways != self.model.way:
             return self._of_way(ways).evaluate(tasks, episodes, steps, seed)
         own = self.standardisation
@@ -201,7 +202,7 @@ class Learner:
         run = protocol.make_evaluator(
             self.model, self.spec, sample, length, random_init=self.rates_alone, objective=self.objective
         )
-        return run(pool, self.init, self.rates, protocol.episode_keys(seed, episodes))
+        return run(pool, self.init, self.rates, keys)
 
     def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
         """Outputs for inputs in any of the forms that `adapt` takes, of images logits [n, way] float32.
@@ -595,6 +596,19 @@ def save_params(learner: Learner, path: Path | str, params: Params, classes: Cla
     if learner._check_params(params)[0]:
         raise ConfigError("params: expected those of one task, got a leading axis of tasks")
     params_file.write(path, params, classes)
+
+
+def _ways_in(tasks: Tasks, keys: jax.Array) -> int:
+    """How many classes the meta-test tasks of these keys have together; image families say it themselves."""
+    if "way" in tasks.facts:
+        return int(tasks.facts["way"])
+    pool, sample = tasks.sampler("test")
+
+    def highest(key: jax.Array) -> jax.Array:
+        episode = sample(pool, key)
+        return jnp.maximum(episode.support_y.max(), episode.query_y.max())
+
+    return 1 + int(jax.jit(lambda keys: jax.lax.map(highest, keys).max())(keys))
 
 
 def load_params(learner: Learner, path: Path | str) -> Params:

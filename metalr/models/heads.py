@@ -17,6 +17,7 @@ from metalr.errors import ConfigError
 from metalr.models.model import Model
 from metalr.types import Params
 
+NOT_SHOWN = -1e6  # the logit of a class without examples: below all others, and finite, so that losses are
 Layer = dict[str, jax.Array]  # {"kernel": [inputs, outputs], "bias": [outputs]}
 
 
@@ -44,11 +45,15 @@ def _zero(head: Layer, features: Any, labels: jax.Array, way: int) -> Layer:
 
 
 def _prototypes(head: Layer, features: jax.Array | None, labels: jax.Array, way: int) -> Layer:
-    """Logits 2 c.x - |c|^2 with the classes' mean features c: minus the squared distance, but for what all share."""
+    """Logits 2 c.x - |c|^2 with the classes' mean features c: minus the squared distance, but for what all share.
+
+    A class that the support set does not show has no mean, and is never predicted.
+    """
     assert features is not None
     members = jax.nn.one_hot(labels, way, dtype=features.dtype)
-    centres = members.T @ features / jnp.maximum(members.sum(0), 1)[:, None]
-    return {"kernel": 2 * centres.T, "bias": -jnp.square(centres).sum(1)}
+    shown = members.sum(0)
+    centres = members.T @ features / jnp.maximum(shown, 1)[:, None]
+    return {"kernel": 2 * centres.T, "bias": jnp.where(shown > 0, -jnp.square(centres).sum(1), NOT_SHOWN)}
 
 
 HEAD_STARTS = {

@@ -10,8 +10,8 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +27,18 @@ from metalr.models import Apply, Model
 AXIS, PARAMS = "tasks", "params"
 SETTINGS: Any = jax.config  # its options are not in its type
 ACCELERATOR_BYTES = 64 << 30  # of the tasks vmapped together there, by `bytes_of`; XLA keeps far less at once
-MOST_COMPILATIONS = 4  # at a time: each of an accelerator's takes several cores
 SMALLEST_SPLIT = 1 << 14  # numbers of a tensor that is worth splitting over devices
 
 
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_device() -> jax.Device:
+    """Where JAX computes what is put on no device: jax.default_device, if it is set."""
+    chosen = SETTINGS.jax_default_device
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen or jax.local_devices()[0]
 
 
 def use_all_cores() -> None:
@@ -55,41 +60,6 @@ def use_compilation_cache(folder: os.PathLike | str) -> None:
     if SETTINGS.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def compiles_ahead() -> bool:
-    """Whether `compiled_ahead` does anything: there is a cache, and compilation takes nothing from the computation."""
-    return SETTINGS.jax_compilation_cache_dir is not None and jax.default_backend() != "cpu" and cores() > 2
-
-
-@contextlib.contextmanager
-def compiled_ahead(programs: Callable[[], Sequence[Callable[[], None]]]) -> Iterator[Callable[[], None]]:
-    """While an accelerator computes, idle CPU cores compile the programs that come afterwards.
-
-    They get into the compilation cache, from which they are read when they are needed: an accelerator's compiler takes
-    10 to 30 s for each. The body is given a function that begins with it, to be called when the first program of its
-    own is compiled, and ends when all are. Without a cache, or on CPUs, nothing is done.
-
-    Args:
-      programs: gives what compiles each program; those are called in threads. What they raise is left for the call that
-        needs the program, which raises it again.
-    """
-    if not compiles_ahead():
-        yield lambda: None
-        return
-    with ThreadPoolExecutor(min(MOST_COMPILATIONS, cores() - 1)) as threads:
-        started: list[Future[None]] = []
-
-        def begin() -> None:
-            if not started:
-                started.extend(threads.submit(program) for program in programs())
-
-        try:
-            yield begin
-        except BaseException:
-            for each in started:
-                each.cancel()
-            raise
 
 
 class Layout(NamedTuple):
@@ -115,10 +85,12 @@ def task_mesh(tasks: int, *, all_processes: bool = False, layout: Layout = Layou
     processes = jax.process_count() if all_processes else 1
     if tasks % processes:
         raise ConfigError(f"outer.meta_batch: expected a multiple of the {processes} processes, got {tasks}")
-    groups = jax.local_device_count() // layout.params
+    platform = _default_device().platform
+    local = jax.local_devices(backend=platform)
+    groups = len(local) // layout.params
     if groups < (layout.tasks or 1):
         wanted = f"mesh.tasks {layout.tasks or 'auto'} x mesh.params {layout.params}"
-        raise ConfigError(f"mesh: expected at most {jax.local_device_count()} devices of a process, got {wanted}")
+        raise ConfigError(f"mesh: expected at most {len(local)} devices of a process, got {wanted}")
     each = max(n for n in range(1, min(groups, layout.tasks or groups) + 1) if tasks // processes % n == 0)
     if all_processes and layout.tasks and each < layout.tasks:
         raise ConfigError(
@@ -126,12 +98,12 @@ def task_mesh(tasks: int, *, all_processes: bool = False, layout: Layout = Layou
             f"{layout.tasks}"
         )
     size = each * layout.params
-    devices = jax.local_devices()[:size]
+    devices = local[:size]
     if processes > 1:
         devices = [
             device
             for index in range(processes)
-            for device in [d for d in jax.devices() if d.process_index == index][:size]
+            for device in [d for d in jax.devices(platform) if d.process_index == index][:size]
         ]
     if layout.params == 1:
         return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
@@ -249,10 +221,7 @@ def _traced_platform() -> str | None:
     """The platform that programs are traced for, as lowering calls it: that of the default device; None: all."""
     if every_platform.value:
         return None
-    chosen = SETTINGS.jax_default_device
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    device = chosen or jax.devices()[0]
+    device = _default_device()
     return "cuda" if "cuda" in device.client.platform_version else device.platform
 
 
@@ -263,14 +232,15 @@ def by_platform(
     cpu_group: int = 1,
     accelerator_group: Callable[[], int] = lambda: 1,
 ) -> Any:
-    """`function(apply, group, *args)` in the form that suits the platform it is lowered for.
+    """`function(apply, group, *args)` in the form that suits the platform of JAX's default device.
 
     On CPUs: convolution as products, and tasks in small groups (1 unless a form gains from more), because what fits the
     cache is fastest. On NVIDIA GPUs: products too (a kernel a task makes lax.conv a grouped convolution, four to six
     times slower; benchmarks/results/accelerator.json), and many tasks at once. Elsewhere: lax.conv, many tasks at once.
 
-    Only the form of the default device's platform is traced: each of the others costs as much again. To lower for other
-    platforms, see every_platform. accelerator_group: asked only where it matters.
+    Only that form is traced: each of the others costs as much again. Data that are put on a device of another platform
+    are computed in it too, rightly but not as fast; for programs in all forms, see every_platform. accelerator_group:
+    asked only where it matters.
     """
     products, platform = model.cpu_apply or model.apply, _traced_platform()
     if platform == "cpu":
@@ -363,7 +333,7 @@ def at_once(values: Sequence[float]) -> list[list[float]]:
     One on CPUs, where more at a time gain nothing and a signal would be heard late; all on accelerators, which wait for
     each small step and have room for all of them.
     """
-    return [[value] for value in values] if jax.default_backend() == "cpu" else [list(values)] if values else []
+    return [[value] for value in values] if _default_device().platform == "cpu" else [list(values)] if values else []
 
 
 def vmap_group(function: Callable[[Any], Any], tasks: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +12,7 @@ import numpy as np
 
 from metalr.config import GridConfig, TrainConfig
 from metalr.evaluation import protocol, small_grid
-from metalr.inner import hyperparameters
 from metalr.learner import Learner
-from metalr.outer import devices, initial_shapes
 from metalr.outer.devices import Layout
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, grid_of
@@ -51,28 +48,6 @@ def held_out(
     )
     curve = evaluator(pool, learner.init, learner.rates, protocol.episode_keys(seed, episodes))
     return curve, time.perf_counter() - began
-
-
-def programs(config: TrainConfig, setup: Setup) -> list[Callable[[], None]]:
-    """What compiles each program that judges a run after its training: see devices.compiled_ahead."""
-    init, raw = initial_shapes(setup.model, setup.spec)
-    rates = jax.eval_shape(functools.partial(hyperparameters.actual, setup.spec), raw)
-    pool, sample = setup.samplers["test"]
-    keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
-    make = functools.partial(protocol.make_evaluator, setup.model, setup.spec, sample, objective=setup.objective)
-    fresh, steps = setup.phases.fresh_init, config.inner.steps
-    judge = make(config.curve_steps, random_init=fresh, layout=Layout(config.mesh.tasks, config.mesh.params))
-    found: list[Callable[[], None]] = [functools.partial(judge.compile, pool, init, rates, keys)]
-    if not config.grid.run:
-        return found
-    if not fresh:
-        ablation = make(steps, random_init=True, at=[steps])
-        found.append(functools.partial(ablation.compile, pool, init, rates, keys))
-    grid = grid_of(config)
-    for evaluator in small_grid.evaluators(grid, setup.model, sample, setup.support, setup.objective).values():
-        for some in devices.at_once(grid.learning_rates)[:1]:
-            found.append(functools.partial(evaluator.compile, pool, init, small_grid.rates_of(some), keys))
-    return found
 
 
 def label_orders(learner: Learner, setup: Setup, seed: int, *, episodes: int = 100, orders: int = 5) -> dict[str, Any]:
@@ -123,7 +98,7 @@ def horizons(
     spec, model, objective = learner.spec, learner.model, learner.objective
     size = min(spec.minibatch(support) or support, support)
     grid = dataclasses.replace(grid, steps=tuple(lengths), batch_sizes=(size,))
-    of_grid = small_grid.evaluators(grid, model, sample, support, objective)
+    of_grid = small_grid.programs_of(grid, model, sample, support, objective)
     best: dict[str, dict[int, small_grid.Cell]] = {}
     for origin, init in (("random", None), ("learned", learner.init)):
         if origin == "random" and random_grid is not None:
@@ -184,7 +159,7 @@ def compare(
     cells, costs = {}, {}
     origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})
     batches = {min(size, support) for size in grid.batch_sizes}
-    of_grid = small_grid.evaluators(grid, setup.model, sample, support, objective)
+    of_grid = small_grid.programs_of(grid, setup.model, sample, support, objective)
     trajectories = len(grid.optimizers) * len(batches) * len(grid.learning_rates)
     for origin, init in origins.items():
         there = sum(cell.init == origin for cell in known) // len(grid.steps)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +10,9 @@ import numpy as np
 
 from metalr import inner
 from metalr.evaluation import protocol
-from metalr.inner import descent, hyperparameters
+from metalr.inner import descent
 from metalr.learner import Learner
-from metalr.models import Model, predict
-from metalr.outer import initial_shapes
+from metalr.models import predict
 from metalr.runs.setup import Setup
 from metalr.tasks import second_key
 from metalr.trees import count
@@ -45,11 +42,24 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
     scores = curve.tasks[:, list(curve.steps).index(steps)]
     ranked = np.argsort(-scores if objective.maximise else scores)
     at = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
-    pool, _ = setup.samplers["test"]
+    pool, sample = setup.samplers["test"]
     keys = protocol.episode_keys(seed, len(scores))
     own = setup.standardisation
 
-    one = _program(learner.model, learner.spec, setup)
+    @jax.jit
+    def one(pool: Any, key: jax.Array, init: Any, rates: Any) -> tuple[Any, ...]:
+        init_key, step_key = jax.random.split(second_key(key))
+        episode = sample(pool, key)
+        begun = learner.model.init(init_key) if setup.phases.fresh_init else init
+        start = learner.model.begin(begun, episode.support_x, episode.support_y)
+        support = count(episode.support_y)
+        optimizer, options = descent.fine_tune(learner.spec, rates, support, dropout=learner.model.dropout)
+        data = episode.support_x, episode.support_y
+        apply = learner.model.apply
+        fast, _ = inner.adapt(apply, start, *data, optimizer, steps, loss=objective.loss, key=step_key, **options)
+        outputs = [predict(apply, params, episode.support_x, episode.query_x) for params in (start, fast)]
+        return episode, *outputs
+
     found = []
     for which in WHICH[tasks]:
         episode, *outputs = jax.device_get(one(pool, keys[at[which]], learner.init, learner.rates))
@@ -66,36 +76,6 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
         found.append(facts)
     facts = {"kind": kind, "steps": steps, "metric": objective.choose_by, "tasks": found}
     return facts | ({"shape": list(learner.model.image_shape)} if kind == "images" else {})
-
-
-def programs(setup: Setup) -> list[Callable[[], None]]:
-    """What compiles the program of `of_learner`: see devices.compiled_ahead."""
-    init, raw = initial_shapes(setup.model, setup.spec)
-    rates = jax.eval_shape(functools.partial(hyperparameters.actual, setup.spec), raw)
-    one = _program(setup.model, setup.spec, setup)
-    return [lambda: one.lower(setup.samplers["test"][0], jax.random.key(0), init, rates).compile() and None]
-
-
-def _program(model: Model, spec: hyperparameters.RatesSpec, setup: Setup) -> Any:
-    """(pool, key, init, rates) -> the task of that key, its predictions before and after a fine-tune; compiled."""
-    _, sample = setup.samplers["test"]
-    steps, objective = spec.steps, setup.objective
-
-    @jax.jit
-    def one(pool: Any, key: jax.Array, init: Any, rates: Any) -> tuple[Any, ...]:
-        init_key, step_key = jax.random.split(second_key(key))
-        episode = sample(pool, key)
-        begun = model.init(init_key) if setup.phases.fresh_init else init
-        start = model.begin(begun, episode.support_x, episode.support_y)
-        support = count(episode.support_y)
-        optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout)
-        data = episode.support_x, episode.support_y
-        apply = model.apply
-        fast, _ = inner.adapt(apply, start, *data, optimizer, steps, loss=objective.loss, key=step_key, **options)
-        outputs = [predict(apply, params, episode.support_x, episode.query_x) for params in (start, fast)]
-        return episode, *outputs
-
-    return one
 
 
 def _kind(learner: Learner, setup: Setup) -> str | None:

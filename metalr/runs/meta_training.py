@@ -120,7 +120,6 @@ def meta_train(
     name: str = "",
     warm: WarmStart | None = None,
     log: Log = Log(),  # noqa: B008 - a tuple
-    compiled: Callable[[], None] = lambda: None,
 ) -> tuple[Params, Rates, dict[str, Any]]:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
@@ -131,7 +130,6 @@ def meta_train(
       asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
       warm: where to start, unless there is a checkpoint.
       log: gets numbers after so many outer steps: means over a dispatch, and those of each validation, with a picture.
-      compiled: called when the program of outer steps is compiled.
 
     Returns:
       (init, actual rates, facts for results.json).
@@ -164,7 +162,6 @@ def meta_train(
                     book.write_steps(part)
                     if not count:
                         run.facts["compile_seconds"] += part.seconds
-                        compiled()
                         continue
                     done = int(run.state.step)
                     if book.due():

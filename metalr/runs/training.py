@@ -185,21 +185,14 @@ def _carry_out(
         here = time.perf_counter()
         named, own_ones = (config.loggers, loggers) if jax.process_index() == 0 else ((), ())
         with opened(named, own_ones, folder, listed.flat(config.to_json()), reporter.line) as log:
-            with devices.compiled_ahead(lambda: _programs(config, setup)) as begin:
-                trained = meta_train(
-                    config, setup, folder, reporter, lambda: processes.in_any_process(asked()), name=name, warm=warm,
-                    log=log, compiled=begin,
-                )  # fmt: skip
+            trained = meta_train(
+                config, setup, folder, reporter, lambda: processes.in_any_process(asked()), name=name, warm=warm,
+                log=log,
+            )  # fmt: skip
             here = time.perf_counter() - here
             before = max(0.0, trained[2]["seconds"] - here)  # in earlier processes of this run
             results = _judged(config, setup, folder, trained, reporter, log, asked)
     return _written(folder, results, before + time.perf_counter() - began)
-
-
-def _programs(config: TrainConfig, setup: Setup) -> list[Callable[[], None]]:
-    """What compiles each program that comes after meta-training, in the order they come."""
-    shown = examples.programs(setup) if config.evaluation.shown_tasks else []
-    return [*evaluating.programs(config, setup), *shown]
 
 
 def run_together(

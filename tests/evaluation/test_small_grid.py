@@ -61,7 +61,7 @@ def test_rates_side_by_side_are_one_dispatch_and_the_same_cells(setting, monkeyp
 def test_random_and_learned_inits_are_one_program(setting):
     model, pool, sample, keys = setting
     grid = GridConfig(learning_rates=(1e-2, 1e-1), steps=(2,), batch_sizes=(5,), optimizers=("sgd",))
-    programs = small_grid.evaluators(grid, model, sample, 20)
+    programs = small_grid.programs_of(grid, model, sample, 20)
     scores = []
     for init in (None, jax.device_get(model.init(jax.random.key(4)))):
         cells, _ = small_grid.run_grid(grid, model, pool, sample, 20, keys, init=init, programs=programs)

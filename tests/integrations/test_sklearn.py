@@ -5,6 +5,7 @@ import pickle
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,14 +17,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import metalr
+from metalr import models
 from metalr.errors import ConfigError, DataError
+from metalr.inner import hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
 from metalr.sklearn import MetaClassifier, MetaRegressor
 
 
 @pytest.fixture(autouse=True)
 def _as_users_run_it():
-    import jax
-
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -143,6 +146,20 @@ def test_classes_that_were_learned_keep_their_meaning(tmp_path):
     assert named.outputs_.tolist() == [0, 1]
     again = clone(made).partial_fit(x[rows], y[rows], classes=[1, 2])
     assert again.outputs_.tolist() == [1, 2]
+
+
+def test_an_output_layer_that_each_fine_tune_makes_does_not_go_on(tmp_path):
+    net, spec = models.build("mlp", 3, (2,), widths=(8,), head_start="prototypes"), RatesSpec("layer", steps=2)
+    init = net.init(jax.random.key(0))
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init))
+    path = metalr.save(tmp_path / "a", metalr.Learner(net, spec, init, rates))
+    x = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+    y = np.arange(12) % 4  # more than it was learned with
+    model = MetaClassifier(str(path)).fit(x, y)
+    assert model.predict_proba(x).shape == (12, 4)
+    for other in (model, MetaClassifier(str(path))):
+        with pytest.raises(ConfigError, match="learned: expected a learned output layer, which partial_fit goes on"):
+            other.partial_fit(x, y, classes=range(4))
 
 
 def test_refusals(learned, tmp_path):

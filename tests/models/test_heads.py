@@ -37,6 +37,23 @@ def test_prototypes_are_the_nearest_mean():
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=1e-5)
 
 
+def test_a_class_that_was_not_shown_is_never_predicted():
+    """Also where a fine-tune is traced, and so has as many outputs as in training."""
+    net, spec = model("prototypes"), RatesSpec("layer", steps=2, initial=0.1)
+    init = net.init(jax.random.key(0))
+    learned = metalr.Learner(net, spec, init, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init)))
+    two = jnp.where(Y == 1, 2, Y)  # nothing of class 1
+    fast = net.begin(init, X, two)
+    assert not (net.apply(fast, X).argmax(-1) == 1).any()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(fast))
+    few = X[:4]
+    traced = jax.jit(lambda x, y: learned.apply(learned.adapt(x, y), X))(few, Y[:4])
+    alone = learned.apply(learned.adapt(np.asarray(few), np.asarray(Y[:4])), np.asarray(X))
+    assert (traced.shape, alone.shape) == ((6, 3), (6, 2))
+    np.testing.assert_allclose(traced[:, :2], alone, rtol=1e-3, atol=1e-4)
+    assert (traced[:, 2] < traced[:, :2].min(1) - 1e3).all()
+
+
 @pytest.mark.parametrize("name", heads.HEAD_STARTS)
 @pytest.mark.parametrize("kind", ["mlp", "conv4"])
 def test_heads_start_as_they_say_and_fit_any_number_of_classes(name, kind):
@@ -70,6 +87,25 @@ def test_a_curve_of_tasks_with_other_numbers_of_classes_is_that_of_their_fine_tu
             fast = learned.adapt(episode.support_x, episode.support_y)
             predicted = learned.apply(fast, episode.query_x).argmax(-1)
             assert found[-1] == pytest.approx(float((predicted == episode.query_y).mean()), abs=1e-6)
+
+
+def test_a_curve_counts_classes_that_some_tasks_do_not_show():
+    """A table in which one class is rare: tasks without it have the outputs that the others have."""
+    rng = np.random.default_rng(0)
+    x, task = rng.normal(size=(800, 2)).astype(np.float32), np.repeat(np.arange(20), 40)
+    y = np.where(rng.random(800) < 0.05, 2, (x[:, 0] > 0).astype(int))
+    tasks = metalr.Tasks.from_arrays(x, y, task, shot=6, query=6)
+    pool, sample = tasks.sampler("test")
+    keys = protocol.episode_keys(0, 20)
+    classes = [int(sample(pool, key).support_y.max()) + 1 for key in keys]
+    assert {2, 3} == set(classes)
+    net, spec = models.build("mlp", 3, (2,), widths=(8,), head_start="shared"), RatesSpec("layer", steps=2, initial=0.3)
+    init = net.init(jax.random.key(0))
+    learned = metalr.Learner(net, spec, init, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init)))
+    for seed in (0, 3):
+        keys = protocol.episode_keys(seed, 20)
+        of_three = protocol.make_evaluator(net, spec, sample, 2)(pool, init, learned.rates, keys)
+        np.testing.assert_array_equal(learned.evaluate(tasks, 20, 2, seed).tasks, of_three.tasks)
 
 
 @pytest.mark.parametrize("name", heads.HEAD_STARTS)

@@ -1,6 +1,5 @@
 """Devices: meshes, and tensors that are split over them."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -84,42 +83,16 @@ class _Device(NamedTuple):
     ],
 )
 def test_programs_are_traced_for_the_default_device(monkeypatch, device, platform):
-    monkeypatch.setattr(jax, "devices", lambda *names: [device])
+    monkeypatch.setattr(
+        jax, "local_devices", lambda backend=None: [device] if backend is None else [_Device("tpu", "")]
+    )
     assert devices._traced_platform() == platform
     with devices.every_platform(True):
         assert devices._traced_platform() is None
-    monkeypatch.undo()
+    with jax.default_device("tpu"):
+        assert devices._traced_platform() == "tpu"
     with jax.default_device(jax.devices("cpu")[0]):
         assert devices._traced_platform() == "cpu"
-
-
-def test_programs_are_compiled_ahead_where_that_takes_nothing_from_the_computation(monkeypatch):
-    ran = []
-
-    def failing():
-        ran.append("failing")
-        raise RuntimeError("left for the call that needs the program")
-
-    def programs():
-        return [lambda: ran.append("one"), failing, lambda: ran.append("two")]
-
-    assert not devices.compiles_ahead() or jax.default_backend() != "cpu"
-    monkeypatch.setattr(devices, "compiles_ahead", lambda: False)
-    with devices.compiled_ahead(programs) as begin:
-        begin()
-    assert ran == []
-    monkeypatch.setattr(devices, "compiles_ahead", lambda: True)
-    monkeypatch.setattr(devices, "cores", lambda: 3)
-    with devices.compiled_ahead(programs):
-        pass
-    assert ran == []
-    with devices.compiled_ahead(programs) as begin:
-        begin()
-        begin()
-    assert sorted(ran) == ["failing", "one", "two"]
-    begun = contextlib.ExitStack()
-    begun.enter_context(devices.compiled_ahead(programs))
-    assert not begun.__exit__(KeyError, KeyError("the body's own"), None)  # is raised again
 
 
 def with_devices(count, code, *arguments):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import signal
@@ -37,7 +36,7 @@ from metalr.config import files as config_files
 from metalr.errors import ConfigError, DataError, StoppedError
 from metalr.evaluation import protocol
 from metalr.inner import hyperparameters as rates
-from metalr.outer import devices, loop
+from metalr.outer import loop
 from metalr.runs import comparing, meta_training, progress, searching, studies, training
 from metalr.runs.setup import set_up
 from metalr.storage import checkpoints
@@ -376,26 +375,6 @@ def test_times_are_what_was_done(small, tmp_path):
     done = small.outer.steps * small.outer.meta_batch / (training["seconds"] + training["compile_seconds"])
     assert training["tasks_per_second_in_all"] == pytest.approx(done, rel=0.01, abs=0.06)
     assert training["tasks_per_second"] > training["tasks_per_second_in_all"]
-
-
-def test_what_is_compiled_ahead_is_what_a_run_needs(small, tmp_path, caplog, monkeypatch):
-    """Every program but that of the outer steps comes from the compilation cache afterwards."""
-    shown = dataclasses.replace(small.evaluation, shown_tasks=1)
-    config = dataclasses.replace(small, evaluation=shown, grid=GridConfig(run=True, steps=(1, 2)), out=tmp_path / "run")
-    monkeypatch.setattr(devices, "at_once", lambda values: [list(values)])  # as on accelerators
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        for compile_one in training._programs(config, set_up(config)):
-            compile_one()
-        caplog.set_level(logging.DEBUG, "jax._src.compiler")
-        run(config)
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    lines = [record.getMessage() for record in caplog.records]
-    missed = [line for line in lines if "CACHE MISS" in line]
-    assert [line for line in lines if "cache hit for 'jit_curves'" in line]
-    assert [line for line in missed if "jit_curves" in line or "jit_one" in line] == []
 
 
 def test_a_curve_that_ends_before_the_trained_steps_is_refused_at_once(small, tmp_path):
