@@ -243,6 +243,18 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
         assert learned.apply(fast, images).shape == (2 * way, way)
 
 
+def test_numbers_of_tasks_seen_are_those_of_its_results():
+    lines = ALL["tasks_seen"]["lines"]
+    shown = re.findall(
+        r"^\| (\d+) \| ([\d,]+) \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "scaling.md").read_text(), re.M
+    )
+    expected = [
+        (str(r["channels"]), f"{r['tasks']:,}", f"{100 * r['accuracy']:.1f}", f"{100 * r['ci95']:.1f}") for r in lines
+    ]
+    assert shown == expected
+    assert {r["of"] for r in lines} == {"", *(f"{name}.json" for name in OMNIGLOT)}
+
+
 def test_numbers_of_the_comparison_are_those_of_its_results():
     """Rows of docs/measured.md."""
 
