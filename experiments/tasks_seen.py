@@ -8,7 +8,7 @@ training of its own, with a learning rate that falls to zero at its end: what a 
 omniglot.py, one on a CPU and one on a GPU. Between two budgets of one size: the b of error = a / tasks^b. It falls with
 the budget, so no line is drawn beyond what was measured.
 Finished runs are kept in runs/tasks_seen. One seed. Writes results/tasks_seen.json and docs/figures/tasks_seen.svg.
-Expected: see results/tasks_seen.json; about half an hour on one CPU core.
+Expected: see results/tasks_seen.json; about 40 minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -399,7 +399,7 @@ def searched(
         cost = best.params["epochs"] * (field.support // size) * size
         return Searched(trials, float(point.test.mean()), cost)
 
-    devices.spread(run, jobs, jax.local_devices(), between)
+    devices.spread(run, jobs, devices.local_devices(), between)
     return done
 
 

@@ -83,11 +83,6 @@ def programs_of(
     }
 
 
-def rates_of(rates: Sequence[float]) -> np.ndarray:
-    """Learning rates of one dispatch as a program takes them: [] of one, [rates] of several, float32."""
-    return np.asarray(rates[0] if len(rates) == 1 else rates, np.float32)
-
-
 def run_grid(
     grid: GridConfig,
     model: Model,
@@ -133,7 +128,8 @@ def run_grid(
         wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
         missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]
         for rates in devices.at_once(missing):
-            curve = evaluator(pool, start, rates_of(rates), keys, fresh=init is None)
+            given = np.asarray(rates[0] if len(rates) == 1 else rates, np.float32)
+            curve = evaluator(pool, start, given, keys, fresh=init is None)
             tasks = curve.tasks.reshape(len(keys), len(rates), len(steps))
             fresh = [
                 Cell(*key, tasks[:, i, j], key[4] * batch_size)

@@ -183,9 +183,7 @@ class Learner:
         length = max(10, self.spec.steps) if steps is None else steps
         pool, sample = tasks.sampler("test")
         keys = protocol.episode_keys(seed, episodes)
-        ways = None if self.model.of_way is None else _ways_in(tasks, keys)
-        if ways is not None and ways != self.model.way:
-            return self._of_way(ways).evaluate(tasks, episodes, steps, seed)
+        model = self.model if self.model.of_way is None else self.model.of_way(_ways_in(tasks, keys))
         own = self.standardisation
         if tasks.standardisation is None and own is not None:
             given = sample
@@ -200,7 +198,7 @@ class Learner:
                 "standardisation is another one"
             )
         run = protocol.make_evaluator(
-            self.model, self.spec, sample, length, random_init=self.rates_alone, objective=self.objective
+            model, self.spec, sample, length, random_init=self.rates_alone, objective=self.objective
         )
         return run(pool, self.init, self.rates, keys)
 

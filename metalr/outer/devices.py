@@ -41,6 +41,11 @@ def _default_device() -> jax.Device:
     return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen or jax.local_devices()[0]
 
 
+def local_devices() -> list[jax.Device]:
+    """This process's devices of the default device's platform: those that work is laid out over."""
+    return jax.local_devices(backend=_default_device().platform)
+
+
 def use_all_cores() -> None:
     """Make every CPU core a JAX device. Programs call this first; it does nothing once JAX runs.
 
@@ -85,8 +90,7 @@ def task_mesh(tasks: int, *, all_processes: bool = False, layout: Layout = Layou
     processes = jax.process_count() if all_processes else 1
     if tasks % processes:
         raise ConfigError(f"outer.meta_batch: expected a multiple of the {processes} processes, got {tasks}")
-    platform = _default_device().platform
-    local = jax.local_devices(backend=platform)
+    local = local_devices()
     groups = len(local) // layout.params
     if groups < (layout.tasks or 1):
         wanted = f"mesh.tasks {layout.tasks or 'auto'} x mesh.params {layout.params}"
@@ -103,7 +107,7 @@ def task_mesh(tasks: int, *, all_processes: bool = False, layout: Layout = Layou
         devices = [
             device
             for index in range(processes)
-            for device in [d for d in jax.devices(platform) if d.process_index == index][:size]
+            for device in [d for d in jax.devices(local[0].platform) if d.process_index == index][:size]
         ]
     if layout.params == 1:
         return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)

@@ -18,7 +18,7 @@ from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
-from metalr.outer import Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, loop
+from metalr.outer import Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, devices, loop
 from metalr.runs import loggers
 from metalr.runs.sources import Source, load, model_of_table, of_images, of_tasks
 from metalr.types import Episode
@@ -394,9 +394,9 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
 
 def describe(config: TrainConfig, setup: Setup) -> str:
     """The first lines of a run: data, device, task split, and how the gradient is taken where that is not plain."""
-    devices = jax.local_devices()
+    local = devices.local_devices()
     return (
         f"data    {setup.source.text}\n"
-        f"device  {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})\n"
+        f"device  {len(local)} x {local[0].device_kind} ({local[0].platform})\n"
         f"tasks   {setup.source.tasks}; split {setup.source.split_sha256[:12]}"
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from metalr.errors import ConfigError
 from metalr.inner import CROSS_ENTROPY, Objective
-from metalr.outer.devices import spread
+from metalr.outer.devices import local_devices, spread
 from metalr.search import fit
 from metalr.search.trials import Trial, in_order
 from metalr.spaces import SpaceConfig
@@ -101,7 +101,7 @@ def search(
     check_fits(space, count(problem.arrays.train_y))
     row = SEARCHERS[searcher]
     if row.sampler is None:
-        return _grid(space, problem, known, finished, between, devices or jax.local_devices())
+        return _grid(space, problem, known, finished, between, devices or local_devices())
     number = trials if trials is not None else space.cells if budget == np.inf else None
     return _sampled(row, space, problem, number, budget, seed, first, known, finished, between)
 

@@ -72,10 +72,8 @@ def test_heads_start_as_they_say_and_fit_any_number_of_classes(name, kind):
 
 @pytest.mark.parametrize("name", heads.HEAD_STARTS)
 def test_a_curve_of_tasks_with_other_numbers_of_classes_is_that_of_their_fine_tunes(blobs, name):
-    net, spec = (
-        models.build("mlp", 3, (8, 8, 1), widths=(8,), head_start=name),
-        RatesSpec("layer", steps=2, initial=0.3),
-    )
+    net = models.build("mlp", 3, (8, 8, 1), widths=(8,), head_start=name)
+    spec = RatesSpec("layer", steps=2, initial=0.3)
     init = net.init(jax.random.key(0))
     learned = metalr.Learner(net, spec, init, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init)))
     for way in (2, 4):

@@ -91,6 +91,7 @@ def test_programs_are_traced_for_the_default_device(monkeypatch, device, platfor
         assert devices._traced_platform() is None
     with jax.default_device("tpu"):
         assert devices._traced_platform() == "tpu"
+        assert devices.local_devices() == [_Device("tpu", "")]
     with jax.default_device(jax.devices("cpu")[0]):
         assert devices._traced_platform() == "cpu"
 
