@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from metalr.config import (
 )
 from metalr.config.files import differences, read_config
 from metalr.runs import comparing
+from metalr.tasks import Tasks, mixture
 
 ROOT = Path("runs") / "grid_search"
 
@@ -56,6 +58,7 @@ class Case(NamedTuple):
     begins_pretrained: each seed's meta-training starts from the same seed's pre-trained init.
     pretraining_steps: of that init; 0: twice the outer steps of meta-training; None: there is none.
     pretrained_of: the case whose pre-trained inits are taken, if not its own.
+    given: data -> tasks that no config describes, with a `network`; train.data is what they are made of.
     """
 
     train: TrainConfig | None
@@ -65,6 +68,7 @@ class Case(NamedTuple):
     begins_pretrained: bool = False
     pretraining_steps: int | None = 0
     pretrained_of: str = ""
+    given: Callable[[str], Tasks] | None = None
 
 
 class Bytes(nn.Module):
@@ -74,6 +78,12 @@ class Bytes(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.relu(nn.Dense(128)(255 * x.reshape(len(x), -1)))
         return nn.Dense(10, name="head")(x)
+
+
+def mixed(images: str) -> Tasks:
+    """Each task is a rotated one, one with its pixels permuted, or one with its labels in another order, 10-shot."""
+    dataset = data.load(images)
+    return mixture(*(Tasks.from_images(dataset, family, 10, 10) for family in ("rotated", "permuted", "relabeled")))
 
 
 def few_shot(
@@ -149,16 +159,16 @@ def few_shot_several_horizons(
     return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
 
 
-def rates_of_pretrained(of: str, case: Case, seed: int) -> Case:
+def rates_of_pretrained(of: str, case: Case, seed: int, **inner: Any) -> Case:
     """The pre-trained inits of another case, and rates that are learned for them on meta-validation tasks.
 
-    seed: of the test tasks.
+    seed: of the test tasks. inner: settings of the inner loop that differ.
     """
     assert case.train is not None
     outer = OuterConfig(
         steps=200, rates_rate=5e-2, validate_every=50, learns="rates_of_init", part="validation", calibrate=True
     )
-    train = dataclasses.replace(case.train, outer=outer)
+    train = dataclasses.replace(case.train, inner=dataclasses.replace(case.train.inner, **inner), outer=outer)
     return case._replace(train=train, compare=dataclasses.replace(case.compare, seed=seed), pretrained_of=of)
 
 
@@ -180,6 +190,24 @@ def rates_alone(seed: int, *widths: int, of: str = "") -> Case:
     outer = dataclasses.replace(case.train.outer, learns="rates")
     train = dataclasses.replace(case.train, outer=outer)
     return Case(train, compare, pretraining_steps=None)
+
+
+def several_amounts(of: str, case: Case, seed: int) -> Case:
+    """The settings of another few-shot case, and its pre-trained inits, but meta-trained with 1, 5 and 20 images a
+    class; no searches. seed: of the test tasks."""
+    assert case.train is not None
+    tasks = dataclasses.replace(case.train.tasks, shots=(1, 5, 20))
+    inner = dataclasses.replace(case.train.inner, support_power=0.0)
+    compare = dataclasses.replace(case.compare, seed=seed, searched=0)
+    return case._replace(
+        train=dataclasses.replace(case.train, tasks=tasks, inner=inner), compare=compare, pretrained_of=of
+    )
+
+
+def other_amount(of: str, shot: int, seed: int) -> Case:
+    """The runs of another case on new tasks of `shot` images a class; no searches. seed: of the test tasks."""
+    tasks = TaskConfig("rotated", 10, shot)
+    return Case(None, few_shot(tasks, MLP, OuterConfig(), seed=seed, searched=0, shot=shot).compare, of=of)
 
 
 def with_early_stopping(of: str, seed: int) -> Case:
@@ -205,6 +233,7 @@ FEW_SHOT = (  # of those trained at several horizons
     "Fashion-MNIST, rotated 10-way 5-shot",
 )
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
+ROTATED = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261127)
 FASHION = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261205, images="fashion")
 CASES = {
     "rotated, full data": full("rotated", steps=2400),
@@ -217,7 +246,7 @@ CASES = {
     "rotated 10-way 5-shot": few_shot(
         TaskConfig("rotated", 10, 5), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
-    "rotated 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261127),
+    "rotated 10-way 5-shot, several horizons": ROTATED,
     "scaled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("scaled", 10, 5), 20261130),
     "relabeled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("relabeled", 10, 5), 20261201),
     "rotated 10-way 5-shot, label noise 0.4, several horizons": few_shot_several_horizons(
@@ -227,6 +256,9 @@ CASES = {
     "rotated 10-way 5-shot, 8 hidden layers, several horizons": few_shot_several_horizons(
         TaskConfig("rotated", 10, 5), 20261204, ModelConfig(widths=(64,) * 8)
     ),
+    "rotated 10-way 5-shot, GRU, several horizons": few_shot_several_horizons(
+        TaskConfig("rotated", 10, 5), 20261222, ModelConfig(name="rnn", width=32)
+    ),
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": FASHION,
     "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": rates_of_pretrained(
         "Fashion-MNIST, rotated 10-way 5-shot, several horizons", FASHION, 20261217
@@ -235,18 +267,28 @@ CASES = {
         f"{case}, early stopping": with_early_stopping(f"{case}, several horizons", 20261210 + number)
         for number, case in enumerate(FEW_SHOT)
     },
+    "mixed 10-way 10-shot, several horizons": few_shot_several_horizons(TaskConfig(), 20261221)._replace(
+        network=models.build("mlp", 10, (28, 28, 1), widths=(128,)), given=mixed
+    ),
     "rates alone, two layers of 64": rates_alone(20261206),
     "rates alone, one layer of 256": rates_alone(20261207, 256, of="rates alone, two layers of 64"),
     "rates alone, two layers of 256": rates_alone(20261208, 256, 256, of="rates alone, two layers of 64"),
     "rates alone, four layers of 128": rates_alone(20261209, 128, 128, 128, 128, of="rates alone, two layers of 64"),
-    "rotated 10-way 1-shot, trained with 5, several horizons": Case(
-        None, few_shot(TaskConfig("rotated", 10, 1), MLP, OuterConfig(), seed=20261128, searched=0, shot=1).compare,
-        of="rotated 10-way 5-shot, several horizons",
+    **{
+        f"rotated 10-way {shot}-shot, trained with 5, several horizons": other_amount(
+            "rotated 10-way 5-shot, several horizons", shot, seed
+        )
+        for shot, seed in ((1, 20261128), (20, 20261129))
+    },
+    "rotated 10-way 5-shot, trained with 1, 5 and 20": several_amounts(
+        "rotated 10-way 5-shot, several horizons", ROTATED, 20261218
     ),
-    "rotated 10-way 20-shot, trained with 5, several horizons": Case(
-        None, few_shot(TaskConfig("rotated", 10, 20), MLP, OuterConfig(), seed=20261129, searched=0, shot=20).compare,
-        of="rotated 10-way 5-shot, several horizons",
-    ),
+    **{
+        f"rotated 10-way {shot}-shot, trained with 1, 5 and 20": other_amount(
+            "rotated 10-way 5-shot, trained with 1, 5 and 20", shot, seed
+        )
+        for shot, seed in ((1, 20261219), (20, 20261220))
+    },
     "permuted 10-way 10-shot": few_shot(
         TaskConfig("permuted", 10, 10), MLP, OuterConfig(steps=2000, init_rate=2e-3)
     ),
@@ -303,8 +345,11 @@ def small(case: Case) -> Case:
     return case._replace(train=train, compare=compare, pretraining_steps=steps)
 
 
-def trained(name: str, train: TrainConfig, root: Path, network: models.Model | None) -> Path:
-    """The run folder of `train`; a finished one of the same settings is kept, a stopped one goes on."""
+def trained(name: str, train: TrainConfig, root: Path, **own: Any) -> Path:
+    """The run folder of `train`; a finished one of the same settings is kept, a stopped one goes on.
+
+    own: network and tasks that no config describes, as runs.run takes them.
+    """
     out = root / folder_name(name) / f"seed{train.seed}"
     if (out / "results.json").is_file():
         changed = differences(dataclasses.replace(train, out=None), read_config(out)).keys()
@@ -313,9 +358,9 @@ def trained(name: str, train: TrainConfig, root: Path, network: models.Model | N
             raise SystemExit(f"{out}: expected the settings of the case, found others: {sorted(changed)}; remove it")
     else:
         if (out / "config.json").is_file():
-            runs.resume(out, dataclasses.replace(train, out=out), model=network)
+            runs.resume(out, dataclasses.replace(train, out=out), **own)
         else:
-            runs.run(dataclasses.replace(train, out=out), name=name, model=network)
+            runs.run(dataclasses.replace(train, out=out), name=name, **own)
     return out
 
 
@@ -342,25 +387,26 @@ def images_of(case: Case, cases: dict[str, Case]) -> set[str]:
 
 def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], root: Path) -> dict[str, Any]:
     source = case.of or name
-    train, network = cases[source].train, cases[source].network
+    train, given = cases[source].train, cases[source].given
     assert train is not None
+    own = {"model": cases[source].network, "given": None if given is None else given(train.data)}
     seeded, pretrained = [], []
     of_joint = cases[source].pretrained_of or source
     jointly, steps = cases[of_joint].train, cases[of_joint].pretraining_steps
     for seed in seeds:
         if steps is not None and jointly is not None:
             joint = dataclasses.replace(pretraining(jointly, steps), seed=seed)
-            pretrained.append(trained(f"{of_joint}_joint", joint, root, network))
+            pretrained.append(trained(f"{of_joint}_joint", joint, root, **own))
         start = pretrained[-1] if cases[source].begins_pretrained else None
-        seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, network))
+        seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, **own))
     choosing = sorted(path.parent for path in (root / f"{folder_name(source)}_choosing").glob("*/results.json"))
     out = seeded[0].parent / f"compare_{folder_name(name)}"
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())
     config = dataclasses.replace(case.compare, out=out)
     if (out / "config.json").is_file():
-        return comparing.resume(out, model=network)
-    return comparing.run(seeded, config, pretrained=pretrained, choosing=choosing, model=network)
+        return comparing.resume(out, **own)
+    return comparing.run(seeded, config, pretrained=pretrained, choosing=choosing, **own)
 
 
 def rows_of(name: str, results: dict[str, Any]) -> list[dict[str, Any]]:

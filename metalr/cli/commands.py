@@ -7,15 +7,18 @@ import functools
 import itertools
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+import metalr
 from metalr.cli import sweeps
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
 from metalr.config.files import read_config, read_settings, run_name
@@ -31,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a MetalrError becomes one line on stderr and exit code 2 (75: stopped by a signal, and saved)."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     given = list(sys.argv[1:] if argv is None else argv)
+    if given == ["--version"]:
+        guard(lambda: print(_versions()))
+        return
     if given[:1] == ["data"]:
         commands: dict[str, Callable[..., None]] = {
             "list": data_list,
@@ -72,8 +78,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[:1] and given[0] in commands:  # this one's parser alone: a mistyped flag is looked for in its flags only
         guard(lambda: tyro.cli(commands[given[0]], prog=f"metalr {given[0]}", args=given[1:]))
         return
-    about = "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search."
+    about = (
+        "Meta-learn an initialization and the inner-loop learning rates; fine-tune without a search. "
+        "`metalr --version` says which metalr this is."
+    )
     guard(lambda: _dispatch(commands, "metalr", about, given))
+
+
+def _versions() -> str:
+    """metalr's version, and those of what it stands on. Imports none of them."""
+    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    return f"metalr {metalr.__version__} ({libraries}, Python {platform.python_version()})"
 
 
 def _dispatch(commands: dict[str, Callable[..., None]], prog: str, about: str, argv: list[str]) -> None:

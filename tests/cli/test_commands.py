@@ -547,6 +547,11 @@ def test_help_imports_no_jax_and_is_fast():
         assert min(seconds) < 2, seconds  # a bound for slow machines; the measured figure is in benchmarks/results
 
 
+def test_the_version_is_said(capsys):
+    call("--version")
+    assert capsys.readouterr().out.startswith(f"metalr {metalr.__version__} (jax {jax.__version__}, flax ")
+
+
 @pytest.mark.smoke
 def test_quickstart_in_small(tmp_path, capsys):
     """The real command on the bundled data, with less of everything."""
