@@ -172,15 +172,15 @@ def rates_of_pretrained(of: str, case: Case, seed: int, **inner: Any) -> Case:
     return case._replace(train=train, compare=dataclasses.replace(case.compare, seed=seed), pretrained_of=of)
 
 
-def rates_alone(seed: int, *widths: int, of: str = "") -> Case:
+def rates_alone(seed: int, *widths: int, of: str = "", lengths: tuple[float, ...] = (0.05, 0.2, 1, 2)) -> Case:
     """Learned rates without an init, learned on two hidden layers of 64, and used on hidden layers of other widths.
 
-    Beside more optimizers that need no rate, and a tuned rate; no searches. seed: of the test tasks.
+    Beside more optimizers that need no rate, and a tuned rate; no searches. seed: of the test tasks. lengths: epochs.
     """
     model, rivals = ModelConfig(widths=(64, 64)), ("momo_adam", "cocob", "schedule_free_sgd", "schedule_free_adamw")
     case = full(
         "rotated", steps=200, model=model, rates_rate=5e-2, init_rate=1e-3, validate_every=50, seed=seed,
-        searched=0, lengths=(0.05, 0.2, 1, 2), rivals=(*rivals, "prodigy", "adam_cosine"),
+        searched=0, lengths=lengths, rivals=(*rivals, "prodigy", "adam_cosine"),
     )  # fmt: skip
     compare = dataclasses.replace(case.compare, widths=widths or None, fan_in=0.5 if widths else 0.0)
     if of:
@@ -271,6 +271,9 @@ CASES = {
         network=models.build("mlp", 10, (28, 28, 1), widths=(128,)), given=mixed
     ),
     "rates alone, two layers of 64": rates_alone(20261206),
+    "rates alone, two layers of 64, longer": rates_alone(
+        20261223, of="rates alone, two layers of 64", lengths=(1, 5, 20)
+    ),
     "rates alone, one layer of 256": rates_alone(20261207, 256, of="rates alone, two layers of 64"),
     "rates alone, two layers of 256": rates_alone(20261208, 256, 256, of="rates alone, two layers of 64"),
     "rates alone, four layers of 128": rates_alone(20261209, 128, 128, 128, 128, of="rates alone, two layers of 64"),
