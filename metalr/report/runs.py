@@ -25,6 +25,7 @@ KINDS = {
 }  # a file that only this kind has
 BEGUN = {"runs": "comparison", "sweep": "sweep", "searcher": "search"}  # a setting that only this kind has
 SKIPPED = {"artifact", "checkpoints"}
+WEIGHTS = "model.safetensors"  # beside a config.json: the folder of a model repository (export --to hub-folder)
 FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
 SWEPT = {"runs", "logs", "best.json", "drawn.jsonl"}  # what a sweep has besides
 WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
@@ -107,7 +108,7 @@ def _scan(folder: str, depth: int) -> tuple[int, list[_Seen]]:
             total += facts.st_size
             if name == "config.json":
                 began = facts.st_mtime
-    if depth >= 0 and began is not None:
+    if depth >= 0 and began is not None and WEIGHTS not in names:
         found.append(_Seen(folder, names, total, began))
     return total, found
 

@@ -15,7 +15,7 @@ import jax
 import optax
 
 import metalr
-from metalr.outer.devices import cores
+from metalr.outer.devices import cores, local_devices
 
 try:
     import resource
@@ -49,7 +49,7 @@ def provenance() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
         platform.machine(),
     )
-    devices = jax.local_devices()
+    devices = local_devices()
     return {
         "commit": commit or "not a checkout",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -76,23 +76,17 @@ class Setup(NamedTuple):
         return self.sizes or (Amount(self.support, self.samplers["train"][1], self.samplers["val"][1]),)
 
 
-def set_up(
-    config: TrainConfig,
-    model: Model | None = None,
-    given: data.Dataset | tasks.Tasks | None = None,
-    *,
-    objective: Objective | None = None,
-) -> Setup:
-    """Check a config and make its parts.
+class Settings(NamedTuple):
+    """What a config says by itself, without its data."""
 
-    Args:
-      model: a network of your own, instead of config.model.
-      given: the data, or tasks of your own (with a model); default: what config.data names.
-      objective: one of your own, instead of config.objective.
+    row: algorithms.Algorithm
+    spec: RatesSpec
+    objective: Objective
+    optimizer: optax.GradientTransformation
 
-    Raises:
-      MetalrError: naming the setting, what was expected and what came.
-    """
+
+def check_settings(config: TrainConfig, model: Model | None = None, objective: Objective | None = None) -> Settings:
+    """Check all of a config that needs no data. Arguments, and what is raised, are those of `set_up`."""
     objective = objective_of(config.objective) if objective is None else objective
     if config.outer.calibrate:
         objective = objective.calibrated()
@@ -116,6 +110,27 @@ def set_up(
         schedule=config.outer.schedule,
         base=optimizers.by_name(config.outer.optimizer, "outer.optimizer"),
     )
+    return Settings(row, spec, objective, optimizer)
+
+
+def set_up(
+    config: TrainConfig,
+    model: Model | None = None,
+    given: data.Dataset | tasks.Tasks | None = None,
+    *,
+    objective: Objective | None = None,
+) -> Setup:
+    """Check a config and make its parts.
+
+    Args:
+      model: a network of your own, instead of config.model.
+      given: the data, or tasks of your own (with a model); default: what config.data names.
+      objective: one of your own, instead of config.objective.
+
+    Raises:
+      MetalrError: naming the setting, what was expected and what came.
+    """
+    row, spec, objective, optimizer = check_settings(config, model, objective)
     given = load(config) if given is None else given
     standardisation = prefetch = None
     if isinstance(given, data.Dataset):

@@ -26,7 +26,7 @@ from metalr.config.files import check_literals, from_json, read_settings, settin
 from metalr.errors import ConfigError, check_choices, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
-from metalr.runs import launchers, loggers, workers
+from metalr.runs import launchers, loggers, setup, workers
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, provenance
@@ -385,11 +385,19 @@ def _finish(
 def plan(sweep: Sweep, config: SweepConfig) -> str:
     """What a sweep would do, in words: its runs (of tpe those of the first combination), and the script of a job.
 
+    A run whose settings contradict each other is told why it would fail; whether they fit the data is not looked at.
     Raises ConfigError as `run`. Writes nothing.
     """
     _check(sweep, config)
-    points = itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)
-    names = [name_of(point, seed, sweep.config(point, seed)) for point in points for seed in sweep.seeds]
+    points = [*itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)]
+    names = []
+    for point in points:
+        each = [name_of(point, seed, sweep.config(point, seed)) for seed in sweep.seeds]
+        try:
+            setup.check_settings(sweep.config(point, sweep.seeds[0]))
+        except ConfigError as error:
+            each = [f"{name}\n  would fail: {one_line(error)}" for name in each]
+        names += each
     total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
     together = len(sweep.seeds) if config.seeds_together else 1
     jobs = total // together

@@ -126,3 +126,13 @@ def test_a_comparison_without_searches_is_one_too(tmp_path):
     found = runs.read(folder)
     assert (found.kind, found.score, found.steps) == ("comparison", 0.9, 5)
     assert found.settings == {"tasks": 3}
+
+
+def test_a_model_repository_is_no_run(tmp_path):
+    """Its config.json is another: metalr export --to hub-folder, or anyone's model beside the runs."""
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "hub" / name).write_text("{}")
+    assert runs.find(tmp_path) == []
+    with pytest.raises(ConfigError, match="expected a run with config.json, found none"):
+        runs.read(tmp_path / "hub")

@@ -348,6 +348,14 @@ def test_the_script_of_a_job(tmp_path):
         sweeping.plan(Sweep(BASE, {}, (0, 1)), dataclasses.replace(config, slurm=SlurmConfig(nodes=0)))
 
 
+def test_a_plan_says_which_runs_would_fail():
+    sweep = Sweep(BASE, {"outer.learns": ["both", "init"], "outer.rates_rate": [0.01, 0.02]}, (0, 1))
+    lines = sweeping.plan(sweep, SweepConfig()).splitlines()
+    failing = [i for i, line in enumerate(lines) if line.startswith("  would fail: outer.rates_rate: expected 0.01")]
+    assert [lines[i - 1].startswith("learns=init,rates_rate=0.02,seed=") for i in failing] == [True, True]
+    assert lines[-1] == "8 runs, 1 at a time"
+
+
 def test_the_processes_of_a_job_are_one_run(stand_in, tmp_path, monkeypatch):
     """submitit's executor for this machine, whose processes have no SLURM_ variables to find each other by."""
     script = tmp_path / "who.py"
