@@ -160,10 +160,12 @@ class InnerConfig:
     """Predict rates and decay of each step from the task's gradients and weights."""
     batch_size: int | None = None
     """Minibatch of the support set in each step; None: all of it."""
-    derivative: Literal["auto", "reverse", "remat", "truncated", "forward"] = "auto"
+    derivative: Literal["auto", "reverse", "remat", "truncated", "forward", "evolution"] = "auto"
     """How the meta-gradient goes through the inner steps; auto picks by memory, see docs/long.md."""
     last: int = 10
     """truncated: how many steps, the last ones, are differentiated."""
+    pairs: int = 4
+    """evolution: pairs of fine-tunes, of each task of an outer step."""
     solver_steps: int = 5
     """imaml: steps of conjugate gradient."""
 

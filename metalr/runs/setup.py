@@ -10,7 +10,7 @@ import jax
 import optax
 
 from metalr import data, models, outer, tasks
-from metalr.config import GridConfig, ModelConfig, SearchConfig, TrainConfig
+from metalr.config import GridConfig, InnerConfig, ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
 from metalr.errors import ConfigError, check_choices
 from metalr.evaluation import small_grid
@@ -18,7 +18,7 @@ from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
-from metalr.outer import Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, devices, loop
+from metalr.outer import Evolution, Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, devices, loop
 from metalr.runs import loggers
 from metalr.runs.sources import Source, load, model_of_table, of_images, of_tasks
 from metalr.types import Episode
@@ -26,11 +26,12 @@ from metalr.types import Episode
 CLASSES_START, NUMBERS_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
 
 
-DERIVATIVES: dict[str, Callable[[bool, int], Method]] = {  # (first order?, steps of truncated) -> the way
-    "reverse": lambda simple, last: Reverse(simple),
-    "remat": lambda simple, last: Reverse(simple, remat=True),
-    "truncated": lambda simple, last: Reverse(simple, remat=True, last=last),
-    "forward": lambda simple, last: Forward(simple),
+DERIVATIVES: dict[str, Callable[[bool, InnerConfig], Method]] = {  # (first order?, settings) -> the way
+    "reverse": lambda simple, inner: Reverse(simple),
+    "remat": lambda simple, inner: Reverse(simple, remat=True),
+    "truncated": lambda simple, inner: Reverse(simple, remat=True, last=inner.last),
+    "forward": lambda simple, inner: Forward(simple),
+    "evolution": lambda simple, inner: Evolution(inner.pairs),
 }
 
 
@@ -230,6 +231,11 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
             f"outer.part: expected train unless outer.learns is one of {RATES_ONLY} (an init that learned on "
             f"meta-validation tasks could not be chosen by them), got validation with {learns}"
         )
+    if config.inner.derivative == "evolution" and learns not in RATES_ONLY and row.meta_gradient == "query":
+        raise ConfigError(
+            f"inner.derivative: expected evolution only with outer.learns one of {RATES_ONLY} (it moves few numbers, "
+            f"not an init), got it with {learns}"
+        )
     if row.meta_gradient == "implicit" and row.proximal is None:
         raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
     if config.curve_steps < config.inner.steps:
@@ -242,7 +248,7 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
 
 
 LEAST = {  # of settings that count something
-    "inner.last": 1, "inner.solver_steps": 1, "outer.validate_every": 1, "outer.checkpoint_every": 1,
+    "inner.last": 1, "inner.pairs": 1, "inner.solver_steps": 1, "outer.validate_every": 1, "outer.checkpoint_every": 1,
     "outer.meta_batch": 1, "evaluation.episodes": 2, "evaluation.validation_episodes": 2,
 }  # fmt: skip
 
@@ -303,7 +309,7 @@ def _method_of(config: TrainConfig, row: algorithms.Algorithm, spec: RatesSpec, 
     if inner.derivative == "auto":
         longest = dataclasses.replace(spec, steps=max((spec.steps, *inner.horizons)))
         return outer.choose_derivative(longest, model, inner.last, first_order=simple)
-    return DERIVATIVES[inner.derivative](simple, inner.last)
+    return DERIVATIVES[inner.derivative](simple, inner)
 
 
 def check_choices_of(config: TrainConfig | SearchConfig, model: Model | None) -> None:
@@ -349,6 +355,10 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
     unused: dict[str, str] = {}
     if inner.derivative not in ("auto", "truncated"):
         unused["inner.last"] = "only with inner.derivative truncated"
+    if inner.derivative != "evolution":
+        unused["inner.pairs"] = "only with inner.derivative evolution"
+    else:
+        unused["inner.first_order"] = "evolution takes no derivative"
     if row.meta_gradient != "implicit":
         unused["inner.solver_steps"] = "only with inner.algorithm imaml"
     if row.meta_gradient != "query":

@@ -147,6 +147,8 @@ def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
         (["--model.channels", "8"], "model.channels: expected 64, because nothing else is used here (the network mlp"),
         (["--inner.solver-steps", "3"], "inner.solver_steps: expected 5, because"),
         (["--inner.derivative", "remat", "--inner.last", "3"], "inner.last: expected 10, because"),
+        (["--inner.pairs", "3"], "inner.pairs: expected 4, because"),
+        (["--inner.derivative", "evolution"], "inner.derivative: expected evolution only with outer.learns one of"),
         (["--inner.extend", "mean"], "inner.extend: expected 'hold', because nothing else is used here"),
         (["--inner.algorithm", "maml", "--outer.rates-rate", "1"], "outer.rates_rate: expected 0.01, because"),
         (["--outer.learns", "rates", "--outer.init-rate", "1"], "outer.init_rate: expected 0.001, because"),

@@ -10,7 +10,7 @@ import pytest
 from metalr import inner, models, outer
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import Forward, Implicit, Joint, Reverse, directions
+from metalr.outer import Evolution, Forward, Implicit, Joint, Reverse, directions
 from metalr.types import Episode
 
 MODEL = models.mlp(3, (4, 4, 1), widths=(6,), dropout=0.0)
@@ -66,6 +66,17 @@ def test_forward_mode_gives_the_exact_gradient_of_the_rates(name):
         _, first, _ = gradient(spec, Reverse(first_order=True), plain=True)
         if name == "rates":
             close(forward.init, first.init, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["rates", "adam"])
+def test_evolution_estimates_the_exact_gradient_of_the_rates(name):
+    with jax.enable_x64(True):
+        _, exact, metrics = gradient(SPECS[name], Forward())
+        _, found, metrics_too = gradient(SPECS[name], Evolution(pairs=1000, size=1e-4))
+        close(metrics, metrics_too, rtol=1e-3)
+        assert all(not leaf.any() for leaf in jax.tree.leaves(found.init))
+        a, b = (jax.flatten_util.ravel_pytree(one.rates)[0] for one in (exact, found))
+        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(a)
 
 
 @pytest.mark.parametrize("name", ["momo_adam", "cocob", "prodigy", "dog", "mechanize", "rmsprop"])
@@ -181,7 +192,7 @@ def test_first_order_leaves_second_derivatives_out_in_forward_mode_too():
         assert not np.allclose(exact.rates["head"], forward.rates["head"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", [Reverse(remat=True, last=10), Forward()])
+@pytest.mark.parametrize("method", [Reverse(remat=True, last=10), Forward(), Evolution()])
 def test_memory_does_not_grow_with_steps(method):
     """1,000 inner steps take at most twice the memory of 10."""
 

@@ -155,6 +155,7 @@ def test_a_curve_ends_at_the_trained_steps_where_rates_cannot_be_extended(small)
         ({"derivative": "remat"}, 4 * 4 * 20),
         ({"derivative": "truncated", "last": 3}, (4 + 3 * 3) * 20),
         ({"derivative": "forward"}, (2 * 2 + 1) * 4 * 20),
+        ({"derivative": "evolution", "pairs": 3}, 2 * 3 * 4 * 20),
         ({"first_order": True}, 4 * 20),
         ({"batch_size": 5}, 3 * 4 * 5),
         ({"algorithm": "reptile"}, 4 * 20),
@@ -165,6 +166,8 @@ def test_a_curve_ends_at_the_trained_steps_where_rates_cannot_be_extended(small)
 def test_cost_of_a_task_is_that_of_its_derivative(small, inner, expected):
     """20 support images, 4 steps, 30 query images; two learned numbers. docs/long.md has the factors."""
     config = dataclasses.replace(small, inner=InnerConfig(**{"steps": 4} | inner), evaluation=EvaluationConfig(steps=4))
+    if config.inner.derivative == "evolution":
+        config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, learns="rates"))
     assert task_cost(config, set_up(config)) == expected + 30
 
 
