@@ -81,9 +81,9 @@ class Bytes(nn.Module):
 
 
 def mixed(images: str) -> Tasks:
-    """Each task is a rotated one, one with its pixels permuted, or one with its labels in another order, 10-shot."""
+    """Each task is a rotated one, one with its pixels permuted, or one with its labels in another order; all 5-shot."""
     dataset = data.load(images)
-    return mixture(*(Tasks.from_images(dataset, family, 10, 10) for family in ("rotated", "permuted", "relabeled")))
+    return mixture(*(Tasks.from_images(dataset, family, 10, 5) for family in ("rotated", "permuted", "relabeled")))
 
 
 def few_shot(
@@ -267,7 +267,7 @@ CASES = {
         f"{case}, early stopping": with_early_stopping(f"{case}, several horizons", 20261210 + number)
         for number, case in enumerate(FEW_SHOT)
     },
-    "mixed 10-way 10-shot, several horizons": few_shot_several_horizons(TaskConfig(), 20261221)._replace(
+    "mixed 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig(), 20261221)._replace(
         network=models.build("mlp", 10, (28, 28, 1), widths=(128,)), given=mixed
     ),
     "rates alone, two layers of 64": rates_alone(20261206),
