@@ -159,16 +159,16 @@ def few_shot_several_horizons(
     return several_horizons(case, (1, 5, 20, 50), pretraining=4000, base="adam", rate=3e-3, knots=3)
 
 
-def rates_of_pretrained(of: str, case: Case, seed: int, **inner: Any) -> Case:
+def rates_of_pretrained(of: str, case: Case, seed: int) -> Case:
     """The pre-trained inits of another case, and rates that are learned for them on meta-validation tasks.
 
-    seed: of the test tasks. inner: settings of the inner loop that differ.
+    seed: of the test tasks.
     """
     assert case.train is not None
     outer = OuterConfig(
         steps=200, rates_rate=5e-2, validate_every=50, learns="rates_of_init", part="validation", calibrate=True
     )
-    train = dataclasses.replace(case.train, inner=dataclasses.replace(case.train.inner, **inner), outer=outer)
+    train = dataclasses.replace(case.train, outer=outer)
     return case._replace(train=train, compare=dataclasses.replace(case.compare, seed=seed), pretrained_of=of)
 
 
@@ -402,7 +402,11 @@ def run_case(name: str, case: Case, cases: dict[str, Case], seeds: list[int], ro
             pretrained.append(trained(f"{of_joint}_joint", joint, root, **own))
         start = pretrained[-1] if cases[source].begins_pretrained else None
         seeded.append(trained(source, dataclasses.replace(train, seed=seed, init=start), root, **own))
-    choosing = sorted(path.parent for path in (root / f"{folder_name(source)}_choosing").glob("*/results.json"))
+    choosing = [  # the settings of a case that takes another's pre-trained inits began as that one's
+        path.parent
+        for of in dict.fromkeys((source, of_joint))
+        for path in sorted((root / f"{folder_name(of)}_choosing").glob("*/results.json"))
+    ]
     out = seeded[0].parent / f"compare_{folder_name(name)}"
     if (out / "results.json").is_file():
         return json.loads((out / "results.json").read_text())

@@ -119,7 +119,8 @@ def sweep_command(argv: Sequence[str]) -> None:
         Args:
           base: what all runs share: a run folder, a config file, or a document of experiments/.
           resume: the folder of a sweep that was stopped or killed: go on with that one.
-          dry_run: print which runs there would be (and the script of a job of Slurm); run nothing.
+          dry_run: print which runs there would be, which of them would fail for settings that contradict each other,
+            and the script of a job of Slurm; run nothing.
           json_: print the results as JSON instead of a table.
         """
         from metalr.report import tables

@@ -23,6 +23,7 @@ from metalr.models import Apply, predict
 from metalr.trees import count
 from metalr.types import Episode, MetaParams, Params, RawRates
 
+NOISE = 0xE5  # folded into a task's key; inner steps fold in 0 and 1
 Direction = tuple[MetaParams, dict[str, jax.Array]]
 
 
@@ -182,14 +183,16 @@ class Evolution:
 
     Rates are moved by Gaussian noise, to either side, and each moved set fine-tunes the task. The estimate is the mean
     of (loss of one side - loss of the other) * noise / (2 size^2): the gradient of the loss smoothed by that noise
-    (antithetic pairs: Salimans et al. 2017, section 2; Vicol et al. 2021, section 2). Memory and time of a step are
-    those of plain fine-tunes, however many steps there are and numbers learn. Each fine-tune is a whole one, so nothing
-    is biased by truncation, and nothing is carried from one outer step to the next, as persistent evolution strategies
-    do. Metrics are means over the moved rates.
+    (antithetic pairs: Salimans et al. 2017, section 2; Vicol et al. 2021, section 2). No derivative goes through a
+    fine-tune, so memory does not grow with steps; its fine-tunes go side by side. Each is a whole one, so nothing is
+    biased by truncation, and nothing is carried from one outer step to the next, as persistent evolution strategies do.
+    Its error grows with the square root of learned numbers / (pairs * tasks). Metrics are means over the moved rates;
+    one fine-tune that is not finite makes the estimate not finite.
 
     Attributes:
       pairs: of fine-tunes, for each task.
-      size: standard deviation of the noise on raw rates: 0.1 moves a positive rate by about 10 %.
+      size: standard deviation of the noise on raw rates: 0.1 moves a positive rate by about 10 %. (Signed rates are
+        their own raw form, and it would be far too large for them.)
     """
 
     pairs: int = 4
@@ -197,7 +200,8 @@ class Evolution:
 
     def __call__(self, problem: Problem, meta: MetaParams, episode: Episode, key: jax.Array) -> Direction:
         flat, restore = ravel_pytree(meta.rates)
-        noise = self.size * jax.random.normal(jax.random.fold_in(key, self.pairs), (self.pairs, flat.size), flat.dtype)
+        own = jax.random.fold_in(key, NOISE)
+        noise = self.size * jax.random.normal(own, (self.pairs, flat.size), flat.dtype)
 
         def of_moved(change: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             moved = meta._replace(rates=restore(flat + change))

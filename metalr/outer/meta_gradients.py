@@ -79,7 +79,7 @@ def meta_gradient(
 
     Args:
       model, spec: static choices.
-      method: the way to it: Reverse, Forward, Reptile, Joint or Implicit, with its options.
+      method: the way to it: Reverse, Forward, Evolution, Reptile, Joint or Implicit, with its options.
       meta: init and raw rates.
       episodes: with a leading axis [tasks].
       keys: [tasks] keys, for minibatches and dropout in the inner loop (active if the model has any).

@@ -28,6 +28,7 @@ SKIPPED = {"artifact", "checkpoints"}
 WEIGHTS = "model.safetensors"  # beside a config.json: the folder of a model repository (export --to hub-folder)
 FILES = {"config.json", "metrics.jsonl", "grid.jsonl", "cv_results.csv", "results.json"}
 SWEPT = {"runs", "logs", "best.json", "drawn.jsonl"}  # what a sweep has besides
+OF_RUNS = (FILES | set(KINDS)) - {"config.json"}
 WRITTEN = SKIPPED | FILES | set(KINDS) | folders.OWN
 Settings = dict[str, Any]  # dotted name -> value
 
@@ -108,7 +109,8 @@ def _scan(folder: str, depth: int) -> tuple[int, list[_Seen]]:
             total += facts.st_size
             if name == "config.json":
                 began = facts.st_mtime
-    if depth >= 0 and began is not None and WEIGHTS not in names:
+    other = WEIGHTS in names and not names & OF_RUNS
+    if depth >= 0 and began is not None and not other:
         found.append(_Seen(folder, names, total, began))
     return total, found
 

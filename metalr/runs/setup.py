@@ -236,6 +236,11 @@ def _check_rules(config: TrainConfig, row: algorithms.Algorithm) -> None:
             f"inner.derivative: expected evolution only with outer.learns one of {RATES_ONLY} (it moves few numbers, "
             f"not an init), got it with {learns}"
         )
+    if config.inner.derivative == "evolution" and config.inner.signed:
+        raise ConfigError(
+            "inner.signed: expected False with inner.derivative evolution, whose noise is a share of positive rates, "
+            "got True"
+        )
     if row.meta_gradient == "implicit" and row.proximal is None:
         raise ConfigError("inner.proximal: expected a positive number with an implicit meta-gradient, got None")
     if config.curve_steps < config.inner.steps:
@@ -358,7 +363,8 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
     if inner.derivative != "evolution":
         unused["inner.pairs"] = "only with inner.derivative evolution"
     else:
-        unused["inner.first_order"] = "evolution takes no derivative"
+        why = "with evolution, no derivative goes through the inner steps"
+        unused |= {"inner.first_order": why, "outer.first_order_share": why}
     if row.meta_gradient != "implicit":
         unused["inner.solver_steps"] = "only with inner.algorithm imaml"
     if row.meta_gradient != "query":
@@ -400,7 +406,7 @@ def grid_of(config: TrainConfig) -> GridConfig:
 
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
-    """Example-gradients of one task: those of its inner steps, and one of its query set; docs/long.md."""
+    """Example-gradients of one task: those of its inner steps, and those of its query set; docs/long.md."""
     method = setup.method
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
     share = setup.phases.first_order_until / config.outer.steps
@@ -414,7 +420,8 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
 
     horizons = setup.phases.horizons or (config.inner.steps,)
     costs = [of_variant(amount.support, steps) for amount in setup.amounts for steps in horizons]
-    return sum(costs) / len(costs) + setup.query
+    query = 2 * method.pairs / 3 if isinstance(method, Evolution) else 1  # forward passes alone
+    return sum(costs) / len(costs) + query * setup.query
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:

@@ -4,7 +4,7 @@ The folder holds config.json, drawn.jsonl (a line for each combination, before i
 run), logs/ (what each printed), sweep.jsonl (a line for each run that has ended), results.json and best.json (the
 settings that did best on meta-validation tasks, for `metalr train --config`). Each run is a `metalr train` in a process
 of its own, so that nothing of one can hurt another; what counts is in the run folders, so a sweep that was killed goes
-on with nothing lost and nothing doubled. This process starts no JAX backend: the devices are the workers'.
+on with nothing lost and nothing doubled. This process computes nothing: the devices are the workers'.
 """
 
 from __future__ import annotations
@@ -385,19 +385,21 @@ def _finish(
 def plan(sweep: Sweep, config: SweepConfig) -> str:
     """What a sweep would do, in words: its runs (of tpe those of the first combination), and the script of a job.
 
-    A run whose settings contradict each other is told why it would fail; whether they fit the data is not looked at.
+    A run whose settings contradict each other is told why it would fail. Whether they fit the network, the data and
+    other seeds beside them is not looked at.
     Raises ConfigError as `run`. Writes nothing.
     """
     _check(sweep, config)
     points = [*itertools.islice(_points(sweep, config, list), None if config.sampler != "tpe" else 1)]
     names = []
     for point in points:
-        each = [name_of(point, seed, sweep.config(point, seed)) for seed in sweep.seeds]
-        try:
-            setup.check_settings(sweep.config(point, sweep.seeds[0]))
-        except ConfigError as error:
-            each = [f"{name}\n  would fail: {one_line(error)}" for name in each]
-        names += each
+        for seed in sweep.seeds:
+            one = sweep.config(point, seed)
+            names.append(name_of(point, seed, one))
+            try:
+                setup.check_settings(one)
+            except ConfigError as error:
+                names[-1] += f"\n  would fail: {one_line(error)}"
     total = len(names) if config.sampler != "tpe" else (config.trials or 0) * len(sweep.seeds)
     together = len(sweep.seeds) if config.seeds_together else 1
     jobs = total // together

@@ -149,6 +149,14 @@ def test_head_only_is_shown_as_such(blobs_npz, tmp_path, capsys):
         (["--inner.derivative", "remat", "--inner.last", "3"], "inner.last: expected 10, because"),
         (["--inner.pairs", "3"], "inner.pairs: expected 4, because"),
         (["--inner.derivative", "evolution"], "inner.derivative: expected evolution only with outer.learns one of"),
+        (
+            ["--inner.derivative", "evolution", "--outer.learns", "rates", "--inner.signed"],
+            "inner.signed: expected False with inner.derivative evolution",
+        ),
+        (
+            ["--inner.derivative", "evolution", "--outer.learns", "rates", "--outer.first-order-share", "0.5"],
+            "outer.first_order_share: expected None, because",
+        ),
         (["--inner.extend", "mean"], "inner.extend: expected 'hold', because nothing else is used here"),
         (["--inner.algorithm", "maml", "--outer.rates-rate", "1"], "outer.rates_rate: expected 0.01, because"),
         (["--outer.learns", "rates", "--outer.init-rate", "1"], "outer.init_rate: expected 0.001, because"),

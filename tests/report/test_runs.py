@@ -136,3 +136,6 @@ def test_a_model_repository_is_no_run(tmp_path):
     assert runs.find(tmp_path) == []
     with pytest.raises(ConfigError, match="expected a run with config.json, found none"):
         runs.read(tmp_path / "hub")
+    kept = made(tmp_path / "run")
+    (kept / "model.safetensors").write_text("")  # a user's own, in the folder of a run
+    assert [run.folder for run in runs.find(tmp_path)] == [kept]

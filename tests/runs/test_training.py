@@ -125,6 +125,18 @@ def test_seeds_are_averaged_and_their_choices_listed(small, tmp_path):
         assert row["cell"] == (cells[0] if cells[0] == cells[1] else cells)
 
 
+def test_rates_learn_by_evolution(small, tmp_path):
+    """With minibatches, dropout and several lengths: what the ways through a derivative take too."""
+    inner = InnerConfig(steps=2, horizons=(1, 3), batch_size=8, dropout=0.1, derivative="evolution", pairs=2)
+    run(small, inner=inner, outer=dataclasses.replace(small.outer, learns="rates"), out=tmp_path / "run")
+    learned = metalr.load(tmp_path / "run")
+    assert all(np.isfinite(value).all() for value in learned.rates.values())
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [row["gradient_norm"] for row in log if "gradient_norm" in row]
+    assert len(norms) == 4
+    assert min(norms) > 0
+
+
 def test_a_study_compares_variants_and_horizons_and_goes_on(small, tmp_path, monkeypatch):
     inner = InnerConfig(steps=3, knots=2, batch_size=5, momentum=0.5)
     variants = {
