@@ -10,7 +10,7 @@ of each class to choose by. Transfer: what was learned on MNIST, on Omniglot's c
 `metalr data import FILE --name omniglot`). Everything finished is kept in runs/grid_search and not run again, so the
 benchmark can be stopped; it writes results/grid_search.json after every case. --only measures these cases' rows anew
 and leaves the others alone (each row has its commit and machine). --small: bundled data, minutes, written to runs/.
-Needs the extra `search`, and MNIST (`metalr data prepare mnist`). One to two hours a case on 2 CPU cores.
+Needs the extra `search`, and MNIST (`metalr data prepare mnist`). One to two hours a case on one CPU core.
 """
 
 from __future__ import annotations
