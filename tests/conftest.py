@@ -30,8 +30,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-    """Programs that several tests compile alike are compiled once, for all workers and their processes."""
-    folder = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    """Programs that several tests compile alike are compiled once, for all workers and their processes.
+
+    With JAX_COMPILATION_CACHE_DIR also for all runs of the tests with it, as .ci/run has several.
+    """
+    own = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or own
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
@@ -76,3 +80,12 @@ def blobs_npz(blobs, tmp_path):
     arrays = {part: getattr(blobs, part) for part in data.PARTS}
     np.savez(path, images=arrays.pop("train_images"), labels=arrays.pop("train_labels"), **arrays)
     return path
+
+
+@pytest.fixture
+def few_rates(monkeypatch):
+    """A comparison's tuned rate is one of two, of Adam: each optimizer, init and length is a program of its own."""
+    from metalr.comparison import rivals
+
+    monkeypatch.setattr(rivals, "TUNED", {"adam": (1e-3, 1e-2)})
+    monkeypatch.setattr(rivals, "WIDENINGS", 0)

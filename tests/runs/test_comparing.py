@@ -56,13 +56,6 @@ CONFIG = CompareConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def few_rates(monkeypatch):
-    """A tuned rate is one of two, of Adam: each optimizer, init and length is a program of its own."""
-    monkeypatch.setattr(rivals, "TUNED", {"adam": (1e-3, 1e-2)})
-    monkeypatch.setattr(rivals, "WIDENINGS", 0)
-
-
 def test_all_methods_meet_the_same_tasks(trained, tmp_path):
     *seeds, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")

@@ -271,7 +271,7 @@ def test_resume_refuses_other_data(longer, blobs_npz, tmp_path):
 
 
 @pytest.mark.parametrize("moved", ["elsewhere", "together", "data alone"])
-def test_a_run_knows_its_data_by_its_content(moved, small, longer, blobs_npz, tmp_path, monkeypatch):
+def test_a_run_knows_its_data_by_its_content(moved, small, longer, blobs_npz, tmp_path, monkeypatch, few_rates):
     """From another working directory, moved together with its data, or with the data said to be elsewhere."""
     place = tmp_path / "place"
     (place / "inside").mkdir(parents=True)
@@ -515,7 +515,7 @@ class Own(nn.Module):
         return nn.Dense(10, name="last")(jnp.tanh(nn.Dense(4, name="body")(x.reshape(len(x), -1))))
 
 
-def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path):
+def test_a_network_of_your_own_from_training_to_comparison(small, tmp_path, few_rates):
     model = models.from_linen(Own(), np.zeros((1, 8, 8, 1), np.float32), head="last")
     quiet = progress.ConsoleReporter(quiet=True)
     folder = tmp_path / "own"
