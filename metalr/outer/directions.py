@@ -184,8 +184,8 @@ class Evolution:
     Rates are moved by Gaussian noise, to either side, and each moved set fine-tunes the task. The estimate is the mean
     of (loss of one side - loss of the other) * noise / (2 size^2): the gradient of the loss smoothed by that noise
     (antithetic pairs: Salimans et al. 2017, section 2; Vicol et al. 2021, section 2). No derivative goes through a
-    fine-tune, so memory does not grow with steps; its fine-tunes go side by side. Each is a whole one, so nothing is
-    biased by truncation, and nothing is carried from one outer step to the next, as persistent evolution strategies do.
+    fine-tune, so memory does not grow with steps. Each is a whole one, so nothing is biased by truncation, and nothing
+    is carried from one outer step to the next, as persistent evolution strategies do.
     Its error grows with the square root of learned numbers / (pairs * tasks). Metrics are means over the moved rates;
     one fine-tune that is not finite makes the estimate not finite.
 
@@ -207,7 +207,8 @@ class Evolution:
             moved = meta._replace(rates=restore(flat + change))
             return on_query(problem, adapted(problem, moved, episode, key), episode)
 
-        losses, metrics = jax.vmap(of_moved)(jnp.concatenate([noise, -noise]))
+        # One after the other: side by side, a CPU took 1.8 times as long for an mlp.
+        losses, metrics = jax.lax.map(of_moved, jnp.concatenate([noise, -noise]))
         up, down = losses[: self.pairs], losses[self.pairs :]
         estimate = (up - down) @ noise / (2 * self.size**2 * self.pairs)
         return MetaParams(jax.tree.map(jnp.zeros_like, meta.init), restore(estimate)), jax.tree.map(
