@@ -1,23 +1,25 @@
 """Shared data: a small synthetic dataset that a tiny network can learn, and isolated caches."""
 
 import gc
-import mmap
 import os
-from pathlib import Path
-
-import jaxlib
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Most of the time is compilation: the first flag halves that, the second halves it again. METALR_TEST_OPTIMIZED=1
 # leaves XLA's own defaults, as programs have them: .ci/run runs the tests marked "numerical" once more with those.
-if os.environ.get("METALR_TEST_OPTIMIZED") != "1":
-    cheap = ["--xla_backend_optimization_level=0"]
-    # XLA ends the process for a flag that it does not know.
-    libraries = (os.open(file, os.O_RDONLY) for file in Path(jaxlib.__file__).parent.glob("*.so"))
-    mapped = (mmap.mmap(library, 0, access=mmap.ACCESS_READ) for library in libraries)
-    if any(library.find(b"xla_cpu_use_fusion_emitters") >= 0 for library in mapped):
-        cheap.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *cheap]).strip()
+# The workers of pytest-xdist have the flags of the process that started them.
+if os.environ.get("METALR_TEST_OPTIMIZED") != "1" and "PYTEST_XDIST_WORKER" not in os.environ:
+    for flag in "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false":
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        # XLA ends the process for a flag that it does not know, or no longer.
+        known = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env={**os.environ, "XLA_FLAGS": flags},
+            capture_output=True,
+        )
+        if known.returncode == 0:
+            os.environ["XLA_FLAGS"] = flags
 
 import jax
 import numpy as np
