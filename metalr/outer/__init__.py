@@ -1,6 +1,6 @@
 """The outer loop: the table of algorithms, meta-gradients, meta-updates, and tasks over devices."""
 
-from metalr.outer.directions import Evolution, Forward, Implicit, Joint, Method, Problem, Reptile, Reverse
+from metalr.outer.directions import Evolution, Forward, Implicit, Joint, Method, Problem, Reptile, Reverse, TaskSize
 from metalr.outer.meta_gradients import (
     AT_ONCE_BYTES,
     AT_ONCE_STEPS,
@@ -23,6 +23,7 @@ __all__ = [
     "Problem",
     "Reptile",
     "Reverse",
+    "TaskSize",
     "choose_derivative",
     "initial",
     "initial_shapes",

@@ -27,6 +27,21 @@ NOISE = 0xE5  # folded into a task's key; inner steps fold in 0 and 1
 Direction = tuple[MetaParams, dict[str, jax.Array]]
 
 
+class TaskSize(NamedTuple):
+    """What the cost of a task depends on, beside its inner steps.
+
+    Attributes:
+      batch: examples of one inner step.
+      support, query: examples of either set.
+      numbers: learned numbers among the rates.
+    """
+
+    batch: int
+    support: int
+    query: int
+    numbers: int
+
+
 class Problem(NamedTuple):
     """What a meta-gradient is of: static choices.
 
@@ -138,15 +153,11 @@ class Reverse:
             seen.append(predict(problem.apply, carry[0], episode.support_x, episode.query_x))
         return jax.tree.map(lambda *each: jnp.stack(each), *seen)
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
-        """Example-gradients of the inner loop of one task.
-
-        Args: inner steps, examples in one of them, examples of the support set, learned numbers.
-        """
-        if self.first_order:
-            return steps * batch
+    def cost(self, steps: int, size: TaskSize) -> float:
+        """Example-gradients of one task: of its inner steps, and of its query set."""
         kept = steps if self.last is None else min(self.last, steps)
-        return batch * (steps + (2 if self.last is None and not self.remat else 3) * kept)
+        again = 0 if self.first_order else (2 if self.last is None and not self.remat else 3) * kept
+        return size.batch * (steps + again) + size.query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +183,9 @@ class Forward:
         each = jax.tree.map(lambda change, g: change.reshape(flat.size, -1) @ g.reshape(-1), changes, query)
         return MetaParams(query, restore(jnp.stack(jax.tree.leaves(each)).sum(0))), metrics
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+    def cost(self, steps: int, size: TaskSize) -> float:
         """As of Reverse."""
-        return batch * steps * (1 if self.first_order else 2 * numbers + 1)
+        return size.batch * steps * (1 if self.first_order else 2 * size.numbers + 1) + size.query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +226,9 @@ class Evolution:
             lambda each: each.mean(0), metrics
         )
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
-        """As of Reverse."""
-        return 2 * self.pairs * batch * steps
+    def cost(self, steps: int, size: TaskSize) -> float:
+        """As of Reverse. Of the query set each fine-tune takes a forward pass, a third of a gradient."""
+        return 2 * self.pairs * (size.batch * steps + size.query / 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +240,9 @@ class Reptile:
         _, metrics = on_query(problem, fast, episode)
         return _of_init(jax.tree.map(jnp.subtract, meta.init, fast), meta), metrics
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+    def cost(self, steps: int, size: TaskSize) -> float:
         """As of Reverse."""
-        return batch * steps
+        return size.batch * steps + size.query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +261,9 @@ class Joint:
         _, metrics = on_query(problem, meta.init, episode)
         return _of_init(gradient, meta), metrics
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+    def cost(self, steps: int, size: TaskSize) -> float:
         """As of Reverse."""
-        return support
+        return size.support + size.query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,9 +311,9 @@ class Implicit:
 
         return _of_init(jax.tree_util.tree_map_with_path(gradient, query, solved, crossed), meta), metrics
 
-    def cost(self, steps: int, batch: int, support: int, numbers: int) -> float:
+    def cost(self, steps: int, size: TaskSize) -> float:
         """As of Reverse."""
-        return batch * steps + 2 * (self.solver_steps + 2) * support
+        return size.batch * steps + 2 * (self.solver_steps + 2) * size.support + size.query
 
 
 def _conjugate_gradient(system: Callable[[Params], Params], target: Params, start: Params, steps: int) -> Params:

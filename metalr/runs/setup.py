@@ -18,7 +18,19 @@ from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective, objective_of
 from metalr.models import Model
-from metalr.outer import Evolution, Forward, Implicit, Joint, Method, Reptile, Reverse, algorithms, devices, loop
+from metalr.outer import (
+    Evolution,
+    Forward,
+    Implicit,
+    Joint,
+    Method,
+    Reptile,
+    Reverse,
+    TaskSize,
+    algorithms,
+    devices,
+    loop,
+)
 from metalr.runs import loggers
 from metalr.runs.sources import Source, load, model_of_table, of_images, of_tasks
 from metalr.types import Episode
@@ -412,16 +424,15 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
     share = setup.phases.first_order_until / config.outer.steps
 
     def of_variant(support: int, steps: int) -> float:
-        of = min(config.inner.batch_size or support, support), support, numbers
-        cost = method.cost(steps, *of)
+        size = TaskSize(min(config.inner.batch_size or support, support), support, setup.query, numbers)
+        cost = method.cost(steps, size)
         if share and isinstance(method, (Reverse, Forward)):
-            return share * dataclasses.replace(method, first_order=True).cost(steps, *of) + (1 - share) * cost
+            return share * dataclasses.replace(method, first_order=True).cost(steps, size) + (1 - share) * cost
         return cost
 
     horizons = setup.phases.horizons or (config.inner.steps,)
     costs = [of_variant(amount.support, steps) for amount in setup.amounts for steps in horizons]
-    query = 2 * method.pairs / 3 if isinstance(method, Evolution) else 1  # forward passes alone
-    return sum(costs) / len(costs) + query * setup.query
+    return sum(costs) / len(costs)
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
