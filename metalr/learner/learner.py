@@ -85,18 +85,10 @@ class Learner:
                 raise ConfigError(f"init: expected params as the learner's own init, {expected}, got {came}")
         start = self.init if init is None else init
         steps = self.spec.steps if steps is None else steps
-        ways = self._ways_of(support_y)
-        if ways is not None and ways != self.model.way:
-            return self._of_way(ways).adapt(support_x, support_y, steps, init=start)
-        hyperparameters.check_steps(self.spec, steps)
-        if not self.classifies_images:
-            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
-            if trees.count(x) != trees.count(y):
-                raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
-            return self._adapt(start, self.rates, x, y, steps=int(steps), batched=False)
-        batched = np.ndim(support_y) == 2
-        x = self._images(support_x, "support_x", batched)
-        y = self._labels(support_y, x.shape[: 1 + batched])
+        of_ways = self._of_ways_in(support_y)
+        if of_ways is not self:
+            return of_ways.adapt(support_x, support_y, steps, init=start)
+        x, y, batched = self._support(support_x, support_y, steps)
         return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
 
     def best_steps(self, at_most: int | None = None) -> int:
@@ -127,17 +119,12 @@ class Learner:
         Args: of one task, as of `adapt`. Raises as `adapt`.
         """
         steps = self.spec.steps if steps is None else steps
-        ways = self._ways_of(support_y)
-        if ways is not None and ways != self.model.way:
-            return self._of_way(ways).predictor(support_x, support_y, steps)
-        hyperparameters.check_steps(self.spec, steps)
-        if np.ndim(jax.tree.leaves(support_y)[0]) == 2 and self.classifies_images:
+        of_ways = self._of_ways_in(support_y)
+        if of_ways is not self:
+            return of_ways.predictor(support_x, support_y, steps)
+        x, y, batched = self._support(support_x, support_y, steps)
+        if batched:
             raise DataError("support_y: expected one task, shape [support]; for many tasks: adapt")
-        if self.classifies_images:
-            x = self._images(support_x, "support_x", False)
-            y = self._labels(support_y, x.shape[:1])
-        else:
-            x, y = self._inputs(support_x, "support_x"), self._targets(support_y)
         # With a head that is made for each task, the first layer has to be another one: it is the init's.
         fits = self.objective.name in factored.OBJECTIVES and (self.model.start is None or len(self.init) > 1)
         if not fits or not factored.pays(self.model, self.spec, trees.count(y), steps):
@@ -287,16 +274,30 @@ class Learner:
                 )
         return bool(lead), lead[0] if lead else 0
 
-    def _ways_of(self, y: Any) -> int | None:
-        """How many classes a support set has, for a network that takes any number; None for others."""
+    def _support(self, x: Any, y: Any, steps: int) -> tuple[Any, Any, bool]:
+        """A support set as training had it, and whether it has a leading axis [tasks]. Raises as `adapt` says."""
+        hyperparameters.check_steps(self.spec, steps)
+        if self.classifies_images:
+            batched = np.ndim(y) == 2
+            x = self._images(x, "support_x", batched)
+            return x, self._labels(y, x.shape[: 1 + batched]), batched
+        x, y = self._inputs(x, "support_x"), self._targets(y)
+        if trees.count(x) != trees.count(y):
+            raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
+        return x, y, False
+
+    def _of_ways_in(self, y: Any) -> Learner:
+        """The learner for as many classes as a support set has, if the network takes any number; else this one."""
         if self.model.of_way is None or isinstance(y, jax.core.Tracer):
-            return None
+            return self
         y = np.asarray(y)
-        return int(y.max()) + 1 if y.size and np.issubdtype(y.dtype, np.integer) else None
+        return self._of_way(int(y.max()) + 1) if y.size and np.issubdtype(y.dtype, np.integer) else self
 
     def _of_way(self, ways: int) -> Learner:
         """The same learner for tasks with another number of classes; made once."""
         assert self.model.of_way is not None
+        if ways == self.model.way:
+            return self
         if ways not in self._other_ways:
             self._other_ways[ways] = dataclasses.replace(self, model=self.model.of_way(ways))
         return self._other_ways[ways]

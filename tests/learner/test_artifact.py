@@ -442,6 +442,10 @@ def test_a_predictor_is_apply_of_adapt(kind):
     fast = learned.adapt(x, y, steps=3)
     expected = learned.apply(fast, query, x if kind == "support" else None)
     np.testing.assert_allclose(learned.predictor(x, y, steps=3)(query), expected, rtol=2e-4, atol=2e-5)
-    if not table:
+    if table:
+        for fine_tune in learned.adapt, learned.predictor:
+            with pytest.raises(DataError, match="expected 6 targets, as inputs, got 5"):
+                fine_tune(x, y[:5])
+    else:
         with pytest.raises(DataError, match="expected one task"):
             learned.predictor(x[None], y[None])
