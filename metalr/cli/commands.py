@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,10 +18,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import metalr
-from metalr.cli import sweeps
+from metalr.cli import datasets, sweeps
+from metalr.cli import runs as folders_of_runs
 from metalr.config import QUICKSTART, CompareConfig, GridConfig, SearchConfig, TrainConfig
 from metalr.config.files import read_config, read_settings, run_name
-from metalr.errors import ConfigError, DataError, LostProcessError, MetalrError, StoppedError, one_line
+from metalr.errors import ConfigError, LostProcessError, MetalrError, StoppedError, one_line
 from metalr.storage import folders
 
 COMPARISON = CompareConfig()
@@ -38,27 +38,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         guard(lambda: print(_versions()))
         return
     if given[:1] == ["data"]:
-        commands: dict[str, Callable[..., None]] = {
-            "list": data_list,
-            "prepare": data_prepare,
-            "import": data_import,
-            "remove": data_remove,
-        }
-        guard(lambda: _dispatch(commands, "metalr data", "Datasets: list, prepare, import, remove.", given[1:]))
+        guard(lambda: _dispatch(datasets.COMMANDS, "metalr data", datasets.ABOUT, given[1:]))
         return
     if given[:1] == ["sweep"]:
         guard(lambda: sweeps.sweep_command(given[1:]))
         return
     if given[:1] == ["runs"]:
-        commands = {"list": runs_list, "show": runs_show, "diff": runs_diff, "path": runs_path, "rm": runs_rm}
-        guard(lambda: _dispatch(commands, "metalr runs", "Runs: list, show, diff, path, rm.", given[1:]))
+        guard(lambda: _dispatch(folders_of_runs.COMMANDS, "metalr runs", folders_of_runs.ABOUT, given[1:]))
         return
     resumable = {"train": _train_command, "search": _search_command}
     made = {
         name: guard(functools.partial(make, given)) if given[:1] == [name] else make([])
         for name, make in resumable.items()
     }
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "quickstart": quickstart,
         "train": made["train"],
         "evaluate": evaluate,
@@ -481,200 +474,3 @@ def compare(
     )
     written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
     print(json.dumps(results, indent=1) if json_ else f"{report.contest_text(results)}\nreport {written}")
-
-
-def runs_list(folder: tyro.conf.Positional[Path] = Path("runs"), json_: Json = False) -> None:
-    """List runs, searches and comparisons: how they stand, what they found, in which settings they differ.
-
-    Args:
-      folder: where they are, or the folders they are in.
-      json_: print JSON.
-    """
-    from metalr.report import runs as listed
-
-    found = listed.find(folder)
-    if json_:
-        print(json.dumps([listed.facts(run) for run in found]))
-        return
-    print(listed.listing(found))
-
-
-def runs_show(run: tyro.conf.Positional[Path], json_: Json = False) -> None:
-    """Show how a run stands, what began it (command, commit, versions, machine) and its settings.
-
-    Args:
-      run: a run folder.
-      json_: print JSON.
-    """
-    from metalr.report import runs as listed
-
-    found = listed.read(run)
-    kinds = {"search": SearchConfig, "comparison": CompareConfig}
-    facts = listed.details(found, listed.flat(kinds.get(found.kind, TrainConfig)().to_json()))
-    print(json.dumps(facts, indent=1) if json_ else listed.details_text(facts))
-
-
-def runs_diff(
-    first: tyro.conf.Positional[Path], others: tyro.conf.Positional[tuple[Path, ...]], json_: Json = False
-) -> None:
-    """Show the settings in which runs differ, and what each found.
-
-    Args:
-      first: a run folder.
-      others: one or more run folders.
-      json_: print JSON.
-    """
-    from metalr.report import runs as listed
-
-    found = [listed.read(folder) for folder in (first, *others)]
-    if json_:
-        names = listed.differing(found)
-        rows = [
-            {"folder": str(run.folder), "status": run.status, run.metric or "score": run.score}
-            | {name: run.setting(name) for name in names}
-            for run in found
-        ]
-        print(json.dumps(rows, indent=1))
-        return
-    print(listed.comparison(found))
-
-
-def runs_path(name: tyro.conf.Positional[str], folder: Path = Path("runs")) -> None:
-    """Print the folder of the newest run of a name (NAME, or NAME-2 and so on), for scripts.
-
-    Args:
-      name: the name.
-      folder: where runs are.
-    """
-    from metalr.report import runs as listed
-
-    print(listed.newest(folder, name).folder.resolve())
-
-
-def runs_rm(targets: tyro.conf.Positional[tuple[Path, ...]], yes: bool = False) -> None:
-    """Remove run folders. Asks first on a terminal; refuses one that is running, and folders with files of others.
-
-    Args:
-      targets: run folders.
-      yes: do not ask.
-    """
-    from metalr.report import runs as listed
-
-    if not targets:
-        raise ConfigError("targets: expected one or more run folders, got none")
-    for folder in targets:
-        if folder.is_symlink():
-            raise ConfigError(f"{folder}: expected a run folder, got a link; remove what it stands for, or the link")
-    found = [listed.read(folder) for folder in dict.fromkeys(folder.resolve() for folder in targets)]
-    for run in found:
-        folders.refuse_if_locked(run.folder)
-        for inside in (run.folder / "runs").glob("*") if run.kind == "sweep" else ():
-            folders.refuse_if_locked(inside)
-        extra = listed.not_its_own(run)
-        if extra:
-            raise ConfigError(f"{run.folder}: expected a run's files only, found {extra}; move them away")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError("yes: expected --yes where nobody can be asked")
-        print(listed.listing(found))
-        if input(f"remove {len(found)} folders? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing removed")
-            return
-    for run in found:
-        try:
-            shutil.rmtree(run.folder)
-        except OSError as error:
-            folders.refuse(run.folder, error)
-        print(f"removed {run.folder}")
-
-
-def data_list(json_: Json = False) -> None:
-    """List the datasets that are ready to use, and what they take on the disk.
-
-    They stand in METALR_CACHE_DIR, by default ~/.cache/metalr.
-
-    Args:
-      json_: print JSON.
-    """
-    from metalr import data
-
-    rows = []
-    for name in data.names():
-        try:
-            rows.append(data.load(name))
-        except DataError as error:
-            print(f"metalr: {name} is left out: {error}", file=sys.stderr)
-    if json_:
-        print(
-            json.dumps(
-                [
-                    {"name": d.name, "classes": d.classes, "source": d.source, "sha256": d.sha256}
-                    | {"bytes": data.stored_bytes(d.name)}
-                    for d in rows
-                ]
-            )
-        )
-        return
-    for dataset in rows:
-        size = data.stored_bytes(dataset.name)
-        print(f"{dataset}{f', {size / 2**20:.1f} MiB' if size else ''}")
-
-
-def data_remove(name: tyro.conf.Positional[str]) -> None:
-    """Remove a prepared or imported dataset from the cache.
-
-    Args:
-      name: as `metalr data list` shows it.
-    """
-    from metalr import data
-
-    print(f"removed {data.remove(name)}")
-
-
-def data_prepare(name: tyro.conf.Positional[str], idx: Path | None = None, data_dir: Path | None = None) -> None:
-    """Bring a dataset into metalr's cache: the full MNIST, or any prepared TFDS image-classification set.
-
-    Args:
-      name: mnist, or the name of a TFDS dataset that is prepared in the TFDS folder: NAME, NAME/CONFIG or
-        NAME/CONFIG:VERSION.
-      idx: folder with MNIST's four IDX files (gzipped or not); checked by sha256.
-      data_dir: TFDS folder; default TFDS_DATA_DIR, then ~/tensorflow_datasets.
-    """
-    from metalr.data import sources
-
-    print(sources.prepare(name, idx=idx, data_dir=data_dir))
-
-
-def data_import(
-    source: tyro.conf.Positional[Path],
-    name: str | None = None,
-    min_per_class: int = 0,
-    size: int | None = None,
-    gray: bool = False,
-) -> None:
-    """Check your own images and labels, and keep them under a name.
-
-    Args:
-      source: a folder of pictures with a folder for each class; or a folder of IDX files, as Fashion-MNIST comes; or an
-        .npz with images and labels, numbers or names (and optionally test_images, test_labels, class_split), or with
-        images [classes, n, height, width] alone.
-      name: what --data calls it; default: the name of the file or folder.
-      min_per_class: leave out classes with fewer images.
-      size: pictures: resize to that many pixels, square.
-      gray: pictures: one channel in place of three.
-    """
-    from metalr import data
-    from metalr.data import sources
-
-    if source.is_dir() and not sources.holds_idx(source):
-        dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=name)
-    elif size is not None or gray:
-        raise ConfigError(f"size, gray: expected a folder of pictures with them, got {source}")
-    elif source.is_dir():
-        dataset = sources.read_idx(source, min_per_class=min_per_class, name=name)
-    else:
-        dataset = data.from_npz(source, name, min_per_class=min_per_class)
-    if dataset.name in (data.BUNDLED, "mnist"):
-        raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
-    data.write_cache(dataset)
-    print(dataset)

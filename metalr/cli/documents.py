@@ -43,7 +43,7 @@ def experiment(config: TrainConfig, name: str, seeds: tuple[int, ...] = (0, 1, 2
 
 
 def study(variants: dict[str, TrainConfig], name: str, seeds: tuple[int, ...] = (0, 1, 2), **options: Any) -> None:
-    """Run a study document: variants of a config, once a seed; options as seeds.run_study takes them.
+    """Run a study document: variants of a config, once a seed; options as studies.run_study takes them.
 
     With the document's seeds, the results go to results/NAME.json beside the calling script; otherwise to runs/NAME.
     """
