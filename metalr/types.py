@@ -39,6 +39,8 @@ class Curve(NamedTuple):
     """The objective's score (accuracy, say) on held-out tasks after some numbers of inner steps."""
 
     steps: np.ndarray  # [points] int, ascending: after how many steps
-    mean: np.ndarray  # [points] float
-    ci95: np.ndarray  # [points] float, half-width over tasks
-    tasks: np.ndarray  # [tasks, points] float64, each task's own score on its query set
+    mean: np.ndarray  # [points] float; of several rates side by side [rates, points]
+    ci95: np.ndarray  # as mean; half-width over tasks
+    tasks: (
+        np.ndarray
+    )  # [tasks, points] float64, with rates [tasks, rates, points], each task's own score on its query set

@@ -152,15 +152,16 @@ def _targets(
             f"data.target: {path}: expected classes in {target[0]!r}, got numbers such as {present.iloc[0]:g}; for "
             "numbers: --objective squared_error"
         )
-    values = np.full(len(frame), "", dtype=object)
-    values[~missing] = present.astype(str).to_numpy(str)
+    values = present.astype(str).to_numpy(str).tolist()
     if classes is True:
         found = sorted(set(present.to_numpy().tolist()))
         names = tuple(str(name) for name in found)
     else:
         names = tuple(classes)
-    number = {name: i for i, name in enumerate(names)} | {"": -1}
+    number = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(values) - set(number))
     if unknown:
         raise DataError(f"data.target: {path}: expected one of the classes {list(names)}, got {unknown[0]!r}")
-    return np.array([number[value] for value in values], np.int32), names
+    labels = np.full(len(frame), -1, np.int32)
+    labels[~missing] = [number[value] for value in values]
+    return labels, names

@@ -68,6 +68,22 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
 
+def begin(
+    model: Model, sample: Sampler, pool: Pool, init: Params, random_init: bool | jax.Array, key: jax.Array
+) -> tuple[Episode, jax.Array, Params]:
+    """The episode of a key, the key of its inner steps, and the params that they begin from.
+
+    random_init: a new init instead of `init`; a traced bool leaves the choice to the compiled program.
+    """
+    init_key, step_key = jax.random.split(second_key(key))
+    episode = sample(pool, key)
+    if isinstance(random_init, jax.Array):
+        start = jax.lax.cond(random_init, model.init, lambda _: init, init_key)
+    else:
+        start = model.init(init_key) if random_init else init
+    return episode, step_key, model.begin(start, episode.support_x, episode.support_y)
+
+
 def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
     """Mean and 95 % half-width over tasks (Student's t).
 
@@ -195,7 +211,7 @@ def make_evaluator(
     Raises ConfigError where spec.extend forbids so many steps.
     """
     hyperparameters.check_steps(spec, steps)
-    at = points(steps, spec.steps) if at is None else list(at)
+    at = points(steps, spec.steps) if at is None else inner.check_stops(at, steps)
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
         support = count(episode.support_y)
@@ -206,13 +222,15 @@ def make_evaluator(
 
     def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
         data = episode.support_x, episode.support_y, episode.query_x
+        alone = list(at) == [steps]
         logits = factored.query_logits(
-            init, rates, spec, *data, steps, every_step=True, of_steps=of_steps, objective=objective.name
+            init, rates, spec, *data, steps, every_step=not alone, of_steps=of_steps, loss=objective.loss
         )
-        return jax.vmap(objective.score, (0, None))(logits[np.asarray(at)], episode.query_y)
+        seen = logits[None] if alone else logits[np.asarray(at)]
+        return jax.vmap(objective.score, (0, None))(seen, episode.query_y)
 
     def fits(support: int) -> bool:
-        return objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
+        return factored.pays(model, spec, objective.loss, support, steps)
 
     return _compiled(model, sample, plain, at, random_init, fast, fits, layout)
 
@@ -272,17 +290,10 @@ def _compiled(
     """plain(apply, episode, key, init, rates), or fast(episode, init, rates) where it fits the support set's size."""
 
     def curves(pool: Pool, init: Params, rates: Any, fresh: jax.Array, keys: jax.Array) -> jax.Array:
-        def parts(key: jax.Array) -> tuple[Episode, jax.Array, Params]:
-            init_key, step_key = jax.random.split(second_key(key))
-            episode = sample(pool, key)
-            if random_init is None:
-                start = jax.lax.cond(fresh, model.init, lambda _: init, init_key)
-            else:
-                start = model.init(init_key) if random_init else init
-            return episode, step_key, model.begin(start, episode.support_x, episode.support_y)
+        begun = functools.partial(begin, model, sample, pool, init, fresh if random_init is None else random_init)
 
         def in_fast_form(key: jax.Array) -> jax.Array:
-            episode, _, start = parts(key)
+            episode, _, start = begun(key)
             assert fast is not None
             return fast(episode, start, rates)
 
@@ -290,7 +301,7 @@ def _compiled(
             return devices.map_tasks(functools.partial(one_task, apply), keys, group)
 
         def one_task(apply: Apply, key: jax.Array) -> jax.Array:
-            episode, step_key, start = parts(key)
+            episode, step_key, start = begun(key)
             return plain(apply, episode, step_key, start, rates)
 
         episodes = jax.eval_shape(sample, pool, keys[0])

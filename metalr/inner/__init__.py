@@ -6,6 +6,7 @@ from metalr.inner.loop import (
     Step,
     adapt,
     adaptation_curve,
+    check_stops,
     make_step,
     take,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "accuracy",
     "adapt",
     "adaptation_curve",
+    "check_stops",
     "cross_entropy",
     "make_step",
     "objective_of",

@@ -20,21 +20,22 @@ import numpy as np
 
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.inner.objective import Loss, cross_entropy, squared_error
 from metalr.models import Model
 from metalr.types import Params, Rates
 
-OBJECTIVES = ("cross_entropy", "squared_error")  # whose output gradients this form knows
+LOSSES = (cross_entropy, squared_error)  # whose gradients by the outputs this form knows
 FEW_ROWS = 8  # a kernel is updated by that many images in one fused loop, rather than by a product and a difference
 LOW_RANK_SHARE = 2.0  # activations and errors may be this much larger than a kernel: shared products are that good
 
 
-def pays(model: Model, spec: RatesSpec, support: int, steps: int) -> bool:
-    """Whether this form applies to the model and rates, and is the cheaper one for this support set."""
+def pays(model: Model, spec: RatesSpec, loss: Loss, support: int, steps: int) -> bool:
+    """Whether this form applies to the model, rates and loss, and is the cheaper one for this support set."""
     if not model.relu_stack or model.input_shape is None:
         return False
     first = int(np.prod(model.input_shape))
     return (
-        model.relu_stack
+        loss in LOSSES
         and not model.dropout
         and spec.only_rates
         and spec.granularity not in ("channel", "parameter")
@@ -60,7 +61,7 @@ def query_logits(
     first_order: bool = False,
     every_step: bool = False,
     of_steps: int | None = None,
-    objective: str = "cross_entropy",
+    loss: Loss = cross_entropy,
 ) -> jax.Array:
     """Logits on the query set after adapting to the support set.
 
@@ -73,12 +74,12 @@ def query_logits(
       first_order: as in `inner.adapt`.
       every_step: also give the logits before each step.
       of_steps: over how many steps a schedule with knots is spread; default: spec.steps.
-      objective: one of OBJECTIVES.
+      loss: one of LOSSES.
 
     Returns:
       [query, way], or [steps + 1, query, way] if every_step.
     """
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps, objective)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps, loss)
     query_x = query_x.reshape(query_x.shape[0], -1)
     on_query = stack.products(query_x)  # each set apart, because joining them would copy every image
     layers = stack.start()
@@ -112,10 +113,10 @@ def factors(
     support_x: jax.Array,
     support_y: jax.Array,
     steps: int,
-    objective: str = "cross_entropy",
+    loss: Loss = cross_entropy,
 ) -> Factors:
     """What `adapt` gives, without ever writing a first kernel. Arguments as of `adapt`."""
-    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, objective)
+    stack = _Stack(params, rates, spec, support_x, support_y, steps, False, steps, loss)
     first, rest = stack.start()
     layers: _Layers = first, [_Formed(layer.kernel, layer.bias) for layer in rest]  # wanted in the end anyway
     for step in range(steps):
@@ -142,13 +143,13 @@ def adapt(
     support_x: jax.Array,
     support_y: jax.Array,
     steps: int,
-    objective: str = "cross_entropy",
+    loss: Loss = cross_entropy,
 ) -> Params:
     """Params after `steps` steps on the support set; the first kernel is built once, at the end. Arguments as above.
 
     A schedule with knots is spread over these steps.
     """
-    found = factors(params, rates, spec, support_x, support_y, steps, objective)
+    found = factors(params, rates, spec, support_x, support_y, steps, loss)
     names = _layer_names(params)
     first = params[names[0]]["kernel"] - jnp.dot(found.x.T, found.errors), found.bias
     formed = zip(names, [first, *found.rest], strict=True)
@@ -174,7 +175,7 @@ class _Stack:
         steps: int,
         first_order: bool,
         of_steps: int | None,
-        objective: str,
+        loss: Loss,
     ) -> None:
         self.names = _layer_names(params)
         self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
@@ -182,7 +183,7 @@ class _Stack:
         self.one_rate = spec.granularity != "tensor"  # for a layer's kernel and bias
         self.x = support_x.reshape(support_x.shape[0], -1)
         outputs = params["head"]["bias"].shape[0]
-        self.classes = objective == "cross_entropy"
+        self.classes = loss is cross_entropy
         if self.classes:
             self.targets = jax.nn.one_hot(support_y, outputs, dtype=support_x.dtype)
         else:
@@ -212,7 +213,7 @@ class _Stack:
         first, rest = layers[0], list(layers[1])
         now = hyperparameters.at_step(self.spec, self.rates, index, self.of_steps)
         logits, inputs = self.forward(layers, self.on_support)
-        # The objective's gradient by the outputs: of the mean over examples, and of the mean over all numbers.
+        # The loss's gradient by the outputs: of the mean over examples, and of the mean over all numbers.
         error = (
             (jax.nn.softmax(logits) - self.targets) / len(self.x)
             if self.classes

@@ -2,7 +2,8 @@
 
 They are one flat dict, name -> array. A learning rate's name is its group: the whole network ("all"), a layer
 ("dense_0") or a tensor ("dense_0/kernel"); a tensor without a group does not adapt. Everything else has its kind in
-front: "momentum:dense_0", "decay:dense_0", "clip:dense_0", "proximal:dense_0", "dropout:all", and "predict:…" for the
+front: "momentum:dense_0", "decay:dense_0", "clip:dense_0", "proximal:dense_0", "dropout:all", "horizon_power:…" and
+"support_power:…" (how rates change with the length of a fine-tune and with its examples), and "predict:…" for the
 weights of the network that predicts hyperparameters from the task. The outer loop learns `raw` values, free of
 constraints; everything else sees the actual ones. `metalr.inner.descent` makes steps of them.
 """
@@ -327,6 +328,11 @@ def check_steps(spec: RatesSpec, steps: int) -> None:
         raise ConfigError(
             f"steps: expected at most the {spec.steps} trained steps, got {steps}; use extend='hold' or 'mean'"
         )
+
+
+def curve_steps(steps: int, extend: str) -> int:
+    """How far an adaptation curve goes where nothing else is said: 10 steps, or the trained ones."""
+    return steps if extend == "error" else max(10, steps)
 
 
 def dropout(spec: RatesSpec, rates: Rates, has_dropout: bool) -> bool | jax.Array:

@@ -133,7 +133,8 @@ def adapt(
       (params after the last step, observations with a leading axis as long as observe_at, or None).
 
     Raises:
-      ConfigError: a batch size outside 1..support, or no key where one is needed.
+      ConfigError: a batch size outside 1..support, no key where one is needed, or an observe_at that does not ascend
+        within 0..steps.
     """
     step = make_step(apply, support_x, support_y, optimizer, steps, **options)
     carry = (params, optimizer.init(params))
@@ -143,9 +144,8 @@ def adapt(
 
     if observe is None:
         return final(take(step, carry, 0, steps, remat=remat)), None
-    stops = list(range(steps + 1)) if observe_at is None else [int(at) for at in observe_at]
-    dense = len(stops) == steps + 1
-    if dense and steps > UNROLLED_STEPS:
+    stops = list(range(steps + 1)) if observe_at is None else check_stops(observe_at, steps)
+    if len(stops) == steps + 1 and steps > UNROLLED_STEPS:
         one = jax.checkpoint(step) if remat else step
 
         def body(carry: Carry, number: jax.Array) -> tuple[Carry, Any]:
@@ -161,6 +161,14 @@ def adapt(
         seen.append(observe(final(carry)))
     carry = take(step, carry, done, steps, remat=remat)
     return final(carry), jax.tree.map(lambda *v: jnp.stack(v), *seen)
+
+
+def check_stops(at: Sequence[int], steps: int) -> list[int]:
+    """Numbers of steps to look after, as a list. Raises ConfigError unless they ascend, within 0..steps."""
+    stops = [int(number) for number in at]
+    if not stops or stops != sorted(set(stops)) or stops[0] < 0 or stops[-1] > steps:
+        raise ConfigError(f"observe_at: expected numbers of steps that ascend, of 0..{steps}, got {list(at)}")
+    return stops
 
 
 def adaptation_curve(

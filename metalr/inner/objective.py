@@ -22,7 +22,8 @@ class Objective:
     """A loss with its metrics.
 
     Attributes:
-      name: a key of OBJECTIVES, or what you call your own.
+      name: a key of OBJECTIVES, or what you call your own. An objective of another loss has another name, because a
+        folder keeps the name alone.
       loss: (outputs, targets) -> [] float, the mean over examples; of support and query sets alike.
       meta_loss: what the outer loop minimises of the query set, if that is something else.
       metrics: name -> (outputs, targets) -> [] float; reported beside the loss.
@@ -40,6 +41,11 @@ class Objective:
     meta_loss: Loss | None = None
 
     def __post_init__(self) -> None:
+        known = LOSSES.get(self.name)
+        if known is not None and self.loss is not known:
+            raise ConfigError(
+                f"objective: expected a name of your own for a loss of your own, got {self.name!r}, which is metalr's"
+            )
         if self.choose_by != "loss" and self.choose_by not in self.metrics:
             raise ConfigError(
                 f"objective {self.name!r}: choose_by: expected one of {['loss', *self.metrics]}, got {self.choose_by!r}"
@@ -164,6 +170,7 @@ def binary_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return ((logits > 0) == (labels > 0.5)).mean(dtype=jnp.float32)
 
 
+LOSSES = {each.__name__: each for each in (cross_entropy, squared_error, absolute_error, binary_cross_entropy)}
 CROSS_ENTROPY = Objective("cross_entropy", cross_entropy, {"accuracy": accuracy}, "accuracy", True, "classes")
 OBJECTIVES = {
     each.name: each

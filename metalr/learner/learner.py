@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from metalr import data, inner, models, trees
-from metalr.errors import ArtifactError, ConfigError, DataError, MetalrWarning
+from metalr.errors import ArtifactError, ConfigError, DataError, MetalrError, MetalrWarning
 from metalr.evaluation import protocol
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -126,8 +126,8 @@ class Learner:
         if batched:
             raise DataError("support_y: expected one task, shape [support]; for many tasks: adapt")
         # With a head that is made for each task, the first layer has to be another one: it is the init's.
-        fits = self.objective.name in factored.OBJECTIVES and (self.model.start is None or len(self.init) > 1)
-        if not fits or not factored.pays(self.model, self.spec, trees.count(y), steps):
+        fits = self.model.start is None or len(self.init) > 1
+        if not fits or not factored.pays(self.model, self.spec, self.objective.loss, trees.count(y), steps):
             fast = self.adapt(support_x, support_y, steps)
             return lambda x: self.apply(fast, x, support_x if self.model.uses_support else None)
         found, own = self._factors(self.init, self.rates, x, y, steps=int(steps)), self.standardisation
@@ -144,7 +144,7 @@ class Learner:
         def factors(init: Params, rates: Rates, x: Any, y: Any, *, steps: int) -> factored.Factors:
             x = self._prepared(x)
             start = self.model.begin(init, x, y)
-            return factored.factors(start, rates, self.spec, x, y, steps, self.objective.name)
+            return factored.factors(start, rates, self.spec, x, y, steps, self.objective.loss)
 
         return jax.jit(factors, static_argnames="steps")
 
@@ -160,14 +160,20 @@ class Learner:
 
         Args:
           tasks: their `test` sampler is drawn from.
-          steps: length of the curve; default: 10, or as many as were trained if those are more.
+          steps: length of the curve: those of one fine-tune of so many steps, over which a schedule with knots is
+            stretched, as `adapt` does. Default: 10 steps, or as many as were trained if those are more (or if
+            spec.extend is "error"); a schedule then holds after the trained ones.
 
         Rates that were learned alone (outer.learns "rates") start from a random init for each task. With
         inner.head_start other than "learned", tasks may have another number of classes than the trained ones.
 
         Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
+
+        Raises:
+          ConfigError: episodes that the network or the objective cannot take. DataError: labels that the network has no
+            output for, or images that are not float 0..1.
         """
-        length = max(10, self.spec.steps) if steps is None else steps
+        length = hyperparameters.curve_steps(self.spec.steps, self.spec.extend) if steps is None else steps
         pool, sample = tasks.sampler("test")
         keys = protocol.episode_keys(seed, episodes)
         model = self.model if self.model.of_way is None else self.model.of_way(_ways_in(tasks, keys))
@@ -184,10 +190,32 @@ class Learner:
                 "tasks: expected those that this was trained on, or tasks that are not standardised; their "
                 "standardisation is another one"
             )
+        self._check_episodes(model, tasks, pool, sample, keys)
         run = protocol.make_evaluator(
-            model, self.spec, sample, length, random_init=self.rates_alone, objective=self.objective
+            model, self.spec, sample, length, of_steps=steps, random_init=self.rates_alone, objective=self.objective
         )
         return run(pool, self.init, self.rates, keys)
+
+    def _check_episodes(self, model: Model, tasks: Tasks, pool: Any, sample: Any, keys: jax.Array) -> None:
+        """Raises as `evaluate` says unless the network can take the episodes of these keys."""
+
+        def of_init(init: Params, pool: Any, key: jax.Array) -> tuple[Episode, jax.Array]:
+            episode, _, start = protocol.begin(model, sample, pool, init, False, key)
+            outputs = models.predict(model.apply, start, episode.support_x, episode.query_x)
+            return episode, self.objective.loss(outputs, episode.query_y)
+
+        try:
+            episode, _ = jax.eval_shape(of_init, self.init, pool, keys[0])
+        except MetalrError:
+            raise
+        except Exception as error:  # whatever a network or a loss of the user's own makes of them
+            raise ConfigError(f"tasks: their episodes do not fit the learner's network: {error}") from error
+        if self.classifies_images and episode.query_x.dtype == np.uint8:
+            raise DataError("tasks: expected images as float 0..1, got uint8; divide them by 255")
+        if self.objective.targets == "classes" and model.way is not None and model.of_way is None:
+            ways = _ways_in(tasks, keys)
+            if ways > model.classes:
+                raise DataError(f"tasks: expected labels 0..{model.classes - 1}, got some up to {ways - 1}")
 
     def apply(self, params: Params, x: Any, support_x: Any = None) -> jax.Array:
         """Outputs for inputs in any of the forms that `adapt` takes, of images logits [n, way] float32.
@@ -466,12 +494,12 @@ class Learner:
 
         def adapt(init: Params, rates: Rates, x: Any, y: Any, *, steps: int, batched: bool) -> Params:
             support = jax.tree.leaves(y)[0].shape[int(batched)]
-            fast = objective.name in factored.OBJECTIVES and factored.pays(model, spec, support, steps)
+            fast = factored.pays(model, spec, objective.loss, support, steps)
 
             def one(apply: models.Apply, init: Params, rates: Rates, task: tuple[Any, Any]) -> Params:
                 init = model.begin(init, *task)
                 if fast:
-                    return factored.adapt(init, rates, spec, *task, steps, objective.name)
+                    return factored.adapt(init, rates, spec, *task, steps, objective.loss)
                 optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout, of_steps=steps)
                 options |= {"key": jax.random.key(0), "loss": objective.loss}
                 return inner.adapt(apply, init, *task, optimizer, steps, **options)[0]

@@ -183,6 +183,14 @@ def match(
         if wanted is not None and names is not None and wanted not in learned:
             raise ConfigError(f"names: {each.name}: expected a learned tensor, one of {[*learned]}, got {wanted!r}")
         sources[each.name] = (wanted,) if wanted in learned else ()
+    given = names if isinstance(names, Mapping) else {}
+    own_names = [each.name.removeprefix(prefix) for each in mine]
+    unused = [key for key in given if not any(_fits(key, name) for name in own_names)]
+    if unused:
+        raise ConfigError(
+            f"names: expected names or patterns of your tensors or layers, {own_names}, got some "
+            f"that fit none: {unused}"
+        )
     lost = [name for name, of in sources.items() if not of]
     if lost and default is None:
         raise ConfigError(
@@ -228,6 +236,12 @@ def _factor(own: int | None, learned: list[int | None]) -> float:
     return float(np.exp(np.mean(np.log(counts))) / own)
 
 
+def _fits(key: str, name: str) -> bool:
+    """Whether a key of a mapping is of a tensor: its name, its layer's, or a pattern (*) of either."""
+    layer = hyperparameters.layer_name(name)
+    return key in (name, layer) or fnmatch.fnmatchcase(name if "/" in key else layer, key)
+
+
 def _mapped(names: Mapping[str, str], name: str) -> str | None:
     """The learned tensor of a mapping: by the tensor's name, its layer's, or the first pattern (*) that fits.
 
@@ -239,10 +253,8 @@ def _mapped(names: Mapping[str, str], name: str) -> str | None:
     if layer in names:
         return f"{names[layer]}/{last}"
     for pattern, target in names.items():
-        if "/" in pattern and fnmatch.fnmatchcase(name, pattern):
-            return target
-        if "/" not in pattern and fnmatch.fnmatchcase(layer, pattern):
-            return f"{target}/{last}"
+        if _fits(pattern, name):
+            return target if "/" in pattern else f"{target}/{last}"
     return None
 
 

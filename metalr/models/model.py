@@ -163,9 +163,19 @@ def starting_from(model: Model, params: Params) -> Model:
                 f"{came.get(name, 'none')}"
             )
     leaves = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(given)}
-    ordered = [leaves[path_name(p)] for p, _ in jax.tree_util.tree_leaves_with_path(wanted)]
-    fixed = jax.tree.unflatten(jax.tree.structure(wanted), ordered)
-    return dataclasses.replace(model, name=CUSTOM, settings={}, init=lambda key: fixed)
+
+    def fixed(key: jax.Array) -> Params:
+        # What is drawn says the order of the layers, which jax loses; a compiled program leaves out the numbers.
+        return _filled(model.init(key), leaves)
+
+    return dataclasses.replace(model, name=CUSTOM, settings={}, init=fixed)
+
+
+def _filled(tree: Params, leaves: dict[str, jax.Array], prefix: str = "") -> Params:
+    """A tree with other leaves, by name; its dicts keep their order."""
+    if type(tree) is dict:
+        return {key: _filled(value, leaves, f"{prefix}{key}/") for key, value in tree.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[(prefix + path_name(path)).removesuffix("/")], tree)
 
 
 def check_dtypes(params: Params, what: str) -> None:

@@ -93,9 +93,9 @@ def meta_gradient(
       (gradients shaped like `meta`, what the objective measures: means over tasks of the query set after adaptation).
     """
     support = jax.tree.leaves(episodes.support_y)[0].shape[1]
-    fast = isinstance(method, Reverse) and method.last is None and objective.name in factored.OBJECTIVES and not plain
     steps = horizon or spec.steps
-    fast = fast and factored.pays(model, spec, support, steps)
+    fast = isinstance(method, Reverse) and method.last is None and not plain
+    fast = fast and factored.pays(model, spec, objective.loss, support, steps)
     loss, every = objective.of_query, step_weights is not None
     if isinstance(method, Forward):
         model = dataclasses.replace(model, cpu_apply=None)  # that form may have no forward mode: conv4's has not
@@ -108,7 +108,7 @@ def meta_gradient(
             data = episode.support_x, episode.support_y, episode.query_x
             outputs = factored.query_logits(
                 problem.begun(meta, episode).init, rates, spec, *data, steps, of_steps=steps,
-                first_order=way.first_order, every_step=every, objective=objective.name,
+                first_order=way.first_order, every_step=every, loss=objective.loss,
             )  # fmt: skip
         else:
             outputs = way.outputs(problem, meta, episode, key, every_step=every)

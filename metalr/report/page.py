@@ -15,7 +15,7 @@ from metalr.errors import ConfigError
 from metalr.report import examples
 from metalr.report import runs as listed
 from metalr.report.figures import Series, chart, heat_map, number, table
-from metalr.report.tables import conclusion, contest_conclusion, shown, shown_interval
+from metalr.report.tables import conclusion, contest_conclusion, plain, shown, shown_interval
 from metalr.storage import folders
 
 MOST_POINTS = 300  # of a line over outer steps
@@ -156,12 +156,8 @@ def _differences(runs: Sequence[listed.Run]) -> str:
     names = listed.differing(runs)
     if not names:
         return "<p>Their settings are the same.</p>"
-    rows = [[name, *(_plain(run.setting(name)) for run in runs)] for name in names]
+    rows = [[name, *(plain(run.setting(name)) for run in runs)] for name in names]
     return table(["setting", *_names(runs)], rows)
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 def _curve(name: str, results: dict[str, Any]) -> Series:
@@ -179,7 +175,7 @@ def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
     drawn = against_cost(rows, metric)
     head = ["method", "steps", metric, "95 %", "cost of a task"]
     body = [
-        [r["method"], _plain(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric),
+        [r["method"], plain(r["steps"]), shown(r[metric], metric), shown_interval(r["ci95"], metric),
          number(float(np.mean(r["example_gradients"])))]
         for r in rows
     ]  # fmt: skip
@@ -282,7 +278,7 @@ def _rates(name: str, results: dict[str, Any]) -> str:
     if others:
         text += table(
             ["also learned", "value"],
-            [[k, f"{v:.4g}" if isinstance(v, float) else _plain(v)] for k, v in others.items()],
+            [[k, plain(v)] for k, v in others.items()],
         )
     return drawn + text
 
@@ -326,12 +322,19 @@ def _training(name: str, run: listed.Run) -> str:
     return drawn + _path(name, rows)
 
 
+def _again(run: listed.Run) -> str:
+    given = folders.data_of(run.folder).get("given") == folders.OWN_TASKS
+    if given or run.setting("model.name") == "custom":
+        return f"{_code('metalr.meta_train')} with the same tasks, network and settings, which are in Python"
+    return _code(f"metalr train --config {run.folder}")
+
+
 def _made(run: listed.Run) -> str:
     facts = listed.details(run, {})
     settings = facts.pop("settings")
-    again = f"<p>Again: {_code(f'metalr train --config {run.folder}')}</p>" if run.kind == "run" else ""
-    known = [[name.replace("_", " "), _plain(listed.in_words(name, value))] for name, value in facts.items()]
-    every = table(["setting", "value"], [[k, _plain(v)] for k, v in settings.items()])
+    again = f"<p>Again: {_again(run)}</p>" if run.kind == "run" else ""
+    known = [[name.replace("_", " "), plain(listed.in_words(name, value))] for name, value in facts.items()]
+    every = table(["setting", "value"], [[k, plain(v)] for k, v in settings.items()])
     return (
         f"<h3>{html.escape(str(run.folder))}</h3>{table(['', ''], known)}{again}"
         f"<details><summary>All settings</summary>{every}</details>"
@@ -345,7 +348,7 @@ def _comparison(run: listed.Run) -> list[str]:
     metric, rows = results.get("metric", {}).get("name", "accuracy"), results["rows"]
     text = html.escape(contest_conclusion(results))
     ends = [
-        [c["method"], _plain(c["steps"]), shown(c.get(metric), metric), number(c["learned_reaches_it_with"]),
+        [c["method"], plain(c["steps"]), shown(c.get(metric), metric), number(c["learned_reaches_it_with"]),
          "" if c.get("break_even_tasks") is None else f"{c['break_even_tasks']:,}"]
         for c in results["conclusions"]
         if c["learned_reaches_it_with"] is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metalr.errors import ConfigError
-from metalr.report.tables import aligned, shown, shown_interval
+from metalr.report.tables import aligned, plain, shown, shown_interval
 from metalr.storage import folders
 
 DEPTH = 3  # folders below the one that is listed
@@ -269,18 +269,12 @@ def listing(runs: Sequence[Run], most: int = 6) -> str:
                 score = f"{run.done}/{run.setting('outer.steps')}"
             interval = shown_interval(run.ci95, run.metric) if run.metric and run.ci95 is not None else ""
             about = run.status, score, interval, age(now - run.began), size(run.bytes)
-            rows.append((str(run.folder), *about, *(_value(run.setting(name)) for name in names[:most])))
+            rows.append((str(run.folder), *about, *(plain(run.setting(name)) for name in names[:most])))
         left = (0, 1, *range(6, len(head)))
         parts.append("\n".join(aligned(rows, left=left)))
         if len(names) > most:
             parts.append(f"they also differ in {', '.join(names[most:])}")
     return "\n\n".join(parts)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(_value(one) for one in value)
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def age(seconds: float) -> str:
@@ -309,7 +303,7 @@ def comparison(runs: Sequence[Run]) -> str:
             for run in runs
         ]
         rows.append((metric, *found))
-    rows += [(name, *(_value(run.setting(name)) for run in runs)) for name in names]
+    rows += [(name, *(plain(run.setting(name)) for run in runs)) for name in names]
     lines = aligned(rows, left=tuple(range(len(runs) + 1)))
     return "\n".join(lines + ([] if names else ["", "their settings are the same"]))
 
@@ -342,7 +336,7 @@ def in_words(name: str, value: Any) -> str:
     """One of the `details` for people."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
-    return size(value) if name == "bytes" else _value(value)
+    return size(value) if name == "bytes" else plain(value)
 
 
 def details_text(facts: dict[str, Any]) -> str:
@@ -353,5 +347,5 @@ def details_text(facts: dict[str, Any]) -> str:
             continue
         rows.append((name.replace("_", " "), in_words(name, value)))
     lines = aligned(rows, left=(0, 1))
-    changed: list[tuple[str, ...]] = [(name, _value(value)) for name, value in facts["settings"].items()]
+    changed: list[tuple[str, ...]] = [(name, plain(value)) for name, value in facts["settings"].items()]
     return "\n".join([*lines, "", "settings that differ from the defaults:", *aligned(changed, left=(0, 1))])

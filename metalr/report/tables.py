@@ -169,7 +169,7 @@ def sweep_text(results: dict[str, Any]) -> str:
     )  # fmt: skip
     body = []
     for row in ranked:
-        cells = [_plain(row["point"].get(name)) for name in names]
+        cells = [plain(row["point"].get(name), " ") for name in names]
         done = len(row["seeds"]) - row["failed"]
         cells.append(f"{done}" if not row["failed"] else f"{done}, {row['failed']} failed")
         own = row.get("metric", metric)
@@ -188,7 +188,9 @@ def sweep_text(results: dict[str, Any]) -> str:
         ]
     if results["best"] is not None:
         folder = results["folder"]
-        setting = ", ".join(f"{name} {_plain(value)}" for name, value in results["best"]["point"].items()) or "the base"
+        setting = (
+            ", ".join(f"{name} {plain(value, ' ')}" for name, value in results["best"]["point"].items()) or "the base"
+        )
         lines += [
             f"best on meta-validation tasks: {setting}",
             f"run it again with: metalr train --config {folder}/best.json",
@@ -197,10 +199,11 @@ def sweep_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any, between: str = ", ") -> str:
+    """A setting or a fact as text: "" for None, numbers to six digits, a list's entries with `between` them."""
     if isinstance(value, list | tuple):
-        return " ".join(_plain(one) for one in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return between.join(plain(one, between) for one in value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: list[dict[str, Any]], metric: str = "accuracy") -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from metalr.runs.studies import over_seeds
 from metalr.storage import folders
 from metalr.tasks import Tasks
 
+Settings = TypeVar("Settings", InnerConfig, OuterConfig)
+
 
 @overload
 def meta_train(tasks: Tasks, model: Model, *, seed: int = 0, **settings: Any) -> Learner: ...
@@ -37,10 +39,10 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     model: Model,
     *,
     objective: str | Objective = "cross_entropy",
-    algorithm: str = "meta_sgd_layer",
-    steps: int = 5,
-    outer_steps: int = 2000,
-    meta_batch: int = 16,
+    algorithm: str | None = None,
+    steps: int | None = None,
+    outer_steps: int | None = None,
+    meta_batch: int | None = None,
     seed: int | Sequence[int] = 0,
     out: Path | str | None = None,
     resume: bool = False,
@@ -62,17 +64,17 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
       tasks: samplers of the three splits; `Tasks.check` is called first.
       model: the network: models.mlp for rows of numbers, or your own by models.from_function, from_linen or from_nnx.
       objective: a name in metalr.inner.OBJECTIVES, such as "squared_error", or an Objective of your own.
-      algorithm: a row of metalr.outer.algorithms.ALGORITHMS; "meta_sgd_layer" learns one rate per layer.
-      steps: inner steps that are trained.
-      outer_steps: meta-updates.
-      meta_batch: tasks of one meta-update.
+      algorithm: a row of metalr.outer.algorithms.ALGORITHMS; default: "meta_sgd_layer", one rate per layer.
+      steps: inner steps that are trained; default: 5.
+      outer_steps: meta-updates; default: 2000.
+      meta_batch: tasks of one meta-update; default: 16.
       seed: of meta-training; several seeds are trained one after another, in out/seed0, out/seed1 and so on, and their
         mean curve, with an interval over seeds and tasks together, stands in out/seeds.json.
       out: the run folder; default runs/NAME of the tasks, numbered if taken (of several seeds: not numbered).
-      resume: go on with the run in `out`, which was stopped or killed; with no run there, begin one.
+      resume: go on with the run in `out`, which was stopped or killed; with no run there, begin one. Needs `out`.
       overwrite: replace a run in `out`.
-      inner, outer, evaluation, grid: all other settings, as the command line has them. What the arguments above say
-        is not taken from them.
+      inner, outer, evaluation, grid: all other settings, as the command line has them. What the arguments above also
+        say may be said in one of the two places.
       reporter: where progress goes; default: the terminal.
       loggers: where numbers go while it runs, beside metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio", or
         objects of your own with log(step, values) and close() (of one seed).
@@ -88,6 +90,10 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         raise ConfigError(f"tasks: expected a metalr.Tasks, got {type(tasks).__name__}")
     if not isinstance(model, Model):
         raise ConfigError(f"model: expected a metalr.models.Model, such as from_function(init, apply), got {model!r}")
+    if resume and (out is None or overwrite):
+        raise ConfigError(
+            f"resume: expected the run folder as out, and overwrite False, got out={out!r} and overwrite={overwrite}"
+        )
     if not isinstance(seed, (int, np.integer)):
         if any(not isinstance(one, str) for one in loggers):
             raise ConfigError(
@@ -104,13 +110,14 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
 
         parent = Path("runs") / _named(tasks) if out is None else Path(out)
         return _of_seeds(of_seed, [int(one) for one in seed], parent, may_exist=resume or overwrite)
-    found, changed = objective_of(objective), {"algorithm": algorithm, "steps": steps}
-    lengths: dict[str, Any] = {"steps": outer_steps, "meta_batch": meta_batch}
+    found = objective_of(objective)
     config = TrainConfig(
         data=tasks.name,
         objective=found.name,
-        inner=dataclasses.replace(inner or InnerConfig(), **changed),  # type: ignore[arg-type]
-        outer=dataclasses.replace(outer or OuterConfig(), **lengths),
+        inner=_with(inner or InnerConfig(), {"algorithm": ("algorithm", algorithm), "steps": ("steps", steps)}),
+        outer=_with(
+            outer or OuterConfig(), {"steps": ("outer_steps", outer_steps), "meta_batch": ("meta_batch", meta_batch)}
+        ),
         evaluation=evaluation or EvaluationConfig(),
         grid=grid or GridConfig(),
         seed=int(seed),
@@ -135,6 +142,27 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     folder = Path(results["folder"])
     page.write(folder / folders.REPORT, [folder])
     return load(folder, model, found)
+
+
+def _with(settings: Settings, given: dict[str, tuple[str, Any]]) -> Settings:
+    """Settings with what was given as arguments of `meta_train`.
+
+    Args:
+      given: field -> (name of the argument, its value or None).
+
+    Raises ConfigError where an argument and a field were both given, and differ.
+    """
+    changed: dict[str, Any] = {}
+    for field, (name, value) in given.items():
+        if value is None:
+            continue
+        own, default = getattr(settings, field), getattr(type(settings)(), field)
+        if own not in (default, value):
+            raise ConfigError(
+                f"{name}: expected it in one place, got {value!r}, and {own!r} in {type(settings).__name__}.{field}"
+            )
+        changed[field] = value
+    return dataclasses.replace(settings, **changed)
 
 
 def _named(tasks: Tasks) -> str:

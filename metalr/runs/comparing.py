@@ -32,7 +32,7 @@ from metalr.runs import training
 from metalr.runs.job import Job, stoppable
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
-from metalr.runs.sources import OWN_TASKS, load
+from metalr.runs.sources import load
 from metalr.search import fit, searchers
 from metalr.search import trials as trials_lib
 from metalr.storage import folders, sealed
@@ -326,7 +326,7 @@ def load_runs(runs: Sequence[Path], own: Own, setting: str = "runs") -> tuple[li
             )
     results = [_results(path, setting) for path in runs]
     for path, found in zip(runs, results, strict=True):
-        if (found.get("data", {}).get("source") == OWN_TASKS) != (own.given is not None):
+        if (found.get("data", {}).get("source") == folders.OWN_TASKS) != (own.given is not None):
             whose = "data that it names" if own.given is not None else "tasks of your own; pass them as given=..."
             raise ConfigError(f"{setting}: {path} is of {whose}")
         if own.given is not None and own.given.sha256 != _data_sha256(found):
@@ -340,6 +340,11 @@ def load_runs(runs: Sequence[Path], own: Own, setting: str = "runs") -> tuple[li
 
 def _data_sha256(results: dict[str, Any]) -> Any:
     return results.get("data", {}).get("sha256")
+
+
+def regime(shot: int) -> str:
+    """What tables call tasks with so many support examples, of each class where there are classes."""
+    return "few-shot" if shot <= FEW_SHOTS else "full"
 
 
 def _field_of_images(
@@ -356,7 +361,7 @@ def _field_of_images(
     field = _field(config, learner, samplers["test"], samplers["val"], way * shot)
     return field, {
         "family": family,
-        "regime": "few-shot" if shot <= FEW_SHOTS else "full",
+        "regime": regime(shot),
         "data": str(dataset),
         "data_sha256": dataset.sha256,
         "split_sha256": splits.sha256,
@@ -383,7 +388,7 @@ def _field_of_tasks(
     support, query = count(shapes.support_y), count(shapes.query_y)
     return _field(config, learner, test, validation, support), {
         "family": given.name,
-        "regime": "few-shot" if support <= FEW_SHOTS else "full",
+        "regime": regime(support // (learner.model.classes if learner.objective.targets == "classes" else 1)),
         "data": given.name,
         "data_sha256": given.sha256,
         "split_sha256": given.sha256,

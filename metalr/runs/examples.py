@@ -14,7 +14,6 @@ from metalr.inner import descent
 from metalr.learner import Learner
 from metalr.models import predict
 from metalr.runs.setup import Setup
-from metalr.tasks import second_key
 from metalr.trees import count
 from metalr.types import Curve, Episode
 
@@ -48,10 +47,8 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
 
     @jax.jit
     def one(pool: Any, key: jax.Array, init: Any, rates: Any) -> tuple[Any, ...]:
-        init_key, step_key = jax.random.split(second_key(key))
-        episode = sample(pool, key)
-        begun = learner.model.init(init_key) if setup.phases.fresh_init else init
-        start = learner.model.begin(begun, episode.support_x, episode.support_y)
+        fresh = setup.phases.fresh_init
+        episode, step_key, start = protocol.begin(learner.model, sample, pool, init, fresh, key)
         support = count(episode.support_y)
         optimizer, options = descent.fine_tune(learner.spec, rates, support, dropout=learner.model.dropout)
         data = episode.support_x, episode.support_y

@@ -23,7 +23,8 @@ from metalr import models, outer
 from metalr.config import TrainConfig
 from metalr.errors import ConfigError, StoppedError
 from metalr.evaluation import protocol
-from metalr.inner import hyperparameters
+from metalr.inner import OBJECTIVES, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
 from metalr.learner import artifact
 from metalr.learner.learner import LEARNED
 from metalr.outer import devices, loop, processes
@@ -31,7 +32,6 @@ from metalr.runs import pictures
 from metalr.runs.loggers import Log
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, task_cost
-from metalr.runs.sources import OWN_TASKS
 from metalr.storage import checkpoints, folders
 from metalr.tasks import Sampler
 from metalr.trees import path_name
@@ -58,6 +58,18 @@ def mesh_of(config: TrainConfig) -> Mesh:
     return devices.task_mesh(config.outer.meta_batch, all_processes=True, layout=layout_of(config))
 
 
+def _check_same_kind(config: TrainConfig, came: RatesSpec, wanted: RatesSpec) -> None:
+    """Raises ConfigError for rates of config.init that mean something else under these settings."""
+    same = ["positive", "knots", "base"]
+    same += ["steps"] * (wanted.horizon_power is not None) + ["support"] * (wanted.support_power is not None)
+    for name in same:
+        if getattr(came, name) != getattr(wanted, name):
+            raise ConfigError(
+                f"init: {config.init}: its rates are of another kind: expected {name} {getattr(wanted, name)!r} as in "
+                f"these settings, got {getattr(came, name)!r}"
+            )
+
+
 class WarmStart(NamedTuple):
     """What meta-training starts from in place of a random init, and what a result says of it."""
 
@@ -69,7 +81,11 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
     """The init and rates of config.init; None if there is none. Raises ConfigError unless they fit the settings."""
     if config.init is None:
         return None
-    learner = artifact.load(config.init, setup.model if setup.model.name == models.CUSTOM else None)
+    learner = artifact.load(
+        config.init,
+        setup.model if setup.model.name == models.CUSTOM else None,
+        None if setup.objective.name in OBJECTIVES else setup.objective,
+    )
     if config.outer.learns == "rates" and not learner.rates_alone:
         raise ConfigError(
             f"init: {config.init}: expected rates that were learned alone with outer.learns rates, which draws random "
@@ -92,10 +108,8 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
                 f"init: {config.init}: its {part} do not fit these settings: expected {wrong[0]} "
                 f"{wanted.get(wrong[0], 'to be absent')}, got {found.get(wrong[0], 'none')}"
             )
-    if takes_rates and (learner.spec.positive, learner.spec.knots) != (setup.spec.positive, setup.spec.knots):
-        raise ConfigError(
-            f"init: {config.init}: its rates are of another kind: expected {setup.spec}, got {learner.spec}"
-        )
+    if takes_rates:
+        _check_same_kind(config, learner.spec, setup.spec)
     raw = jax.tree.map(
         jnp.asarray,
         hyperparameters.raw_of(setup.spec, learner.rates)
@@ -179,7 +193,7 @@ def meta_train(
         done = int(run.state.step)
         if done < steps:
             book.save()
-            own = setup.source.source == OWN_TASKS
+            own = setup.source.source == folders.OWN_TASKS
             raise stopped(folder, f"after {done} of {steps} outer steps", config, own)
     init, rates = run.best
     return init, rates, _training_facts(config, setup, run.facts)

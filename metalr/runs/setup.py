@@ -357,7 +357,7 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
     elif config.task is None:
         unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}
     else:
-        unused["tasks.shots"] = "a search is of one task"
+        unused |= {"tasks.shots": "a search is of one task", "tasks.distort": "only meta-training tasks are distorted"}
     changed = differences(default, config)
     for name, why in unused.items():
         if name in changed:
@@ -381,13 +381,15 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
         unused["inner.solver_steps"] = "only with inner.algorithm imaml"
     if row.meta_gradient != "query":
         why = f"{inner.algorithm} does not differentiate through the inner steps"
-        unused |= {"inner.derivative": why, "inner.last": why, "inner.first_order": why}
+        unused |= dict.fromkeys(("inner.derivative", "inner.last", "inner.first_order", "outer.first_order_share"), why)
+    elif row.first_order if inner.first_order is None else inner.first_order:
+        unused["outer.first_order_share"] = "all outer steps are first order"
     if row.meta_gradient not in ("query", "implicit"):
         unused["outer.calibrate"] = f"{inner.algorithm} has no query loss"
     if not (row.per_step if inner.per_step is None else inner.per_step):
         unused["inner.extend"] = "only with rates for every step"
     if not learned or config.outer.learns == "init":
-        unused["outer.rates_rate"] = "rates do not learn"
+        unused |= dict.fromkeys(("outer.rates_rate", "inner.lowest", "inner.highest"), "rates do not learn")
     if config.outer.learns in RATES_ONLY:
         unused["outer.init_rate"] = "the init does not learn"
     if not config.grid.run:
@@ -436,7 +438,7 @@ def task_cost(config: TrainConfig, setup: Setup) -> float:
 
 
 def describe(config: TrainConfig, setup: Setup) -> str:
-    """The first lines of a run: data, device, task split, and how the gradient is taken where that is not plain."""
+    """The first lines of a run: data, device, task split."""
     local = devices.local_devices()
     return (
         f"data    {setup.source.text}\n"

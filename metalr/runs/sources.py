@@ -18,7 +18,6 @@ from metalr.inner.objective import objective_of
 from metalr.models import Model
 from metalr.storage import folders
 
-OWN_TASKS = "tasks given in Python"  # the source of a Tasks
 TABLE = "tasks of a table"
 
 
@@ -54,7 +53,7 @@ def load(config: TrainConfig, folder: Path | None = None, where: str | None = No
     read = _reader(config)
     if folder is None:
         return read(where or config.data)
-    if folders.data_of(folder).get("given") == OWN_TASKS:
+    if folders.data_of(folder).get("given") == folders.OWN_TASKS:
         raise ConfigError(
             f"{folder}: is of tasks given in Python; go on with metalr.meta_train(..., out={str(folder)!r}, "
             f"resume=True), evaluate with metalr.load({str(folder)!r}, ...).evaluate(tasks)"
@@ -139,6 +138,6 @@ def of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, dict[s
     support, query = (jax.tree.leaves(field)[0].shape[0] for field in (shapes.support_y, shapes.query_y))
     facts = json.loads(json.dumps(dict(given.facts)))
     described = f"{given.name}, {support} support and {query} query examples"
-    kind = TABLE if "table" in facts else OWN_TASKS
+    kind = TABLE if "table" in facts else folders.OWN_TASKS
     text = f"{given.name}: {kind}\n" + "\n".join(f"        {line}" for line in str(checked).splitlines())
     return Source(given.name, kind, given.sha256, given.sha256, [facts], text, described), samplers, support, query

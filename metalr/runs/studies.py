@@ -78,7 +78,7 @@ def run_study(
     Writes folder/results/NAME.json.
 
     Args:
-      horizons, grid: also compare fine-tunes of these lengths with the best cell of a grid; see compare.horizons.
+      horizons, grid: also compare fine-tunes of these lengths with the best cell of a grid; see evaluating.horizons.
 
     Raises:
       MetalrError: as `run`; checked for all variants before any is trained.

@@ -48,7 +48,7 @@ from metalr.runs.meta_training import (
 from metalr.runs.progress import ConsoleReporter, Reporter
 from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up
-from metalr.runs.sources import OWN_TASKS, TABLE, load
+from metalr.runs.sources import TABLE, load
 from metalr.storage import checkpoints, folders
 from metalr.types import Params, Rates
 
@@ -263,8 +263,8 @@ def _carry_out_together(
 
 
 def _remember(config: TrainConfig, setup: Setup, folder: Path) -> None:
-    own = setup.source.source == OWN_TASKS
-    folders.remember_data(folder, OWN_TASKS if own else config.data, setup.source.sha256)
+    own = setup.source.source == folders.OWN_TASKS
+    folders.remember_data(folder, folders.OWN_TASKS if own else config.data, setup.source.sha256)
 
 
 def _judged(
@@ -351,7 +351,7 @@ def _kept_cells(
 
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its own making."""
-    of_images = setup.source.source not in (OWN_TASKS, TABLE)
+    of_images = setup.source.source not in (folders.OWN_TASKS, TABLE)
     table = next((facts["table"] for facts in setup.source.splits if "table" in facts), None)
     return {
         "tasks": dataclasses.asdict(config.tasks) if of_images else {"name": setup.source.tasks},

@@ -35,7 +35,6 @@ REPORT = "report.html"
 LOGGERS = "loggers.json"  # what loggers go on with
 EXAMPLES = "examples.json"  # a few held-out tasks, for the report
 OWN = {LOCK, DATA, FAILED, MADE, REPORT, EXAMPLES, LOGGERS, "tensorboard", "wandb"}
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so it is one after the end of the file
 OLD = "-old"  # the end of the name that a replaced folder has for a moment, where two cannot change places
 
@@ -287,6 +286,9 @@ def places(recorded: dict[str, Any], folder: Path) -> list[str]:
     return list(dict.fromkeys(str(each) for each in found if each))
 
 
+OWN_TASKS = "tasks given in Python"  # in place of the name of data
+
+
 def remember_data(folder: Path, name: str, sha256: str) -> None:
     """Write down which data a run folder was begun with, and where that stands; once."""
     if not (folder / DATA).is_file():
@@ -301,7 +303,7 @@ def data_of(folder: Path) -> dict[str, Any]:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who holds the lock of `folder`: {"pid", "host", "boot_id"}; None if nobody does."""
+    """Who holds the lock of `folder`: {"pid", "host"}; None if nobody does."""
     try:
         with (folder / LOCK).open("rb") as file:
             free = _lock(file.fileno(), shared=True)
@@ -378,8 +380,7 @@ def locked(folder: Path) -> Iterator[None]:
         found = _facts(os.read(descriptor, 4096))
         if found.get("host", socket.gethostname()) != socket.gethostname():
             _raise_locked(folder, found)  # a network folder whose locks may not reach us
-        boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot}
+        facts = {"pid": os.getpid(), "host": socket.gethostname()}
         try:
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)

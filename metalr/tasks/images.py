@@ -336,7 +336,7 @@ def make_sampler(
         x, y = pixels.reshape(-1, height, width, channels), labels.astype(jnp.int32)
         support_y = y[: way * shot]
         if label_noise:
-            wrong_key, drawn_key = jax.random.split(jax.random.fold_in(label_key, 0))
+            wrong_key, drawn_key = jax.random.split(second_key(label_key))
             drawn = jax.random.randint(drawn_key, support_y.shape, 0, way)
             support_y = jnp.where(jax.random.bernoulli(wrong_key, label_noise, support_y.shape), drawn, support_y)
         return Episode(x[: way * shot], support_y, x[way * shot :], y[way * shot :])

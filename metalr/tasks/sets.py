@@ -413,6 +413,7 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
             if each.prefetch is not None:
                 each.prefetch(keys)
 
+    ahead = prefetch if any(each.prefetch is not None for each in parts) else None
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
-    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, prefetch)
+    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, ahead)

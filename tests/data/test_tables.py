@@ -35,6 +35,9 @@ def test_rows_without_a_target_are_to_be_predicted(tmp_path):
         path, target=["kind"], task_column=None, features=["size"], classes=("x", "y"), may_lack_targets=True
     )
     assert table.y.tolist() == [1, -1, 1, -1]
+    empty = written(tmp_path / "e.parquet", kind=["", "y", "x", None])  # "" is a class, and not a missing one
+    table = data.read_table(empty, target=["kind"], task_column="shop", classes=True, may_lack_targets=True)
+    assert (table.classes, table.y.tolist()) == (("", "x", "y"), [0, 2, 1, -1])
     numbers = written(tmp_path / "n.csv", price=[0.5, None, 1.0, None])
     table = data.read_table(numbers, target=["price"], task_column=None, features=["size"], may_lack_targets=True)
     assert np.isnan(table.y).tolist() == [False, True, False, True]

@@ -9,6 +9,7 @@ from metalr import inner, models
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 
+LOSS = inner.cross_entropy
 pytestmark = pytest.mark.numerical
 
 
@@ -74,9 +75,11 @@ def test_adapted_params_are_those_of_the_plain_form(widths, adapts, granularity)
 
 def test_applies_only_where_it_is_exact():
     mlp, spec = models.mlp(3, dropout=0.0), RatesSpec("layer")
-    assert factored.pays(mlp, spec, 15, 5)
-    assert not factored.pays(models.mlp(3, dropout=0.2), spec, 15, 5)
-    assert not factored.pays(models.conv4(3), spec, 15, 5)
-    assert not factored.pays(mlp, RatesSpec("parameter"), 15, 5)
-    assert not factored.pays(mlp, spec, 600, 5)
-    assert not factored.pays(mlp, spec, 15, 100)
+    assert factored.pays(mlp, spec, LOSS, 15, 5)
+    assert not factored.pays(models.mlp(3, dropout=0.2), spec, LOSS, 15, 5)
+    assert not factored.pays(models.conv4(3), spec, LOSS, 15, 5)
+    assert not factored.pays(mlp, RatesSpec("parameter"), LOSS, 15, 5)
+    assert not factored.pays(mlp, spec, LOSS, 600, 5)
+    assert not factored.pays(mlp, spec, LOSS, 15, 100)
+    assert factored.pays(mlp, spec, inner.squared_error, 15, 5)
+    assert not factored.pays(mlp, spec, lambda outputs, y: 100 * inner.squared_error(outputs, y), 15, 5)

@@ -109,5 +109,8 @@ def test_zero_steps_change_nothing():
 def test_bad_arguments():
     with pytest.raises(ConfigError, match=r"batch_size: expected 1\.\.6 .* got 7"):
         inner.adapt(MODEL.apply, PARAMS, X, Y, sgd(0.5), 1, batch_size=7, key=jax.random.key(0))
+    for at in ([3, 1], [1, 4], [1, 1], []):
+        with pytest.raises(ConfigError, match=r"observe_at: expected numbers of steps that ascend, of 0..3, got \["):
+            inner.adapt(MODEL.apply, PARAMS, X, Y, sgd(0.5), 3, observe=lambda p: 0.0, observe_at=at)
     with pytest.raises(ConfigError, match="key: expected a jax.random.key"):
         inner.adapt(MODEL.apply, PARAMS, X, Y, sgd(0.5), 1, batch_size=2)

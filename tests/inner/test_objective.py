@@ -48,6 +48,10 @@ def test_targets_that_broadcasting_would_pair_wrongly_are_refused():
     [
         (lambda: inner.Objective("x", inner.squared_error, {}, "mse"), r"choose_by: expected one of \['loss'\]"),
         (lambda: inner.Objective("x", inner.squared_error, {"loss": inner.squared_error}), "expected other names"),
+        (
+            lambda: inner.Objective("squared_error", lambda outputs, y: 100 * inner.squared_error(outputs, y)),
+            "objective: expected a name of your own for a loss of your own, got 'squared_error'",
+        ),
         (lambda: inner.objective_of("mean_squared"), "objective: expected one of .*'squared_error'"),
     ],
 )
@@ -74,7 +78,7 @@ def test_the_fast_form_with_squared_error_is_the_plain_one(granularity, outputs)
 
     model = models.from_function(init, apply, input_shape=(20,), relu_stack=True)
     spec = RatesSpec(granularity, steps=3, initial=0.05)
-    assert factored.pays(model, spec, support=5, steps=3)  # otherwise both would be the plain form
+    assert factored.pays(model, spec, inner.squared_error, support=5, steps=3)  # otherwise both would be the plain form
     with jax.enable_x64(True):
         meta = jax.tree.map(lambda v: v.astype(jnp.float64), outer.initial(model, spec, jax.random.key(0)))
         x = jax.random.normal(jax.random.key(1), (4, 9, 20), jnp.float64)

@@ -144,6 +144,11 @@ def test_by_mapping_pattern_and_function():
     found = rates_of(learned.as_optax(like=PARAMS, names=names, default=0.03), PARAMS)
     picked = [found[name] for name in ("a_last_one/bias", "layer_0/kernel", "layer_11/kernel", "norm/scale")]
     np.testing.assert_allclose(picked, [0.4, 0.1, 0.2, 0.03], rtol=1e-6)
+    for names in ({"A_last_one": "head"}, {"a_last_one": "head", "layer/*": "dense_0/kernel"}):
+        with pytest.raises(
+            ConfigError, match=r"names: expected names or patterns of your tensors .* that fit none: \["
+        ):
+            learned.as_optax(like=PARAMS, names=names, default=0.03)
     tx = learned.as_optax(like=PARAMS, names=lambda name: "head/kernel" if "kernel" in name else None, default=0.0)
     found = rates_of(tx, PARAMS)
     assert found["layer_5/kernel"] == pytest.approx(0.4)

@@ -10,6 +10,7 @@ from flax import nnx
 from metalr import config, inner, models, outer
 from metalr.errors import ConfigError
 from metalr.inner import descent, hyperparameters
+from metalr.learner.matching import order_of
 
 X = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
 
@@ -248,3 +249,16 @@ def test_bfloat16_computes_the_same_to_its_digits_with_float32_outside(name):
     assert "dtype" not in exact.settings
     with pytest.raises(ConfigError, match=r"model.dtype: expected one of"):
         models.build(name, 3, (28, 28, 1), dtype="float16")
+
+
+def test_another_start_keeps_the_order_of_the_layers():
+    """By which `names="role"` and "depth" know first and last."""
+    model = models.from_function(
+        lambda key: {"wide_0": {"kernel": jnp.zeros((4, 3))}, "attention_0": {"kernel": jnp.zeros((3, 2))}},
+        lambda params, x: x @ params["wide_0"]["kernel"] @ params["attention_0"]["kernel"],
+    )
+    given = jax.jit(lambda: jax.tree.map(lambda v: v + 1, model.init(jax.random.key(0))))()  # sorted by name
+    assert [*given] == ["attention_0", "wide_0"]
+    started = models.starting_from(model, given)
+    assert order_of(started.init) == ["wide_0/kernel", "attention_0/kernel"]
+    np.testing.assert_array_equal(started.init(jax.random.key(1))["wide_0"]["kernel"], np.ones((4, 3)))

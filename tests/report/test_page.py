@@ -100,6 +100,14 @@ def test_ticks_are_round_and_inside():
     assert figures.log_ticks(20, 80) == [20, 80]
 
 
+def test_a_drawing_may_have_more_series_than_colours():
+    series = [figures.Series(f"method {i}", [1, 2], [0.1 * i, 0.2]) for i in range(12)]
+    drawn = figures.standalone("t", "d", series, x_label="x", y_label="y")
+    assert drawn.count("<rect") == 1 + 12
+    assert "method 11" in drawn
+    assert "var(--c" not in drawn
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser_nothing_scrolls_sideways_and_nothing_is_said_on_the_console(tmp_path, width):

@@ -190,6 +190,26 @@ def test_host_arrays_resume_to_the_same_bits(tmp_path, monkeypatch):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_what_is_said_twice_or_has_no_folder_is_refused(tmp_path):
+    for changes, message in (
+        (
+            {"outer": OuterConfig(steps=50)},
+            "outer_steps: expected it in one place, got 60, and 50 in OuterConfig",
+        ),
+        ({"inner": InnerConfig(steps=20)}, r"steps: expected it in one place, got 3, and 20 in InnerConfig.steps"),
+        ({"out": None, "resume": True}, r"resume: expected the run folder as out, .* got out=None"),
+        ({"resume": True, "overwrite": True}, r"resume: expected .* overwrite False"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(changes.pop("out", tmp_path / "run"), **changes)
+    assert not (tmp_path / "run").exists()
+    settings = OuterConfig(steps=2, meta_batch=3, validate_every=2)
+    train(tmp_path / "run", outer_steps=None, meta_batch=None, outer=settings)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["outer"]["steps"], config["outer"]["meta_batch"]) == (2, 3)
+    assert "metalr.meta_train</code> with the same tasks" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_finished_run_is_given_back_only_to_the_same_call(tmp_path):
     train(tmp_path / "run", outer_steps=2)
     assert train(tmp_path / "run", outer_steps=2, resume=True).spec.steps == 3

@@ -65,6 +65,15 @@ def test_a_value_that_is_no_choice_is_refused(small, changes, named):
         ),
         ({"inner": InnerConfig("maml_pp", 2, horizons=(1, 2))}, "inner.horizons: .* outer.multi_step 0; got"),
         ({"inner": InnerConfig("joint", 2, horizons=(1, 2))}, "inner.horizons: .*, joint, 0"),
+        (
+            {"inner": InnerConfig("reptile"), "outer": OuterConfig(first_order_share=0.5)},
+            r"outer.first_order_share: expected None, .*\(reptile does not differentiate through the inner steps\)",
+        ),
+        (
+            {"inner": InnerConfig("fomaml"), "outer": OuterConfig(first_order_share=0.5)},
+            r"outer.first_order_share: expected None, .*\(all outer steps are first order\)",
+        ),
+        ({"inner": InnerConfig("maml", lowest=1e-3)}, r"inner.lowest: expected None, .*\(rates do not learn\)"),
         ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(1, 1))}, "tasks.shots: expected different values"),
         ({"tasks": TaskConfig("permuted", 10, 2, 3, shots=(0, 1))}, "tasks.shot: expected at least 1, got 0"),
         (

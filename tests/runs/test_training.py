@@ -326,6 +326,9 @@ def test_a_warm_start_takes_init_and_rates(small, tmp_path):
     run(dataclasses.replace(small, inner=InnerConfig(algorithm="joint", steps=2)), out=tmp_path / "joint")
     third = run(dataclasses.replace(config, init=tmp_path / "joint" / "artifact"), out=tmp_path / "third")
     assert third["training"]["warm_start"]["takes"] == "init"
+    adam = dataclasses.replace(config, inner=dataclasses.replace(config.inner, base="adam"))
+    with pytest.raises(ConfigError, match=r"init: .*: its rates are of another kind: expected base 'adam' as .* 'sgd'"):
+        run(adam, out=tmp_path / "wrong")
     with pytest.raises(ConfigError, match=r"init: .*: its init do not fit these settings: expected dense_0/bias"):
         run(dataclasses.replace(config, model=ModelConfig(widths=(8,))), out=tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
