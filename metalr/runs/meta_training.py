@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from metalr.runs.setup import Setup, task_cost
 from metalr.storage import checkpoints, folders
 from metalr.tasks import Sampler
 from metalr.trees import path_name
-from metalr.types import MetaParams, Params, Rates
+from metalr.types import Curve, MetaParams, Params, Rates
 
 MOST_SKIPPED = 50  # updates in a row that on_divergence "skip" passes over
 
@@ -124,6 +124,14 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
     return WarmStart(MetaParams(jax.tree.map(jnp.asarray, learner.init), raw), facts)
 
 
+class Trained(NamedTuple):
+    """What meta-training found best: the init and the actual rates, and facts for results.json."""
+
+    init: Params
+    rates: Rates
+    facts: dict[str, Any]
+
+
 def meta_train(
     config: TrainConfig,
     setup: Setup,
@@ -134,7 +142,7 @@ def meta_train(
     name: str = "",
     warm: WarmStart | None = None,
     log: Log = Log(),  # noqa: B008 - a tuple
-) -> tuple[Params, Rates, dict[str, Any]]:
+) -> Trained:
     """Run the outer loop; keep the init and rates that did best on meta-validation tasks.
 
     Goes on from the newest whole checkpoint in folder/checkpoints; appends a line an outer step to
@@ -144,9 +152,6 @@ def meta_train(
       asked: whether to save and stop, asked between dispatches; in all processes of a run, or in none.
       warm: where to start, unless there is a checkpoint.
       log: gets numbers after so many outer steps: means over a dispatch, and those of each validation, with a picture.
-
-    Returns:
-      (init, actual rates, facts for results.json).
 
     Raises:
       StoppedError, DivergedError (the last finite state is saved), StorageError.
@@ -171,21 +176,8 @@ def meta_train(
             book.validate(0.0)
         try:
             with reporter.bar("meta-training", steps, int(run.state.step)) as advance:
-                for part in loop.run_chunks(chunk, run.state, pool, step_key, steps, every, stop=asked, before=before):
-                    began, count = time.perf_counter(), len(part.metrics["loss"])
-                    book.write_steps(part)
-                    if not count:
-                        run.facts["compile_seconds"] += part.seconds
-                        continue
-                    done = int(run.state.step)
-                    if book.due():
-                        book.validate(part.seconds)
-                        run.facts["validation_seconds"] += time.perf_counter() - began
-                    if done % every[1] == 0 or done == steps:
-                        book.save()
-                    run.facts["step_seconds"] += part.seconds
-                    run.facts["seconds"] += part.seconds + time.perf_counter() - began
-                    advance(count, book.note(part))
+                chunks = loop.run_chunks(chunk, run.state, pool, step_key, steps, every, stop=asked, before=before)
+                _keep_books([book], chunks, advance)
         except loop.DivergedError as error:
             run.state = error.state
             book.save()
@@ -195,8 +187,7 @@ def meta_train(
             book.save()
             own = setup.source.source == folders.OWN_TASKS
             raise stopped(folder, f"after {done} of {steps} outer steps", config, own)
-    init, rates = run.best
-    return init, rates, _training_facts(config, setup, run.facts)
+    return Trained(*run.best, _training_facts(config, setup, run.facts))
 
 
 def meta_train_together(
@@ -209,7 +200,7 @@ def meta_train_together(
     logs: Sequence[Log],
     name: str = "",
     warm: WarmStart | None = None,
-) -> list[tuple[Params, Rates, dict[str, Any]]]:
+) -> list[Trained]:
     """`meta_train` for several seeds, whose outer steps are one program; what each gives. Seconds are shared out.
 
     All begin anew. If one diverges or somebody asks to stop, all are saved, and each can go on alone.
@@ -245,28 +236,8 @@ def meta_train_together(
             save()  # so that resuming never needs what they started from
         try:
             with reporter.bar(f"meta-training of {count} seeds", steps, 0) as advance:
-                for part in loop.run_chunks(chunk, state, pool, keys, steps, every, stop=asked):
-                    moved, done = part.metrics["loss"].shape[1], int(np.min(part.state.step))
-                    began = time.perf_counter()
-                    for i, book in enumerate(books):
-                        book.write_steps(part.of_seed(i, count))
-                    if not moved:
-                        for run in runs:
-                            run.facts["compile_seconds"] += part.seconds / count
-                        continue
-                    if done < part.first + moved:  # one diverged, which the next round raises
-                        continue
-                    for book in books:
-                        if book.due():
-                            here = time.perf_counter()
-                            book.validate(part.seconds / count)
-                            book.run.facts["validation_seconds"] += time.perf_counter() - here
-                    if done % every[1] == 0 or done == steps:
-                        save()
-                    for run in runs:
-                        run.facts["step_seconds"] += part.seconds / count
-                        run.facts["seconds"] += (part.seconds + time.perf_counter() - began) / count
-                    advance(moved, books[0].note(part))
+                chunks = loop.run_chunks(chunk, state, pool, keys, steps, every, stop=asked)
+                _keep_books(books, chunks, advance)
         except loop.DivergedError as error:
             save()
             raise error.noted(f" (one of {count} seeds; all were saved)") from None
@@ -274,7 +245,39 @@ def meta_train_together(
         if done < steps:
             save()
             raise stopped(places[0], f"after {done} of {steps} outer steps", first)
-    return [(*run.best, _training_facts(config, setup, run.facts)) for config, run in zip(configs, runs, strict=True)]
+    return [
+        Trained(*run.best, _training_facts(config, setup, run.facts)) for config, run in zip(configs, runs, strict=True)
+    ]
+
+
+def _keep_books(books: Sequence[_Book], chunks: Iterator[loop.Chunk], advance: Callable[[int, str], None]) -> None:
+    """Go through all chunks of outer steps: write them down, validate and save what is due.
+
+    books: of one run; or of several seeds, whose chunks have an axis of them, and whose seconds are shared out.
+    """
+    config, several = books[0].config, len(books) > 1
+    for part in chunks:
+        began, count = time.perf_counter(), part.metrics["loss"].shape[-1]
+        parts = [part.of_seed(i, len(books)) for i in range(len(books))] if several else [part]
+        for book, own in zip(books, parts, strict=True):
+            book.write_steps(own)
+            if not count:
+                book.run.facts["compile_seconds"] += own.seconds
+        done = min(int(own.state.step) for own in parts)
+        if not count or done < part.first + count:  # that compiled; or one of several diverged, which is raised next
+            continue
+        for book, own in zip(books, parts, strict=True):
+            if book.due():
+                here = time.perf_counter()
+                book.validate(own.seconds)
+                book.run.facts["validation_seconds"] += time.perf_counter() - here
+        if done % config.outer.checkpoint_every == 0 or done == config.outer.steps:
+            for book in books:
+                book.save()
+        for book, own in zip(books, parts, strict=True):
+            book.run.facts["step_seconds"] += own.seconds
+            book.run.facts["seconds"] += own.seconds + (time.perf_counter() - began) / len(books)
+        advance(count, books[0].note(part))
 
 
 def _every(config: TrainConfig) -> tuple[int, int]:
@@ -350,11 +353,11 @@ def _begun(
     return _Run(tree["state"], tree["best"], run.facts | facts), True
 
 
-Validator = Callable[[Params, Rates], list[tuple[int, np.ndarray]]]
+Validator = Callable[[Params, Rates], list[tuple[int, Curve]]]
 
 
 def _validator(config: TrainConfig, setup: Setup) -> Validator:
-    """The score on each fixed meta-validation task: (number of steps, [tasks]), for all that are trained for.
+    """(number of steps, the score after them on fixed meta-validation tasks: a curve of one point), for each.
 
     Once for each size of tasks.
     """
@@ -368,7 +371,7 @@ def _validator(config: TrainConfig, setup: Setup) -> Validator:
         for amount in setup.amounts
         for steps in setup.phases.horizons or (setup.spec.steps,)
     ]  # fmt: skip
-    return lambda init, rates: [(steps, of(pool, init, rates, keys).tasks[:, -1]) for steps, of in evaluators]
+    return lambda init, rates: [(steps, of(pool, init, rates, keys)) for steps, of in evaluators]
 
 
 class _Book:
@@ -421,7 +424,7 @@ class _Book:
         done = int(run.state.step)
         init, rates = loop.learned(setup.spec, run.state.meta)
         found = self.validator(init, rates)
-        tasks = np.mean([tasks for _, tasks in found], axis=0)
+        tasks, groups = np.mean([curve.tasks[:, 0] for _, curve in found], axis=0), found[0][1].groups
         score = float(tasks.mean())
         line: dict[str, Any] = {"step": done, f"validation_{self.metric}": protocol.rounded(score)}
         line |= {name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()}
@@ -432,11 +435,12 @@ class _Book:
         if run.facts["score"] is None or setup.objective.better(score, run.facts["score"]):
             run.best, run.facts["score"], run.facts["best_step"] = (init, rates), score, done
             run.facts["validated_steps"] = {
-                str(steps): protocol.rounded(float(np.mean([tasks for of, tasks in found if of == steps])))
+                str(steps): protocol.rounded(float(np.mean([curve.mean[0] for of, curve in found if of == steps])))
                 for steps, _ in found
             }
         run.facts["validations"].append([done, protocol.rounded(score), round(run.facts["seconds"] + seconds, 2)])
-        self.validated = f"validation {score:.3f} ± {float(protocol.half_width(tasks)):.3f}"
+        width = float(protocol.half_width(tasks, groups))  # none where there is one task alone
+        self.validated = f"validation {score:.3f}" + (f" ± {width:.3f}" if np.isfinite(width) else "")
 
     def save(self) -> None:
         """A checkpoint of what the run has come to."""
