@@ -48,6 +48,28 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
     raise DataError(f"{what}: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
 
 
+def check_digits(values: np.ndarray, what: str) -> None:
+    """Raises DataError for columns whose differences are lost in float32, such as Unix times of a few minutes.
+
+    values: [rows] or [rows, columns] numbers; others are left to as_numbers.
+    """
+    if values.dtype.kind not in "fiu" or values.dtype == np.uint8 or values.ndim not in (1, 2) or not values.size:
+        return
+    columns = values.astype(np.float64).reshape(len(values), -1)
+    if not np.isfinite(columns).all():
+        return
+    size, spread = np.abs(columns).max(0), columns.std(0)
+    # float32 has 24 digits, of which a hundredth of the spread needs some; noise of float64 on a constant is none.
+    lost = np.flatnonzero((spread > size * 2.0**-40) & (spread < 100 * size * 2.0**-24))
+    if lost.size:
+        at = lost[0]
+        column = f" column {at}" if values.ndim == 2 else ""
+        raise DataError(
+            f"{what}:{column} expected numbers that float32 can tell apart, got values near {size[at]:.6g} that differ "
+            f"by about {spread[at]:.2g}; subtract a constant from them (of times, the first one)"
+        )
+
+
 def count(tree: Any) -> int:
     """How many examples there are: the length of the leading axis of the tree's leaves."""
     return np.shape(jax.tree.leaves(tree)[0])[0]

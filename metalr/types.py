@@ -41,6 +41,5 @@ class Curve(NamedTuple):
     steps: np.ndarray  # [points] int, ascending: after how many steps
     mean: np.ndarray  # [points] float; of several rates side by side [rates, points]
     ci95: np.ndarray  # as mean; half-width over tasks
-    tasks: (
-        np.ndarray
-    )  # [tasks, points] float64, with rates [tasks, rates, points], each task's own score on its query set
+    tasks: np.ndarray  # [episodes, points] float64 (or [episodes, rates, points]): the score on each query set
+    groups: np.ndarray | None = None  # [episodes] int: which task each is of, if tasks can be counted; None: all differ

@@ -163,6 +163,9 @@ def _default(argv: list[str], kind: Any) -> Any:
     if resumed is None:
         return kind()
     config = read_config(Path(resumed), kind)
+    out = _given(argv, "--out")
+    if out is not None and Path(out).resolve() != Path(resumed).resolve():
+        raise ConfigError(f"out: expected none beside --resume {resumed}, which goes on in that folder, got {out}")
     if config.model.own:
         raise ConfigError(f"resume: {resumed} has a network of your own; go on in Python: resume(folder, model=...)")
     return config
@@ -282,7 +285,7 @@ def evaluate(
     config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
     setup = set_up(config, None, load(config, run, data))
     length = config.curve_steps if steps is None else steps
-    learner = artifact.load(run / "artifact")
+    learner = artifact.load(run)
     if learner.facts.get("split_sha256") != setup.source.split_sha256:
         raise ConfigError(f"{run}: the data or splits differ from those of the run ({config.data})")
     curve, seconds = evaluating.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)

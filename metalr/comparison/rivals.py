@@ -56,6 +56,7 @@ class Field(NamedTuple):
       objective: what all of them minimise, and are scored by.
       early_stopping: a method stops at the length, of those up to the one reported, that was best on meta-validation
         tasks, if it is tuned at all.
+      groups: [tasks] int, as of protocol.half_width: which of `keys` draw the same task.
     """
 
     sampler: tuple[Pool, Sampler]
@@ -68,6 +69,7 @@ class Field(NamedTuple):
     batch_size: int
     objective: Objective = CROSS_ENTROPY
     early_stopping: bool = False
+    groups: np.ndarray | None = None
 
     @property
     def minibatch(self) -> int | None:

@@ -29,7 +29,7 @@ from metalr.data.arrays import (
     stored_bytes,
     write_cache,
 )
-from metalr.data.tables import Table, import_pandas, is_table, read_table
+from metalr.data.tables import Table, import_pandas, is_table, read_table, table_columns
 
 __all__ = [
     "BUNDLED",
@@ -62,5 +62,6 @@ __all__ = [
     "read_table",
     "remove",
     "stored_bytes",
+    "table_columns",
     "write_cache",
 ]

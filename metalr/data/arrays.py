@@ -306,15 +306,23 @@ def from_npz(path: Path | str, name: str | None = None, *, min_per_class: int = 
     )
 
 
+NPY = b"\x93NUMPY"  # how a single array begins
+
+
 def read_npz(path: Path) -> Mapping[str, np.ndarray]:
     """All arrays of an .npz; never unpickles. Raises DataError with the path when that cannot be done."""
     if not path.is_file():
         raise DataError(f"{path}: expected an .npz file, found none")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: expected an .npz of named arrays, got a single array; use numpy.savez")
-            return {key: archive[key] for key in archive.files}
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                file.seek(0)
+                one = file.read(len(NPY)) == NPY
+                got = "a single array; use numpy.savez" if one else "a file of another kind"
+                raise DataError(f"{path}: expected an .npz of named arrays, got {got}")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalr.errors import ConfigError, DataError, one_line
+from metalr.trees import check_digits
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -74,14 +75,7 @@ def read_table(
     """
     pandas = import_pandas()
     path = Path(path)
-    try:
-        frame = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
-    except FileNotFoundError as error:
-        raise DataError(f"data: {path}: no such file") from error
-    except ImportError as error:
-        raise ConfigError(f"data: {path}: {one_line(error)}; pip install 'metalr[tables]'") from error
-    except (OSError, ValueError) as error:  # of pandas: ParserError, EmptyDataError, and pyarrow's, are ValueErrors
-        raise DataError(f"data: {path}: not a table: {one_line(error)}") from error
+    frame = _frame(pandas, path)
     frame.columns = names = [str(name) for name in frame.columns]
     if not len(frame):
         raise DataError(f"data: {path}: expected rows, got none")
@@ -104,13 +98,21 @@ def read_table(
             f"got {list(target)}"
         )
     chosen = list(features) or [name for name in names if name not in {task_column, *target}]
+    nameless = [name for name in chosen if name.startswith("Unnamed: ")] if not features else []
+    if nameless:
+        raise DataError(
+            f"data: {path}: expected a name for every column, got {nameless[0]!r}, such as the row numbers that pandas "
+            "writes: write the file with index=False, or name the columns to predict from with --data.features"
+        )
     x = np.stack([_numbers(frame[name], name, path) for name in chosen], axis=1) if chosen else np.empty((0, 0))
     if not x.size:
         raise DataError(f"data: {path}: expected rows, and columns to predict from, got {len(frame)} and {chosen}")
     if task_column is None:
         ids = np.empty(0, str)
     elif frame[task_column].isna().any():
-        raise DataError(f"data.task_column: {path}: expected a task in every row, got none in some of {task_column!r}")
+        raise DataError(
+            f"data.task_column: {path}: expected a task in every row, got none in some of {task_column!r}{NA_WORDS}"
+        )
     else:
         column = frame[task_column]
         ids = column.to_numpy() if pandas.api.types.is_integer_dtype(column) else column.astype(str).to_numpy(str)
@@ -120,6 +122,26 @@ def read_table(
     return Table(x, y, ids, tuple(chosen), known)
 
 
+NA_WORDS = " (words such as NA and None in a .csv are missing values; in a .parquet they are words)"
+
+
+def _frame(pandas: Any, path: Path, rows: int | None = None) -> Any:
+    """A file as pandas has it. rows: at most so many, where the format allows. Raises as read_table."""
+    try:
+        return pandas.read_csv(path, nrows=rows) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+    except FileNotFoundError as error:
+        raise DataError(f"data: {path}: no such file") from error
+    except ImportError as error:
+        raise ConfigError(f"data: {path}: {one_line(error)}; pip install 'metalr[tables]'") from error
+    except (OSError, ValueError) as error:  # of pandas: ParserError, EmptyDataError, and pyarrow's, are ValueErrors
+        raise DataError(f"data: {path}: not a table: {one_line(error)}") from error
+
+
+def table_columns(path: Path | str) -> list[str]:
+    """The names of a table's columns. Raises ConfigError and DataError as read_table."""
+    return [str(name) for name in _frame(import_pandas(), Path(path), rows=0).columns]
+
+
 def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False) -> np.ndarray:
     """[rows] float32."""
     if column.dtype.kind not in "fiub":
@@ -127,6 +149,7 @@ def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False) -> n
             f"data: {path}: column {name!r}: expected numbers, got {column.dtype} such as {column.iloc[0]!r}; name the "
             "columns to predict from with --data.features, or turn categories into columns of 0 and 1"
         )
+    check_digits(column.dropna().to_numpy(np.float64), f"data: {path}: column {name!r}")
     values = column.to_numpy(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size and not may_lack:
@@ -143,7 +166,9 @@ def _targets(
     column = frame[target[0]]
     missing = column.isna().to_numpy()
     if missing.any() and not may_lack:
-        raise DataError(f"data.target: {path}: expected a class in every row, row {np.argmax(missing) + 1} has none")
+        raise DataError(
+            f"data.target: {path}: expected a class in every row, row {np.argmax(missing) + 1} has none{NA_WORDS}"
+        )
     present = column.dropna()
     if present.dtype.kind == "f" and (present == present.round()).all():
         present = present.astype(np.int64)  # integers beside missing values

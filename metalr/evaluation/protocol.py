@@ -18,7 +18,7 @@ from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, Model
 from metalr.outer import devices
-from metalr.tasks import Pool, Sampler, second_key
+from metalr.tasks import OfCountedTasks, Pool, Sampler, second_key
 from metalr.trees import count
 from metalr.types import Curve, Episode, Params, Rates
 
@@ -31,12 +31,19 @@ class Evaluator:
       at: after which numbers of steps the curve has a point.
       layout: of tasks and params over this process's devices.
       either: whether `curves` heeds `fresh`.
+      sample: what draws the episodes.
     """
 
     def __init__(
-        self, curves: Callable[..., jax.Array], at: Sequence[int], layout: devices.Layout, *, either: bool
+        self,
+        curves: Callable[..., jax.Array],
+        at: Sequence[int],
+        layout: devices.Layout,
+        *,
+        either: bool,
+        sample: Sampler,
     ) -> None:
-        self._curves, self._at, self._layout, self._either = curves, at, layout, either
+        self._curves, self._at, self._layout, self._either, self._sample = curves, at, layout, either, sample
         self._programs: dict[int, Callable[..., jax.Array]] = {}
 
     def _program(self, tasks: int) -> Any:
@@ -54,7 +61,8 @@ class Evaluator:
             raise ConfigError("fresh: expected an evaluator that was made with random_init None")
         if self._layout.params > 1:
             init, rates = devices.place((init, rates), devices.task_mesh(len(keys), layout=self._layout))
-        return curve_of(self._program(len(keys))(pool, init, rates, np.bool_(fresh), keys), self._at)
+        scores = self._program(len(keys))(pool, init, rates, np.bool_(fresh), keys)
+        return curve_of(scores, self._at, groups_of(self._sample, pool, keys))
 
 
 def episode_keys(seed: int, episodes: int) -> jax.Array:
@@ -84,14 +92,24 @@ def begin(
     return episode, step_key, model.begin(start, episode.support_x, episode.support_y)
 
 
-def curve_of(tasks: Any, steps: Sequence[int] | None = None) -> Curve:
+def groups_of(sample: Sampler, pool: Pool, keys: jax.Array) -> np.ndarray | None:
+    """Which task each key draws, [episodes] int, where tasks can be counted and some may come again; None elsewhere."""
+    if not isinstance(sample, OfCountedTasks):
+        return None
+    return np.asarray(jax.jit(jax.vmap(sample.task_of, (None, 0)))(pool, keys))
+
+
+def curve_of(tasks: Any, steps: Sequence[int] | None = None, groups: np.ndarray | None = None) -> Curve:
     """Mean and 95 % half-width over tasks (Student's t).
 
-    tasks: [tasks, ..., points] accuracies, 0..1; steps: after which numbers of steps; default 0, 1, 2, …
+    Args:
+      tasks: [episodes, ..., points] accuracies, 0..1.
+      steps: after which numbers of steps; default 0, 1, 2, …
+      groups: as of half_width.
     """
     tasks = np.asarray(tasks, np.float64)
     at = np.arange(tasks.shape[-1]) if steps is None else np.asarray(steps)
-    return Curve(at, tasks.mean(0), half_width(tasks), tasks)
+    return Curve(at, tasks.mean(0), half_width(tasks, groups), tasks, groups)
 
 
 def points(steps: int, trained: int) -> list[int]:
@@ -109,10 +127,26 @@ def rounded(value: float) -> float | None:
     return round(float(value), 6) if value == 0 or abs(value) >= 0.1 else float(f"{value:.6g}")
 
 
-def half_width(values: np.ndarray) -> np.ndarray:
-    """Half-width of the mean's 95 % confidence interval (Student's t) over the first axis. values: [n >= 2, ...]."""
+def half_width(values: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """Half-width of the mean's 95 % confidence interval (Student's t) over the first axis.
+
+    Args:
+      values: [n >= 2, ...].
+      groups: [n] int: which values are of the same task, and say less than as many tasks would. The interval is over
+        tasks then (the cluster-robust variance of Liang & Zeger 1986, with Student's t of tasks - 1); of one task
+        alone there is none: NaN.
+    """
+    _, group = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
+    count = int(group.max()) + 1
     with np.errstate(invalid="ignore", over="ignore"):  # of runs that diverged: NaN, which says so
-        return special.stdtrit(len(values) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(values))
+        if count < 2:
+            return np.full(values.shape[1:], np.nan)
+        if count == len(values):
+            return special.stdtrit(count - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(count)
+        sums = np.zeros((count, *values.shape[1:]))
+        np.add.at(sums, group, values - values.mean(0))
+        deviation = np.sqrt(np.square(sums).sum(0) * count / (count - 1)) / len(values)
+        return special.stdtrit(count - 1, 0.975) * deviation
 
 
 def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) -> float:
@@ -128,13 +162,13 @@ def over_seeds_and_tasks(means: Sequence[float], over_tasks: Sequence[float]) ->
     return float(np.hypot(half_width(np.asarray(means, np.float64)), np.mean(over_tasks)))
 
 
-def interval(scores: np.ndarray) -> tuple[float, float, float | None]:
-    """Mean of scores [seeds, tasks], its 95 % half-width, and that over tasks alone where there are several seeds.
+def interval(scores: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float, float | None]:
+    """Mean of scores [seeds, episodes], its 95 % half-width, and that over tasks alone where there are several seeds.
 
     With one seed the half-width is over tasks: it answers for that one artifact. With several it is over seeds and
-    tasks together, and answers for the method.
+    tasks together, and answers for the method. groups: as of half_width.
     """
-    over_tasks = [float(half_width(tasks)) for tasks in scores]
+    over_tasks = [float(half_width(tasks, groups)) for tasks in scores]
     if len(scores) == 1:
         return float(scores.mean()), over_tasks[0], None
     both = over_seeds_and_tasks(scores.mean(1).tolist(), over_tasks)
@@ -142,46 +176,56 @@ def interval(scores: np.ndarray) -> tuple[float, float, float | None]:
 
 
 def row(
-    method: str, steps: int | None, scores: np.ndarray, metric: str, reference: np.ndarray | None = None
+    method: str,
+    steps: int | None,
+    scores: np.ndarray,
+    metric: str,
+    reference: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """One method in a table, as JSON values: the one schema of all comparisons.
 
     Args:
-      scores: [seeds, tasks] (or [tasks], of one artifact) on fixed tasks.
+      scores: [seeds, episodes] (or [episodes], of one artifact) of fixed tasks.
       metric: the name that the mean goes by.
       reference: scores of the learned method on the same tasks, which this row is beside.
+      groups: [episodes or more] int, as of half_width.
 
     Returns:
       method, steps, METRIC, ci95 (see `interval`); with several seeds also ci95_over_tasks and METRIC_of_seeds; with a
       reference also learned_minus_this and difference_ci95, paired by task.
     """
     scores = np.atleast_2d(np.asarray(scores, np.float64))
-    mean, ci95, over_tasks = interval(scores)
+    groups = None if groups is None else groups[: scores.shape[1]]
+    mean, ci95, over_tasks = interval(scores, groups)
     facts: dict[str, Any] = {"method": method, "steps": steps, metric: rounded(mean), "ci95": rounded(ci95)}
     if over_tasks is not None:
         facts |= {"ci95_over_tasks": rounded(over_tasks)}
         facts |= {f"{metric}_of_seeds": [rounded(value) for value in scores.mean(1)]}
     if reference is not None:
-        difference = difference_of(reference, scores)
+        difference = difference_of(reference, scores, groups)
         facts |= {"learned_minus_this": difference[0], "difference_ci95": difference[1]}
     return facts
 
 
-def difference_of(reference: np.ndarray, scores: np.ndarray) -> list[float | None]:
-    """[mean, 95 % half-width] of reference - scores, paired by task, and by seed where both have as many.
+def difference_of(reference: np.ndarray, scores: np.ndarray, groups: np.ndarray | None = None) -> list[float | None]:
+    """[mean, 95 % half-width] of reference - scores, paired by episode, and by seed where both have as many.
+
+    groups: [episodes or more] int, as of half_width.
 
     Where both have several seeds, and not as many, the seeds' part is that of two samples: both half-widths in
     quadrature.
     """
     reference, scores = (np.atleast_2d(np.asarray(v, np.float64)) for v in (reference, scores))
     reference = reference[:, : scores.shape[1]]
+    groups = None if groups is None else groups[: scores.shape[1]]
     with np.errstate(invalid="ignore"):  # of runs that diverged
         if len(reference) == len(scores) or 1 in (len(reference), len(scores)):
-            mean, ci95, _ = interval(reference - scores)
+            mean, ci95, _ = interval(reference - scores, groups)
         else:
             by_task = reference.mean(0) - scores.mean(0)
             seeds = [half_width(one.mean(1)) for one in (reference, scores)]
-            mean, ci95 = float(by_task.mean()), float(np.hypot(np.hypot(*seeds), half_width(by_task)))
+            mean, ci95 = float(by_task.mean()), float(np.hypot(np.hypot(*seeds), half_width(by_task, groups)))
     return [rounded(mean), rounded(ci95)]
 
 
@@ -311,4 +355,4 @@ def _compiled(
         group = functools.partial(devices.fitting_group, alone, keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
-    return Evaluator(curves, at, layout, either=random_init is None)
+    return Evaluator(curves, at, layout, either=random_init is None, sample=sample)

@@ -49,10 +49,13 @@ class Cell(NamedTuple):
         """Mean over tasks."""
         return float(self.tasks.mean())
 
-    def row(self, metric: str = "accuracy") -> dict:
-        """The cell as JSON values: the score, under the metric's name, with its 95 % CI over tasks."""
+    def row(self, metric: str = "accuracy", groups: np.ndarray | None = None) -> dict:
+        """The cell as JSON values: the score, under the metric's name, with its 95 % CI over tasks.
+
+        groups: as of protocol.half_width.
+        """
         facts = {k: v for k, v in self._asdict().items() if k != "tasks"}
-        mean, ci95, _ = protocol.interval(self.tasks[None])
+        mean, ci95, _ = protocol.interval(self.tasks[None], groups)
         return facts | {metric: protocol.rounded(mean), "ci95": protocol.rounded(ci95)}
 
 

@@ -191,7 +191,7 @@ def objective_of(objective: str | Objective) -> Objective:
         return objective
     if objective not in OBJECTIVES:
         raise ConfigError(
-            f"objective: expected one of {tuple(OBJECTIVES)} or a metalr.Objective(loss, metrics, choose_by), got "
-            f"{objective!r}"
+            f"objective: expected one of {tuple(OBJECTIVES)} or a metalr.Objective(name, loss, metrics, choose_by), "
+            f"got {objective!r}"
         )
     return OBJECTIVES[objective]

@@ -78,7 +78,12 @@ def stablehlo(learned: Learner, source: Path, out: Path, support: int, steps: in
     folders.write_json(
         out / "export.json",
         {"support": support, "steps": steps, "input_shape": list(shape), "inputs": inputs, "platforms": PLATFORMS}
-        | {"targets": learned.objective.targets, "params": trees.leaf_shapes(params), "jax": jax.__version__},
+        | {
+            "targets": learned.objective.targets,
+            "support_y": list(y.shape),
+            "params": trees.leaf_shapes(params),
+            "jax": jax.__version__,
+        },
     )
 
 
@@ -176,7 +181,7 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
 FORMATS = ("stablehlo", "onnx", "torch", "hub-folder")
 
 
-def export(run: Path, to: str, out: Path, support: int | None = None, steps: int | None = None) -> Path:
+def export(run: Path | str, to: str, out: Path | str, support: int | None = None, steps: int | None = None) -> Path:
     """Write what a run learned to a folder, in one of FORMATS; the folder.
 
     Args:
@@ -193,7 +198,9 @@ def export(run: Path, to: str, out: Path, support: int | None = None, steps: int
         raise ConfigError(f"to: expected one of {FORMATS}, got {to!r}")
     if to != "stablehlo" and (support, steps) != (None, None):
         raise ConfigError(f"support, steps: expected none with {to}, got {support}, {steps}")
-    learned, source = load(run), folder_of(run)
+    learned, source, out = load(run), folder_of(run), Path(out)
+    if support is not None and support < 1:
+        raise ConfigError(f"support: expected at least 1, got {support}")
     if out.exists() and any(out.iterdir()) and not is_export(out):
         raise ConfigError(f"out: {out}: expected a new folder or an export to replace, found other files")
     own = support_of(learned) if support is None else support

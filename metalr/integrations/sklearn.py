@@ -85,7 +85,7 @@ class _MetaEstimator(BaseEstimator):
 
         Raises MetalrError as `metalr.meta_train` does.
         """
-        X, y = check_array(X, dtype=np.float32), np.asarray(y)
+        X, y = check_array(X, dtype=np.float64), np.asarray(y)  # Tasks say what float32 cannot tell apart
         classes = cls._objective == "cross_entropy"
         if classes:
             _check_class_numbers(y)
@@ -122,6 +122,8 @@ class _MetaEstimator(BaseEstimator):
                     f"y: expected at most {ways} classes, as {self.learned} was learned for, got {outputs}"
                 )
             return found
+        if not isinstance(self.hidden, (tuple, list)):
+            raise ConfigError(f"hidden: expected a tuple of widths, such as (64,), got {self.hidden!r}")
         model = models.mlp(outputs, X.shape[1:], widths=tuple(self.hidden))
         spec = RatesSpec("shared", steps=PLAIN_STEPS, initial=PLAIN_RATE, base="adam", head=model.head)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
@@ -163,6 +165,8 @@ class _MetaEstimator(BaseEstimator):
             "random_state": int(self.random_state) if isinstance(self.random_state, numbers.Integral) else None,
         }
         facts = {"estimator": type(self).__name__, "n_features_in_": self.n_features_in_, "n_iter_": int(self.n_iter_)}
+        if hasattr(self, "feature_names_in_"):
+            facts["feature_names_in_"] = [str(name) for name in self.feature_names_in_]
         content = json.dumps({**facts, "settings": settings, **self._more()}, indent=1).encode()
 
         def fill(folder: Path) -> None:
@@ -190,6 +194,8 @@ class _MetaEstimator(BaseEstimator):
         made.learner_ = learners.load(path / "artifact")
         made.params_ = jax.tree.map(np.asarray, made.learner_.load_params(path / PARAMS))
         made.n_features_in_, made.n_iter_ = facts["n_features_in_"], facts["n_iter_"]
+        if "feature_names_in_" in facts:
+            made.feature_names_in_ = np.array(facts["feature_names_in_"], dtype=object)
         made._take(facts)
         return made
 
@@ -241,7 +247,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] classes of any kind.
 
-        With `learned`, integers that are numbers of its outputs (0 to its classes - 1) mean those outputs, as in
+        With `learned`, whole numbers that are those of its outputs (0 to its classes - 1) mean those outputs, as in
         meta-training; other classes are numbered in their order.
 
         Raises ConfigError (a ValueError) for more classes than were learned for, and for one class.
@@ -259,7 +265,10 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     def _numbered(self) -> np.ndarray:
         """The output of each class: [classes] int32."""
         kept = self.learned is not None and self.learner_.model.of_way is None
-        if kept and np.issubdtype(self.classes_.dtype, np.integer):
+        whole = self.classes_.dtype.kind in "iu" or (  # pandas has integers as floats, once some were missing
+            self.classes_.dtype.kind == "f" and bool((self.classes_ == np.round(self.classes_)).all())
+        )
+        if kept and whole:
             ways = self.learner_.model.way or 0
             if self.classes_[0] >= 0 and self.classes_[-1] < ways:
                 return self.classes_.astype(np.int32)

@@ -44,6 +44,8 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
       ArtifactError: the folder exists (and not overwrite), or a value is not finite. StorageError: it cannot be
         written.
     """
+    if not isinstance(learner, Learner):
+        raise ArtifactError(f"save: expected a path, then a Learner, got a {type(learner).__name__} as the second")
     path = Path(path).resolve()
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path}: exists already; pass another path, or overwrite=True")
@@ -141,7 +143,7 @@ def folder_of(path: Path | str) -> Path:
     path = Path(path)
     if (path / FACTS).exists() or not (path / "config.json").is_file():
         return path
-    if not (path / "artifact").is_dir():
+    if not (path / "artifact" / FACTS).is_file():
         raise ArtifactError(
             f"{path}: expected a finished run, found one without an artifact; go on with: metalr train --resume {path}"
         )
@@ -227,7 +229,7 @@ def _load(path: Path, model: Model | None, objective: Objective | None, *, witho
     shape = None if model.input_shape is None else list(model.input_shape)
     if (shape, model.way) != (info["input_shape"], info["way"]):
         raise ArtifactError(
-            f"{path}: expected a model for images {info['input_shape']} and {info['way']} classes, got {shape} and "
+            f"{path}: expected a model of input_shape {info['input_shape']} and way {info['way']}, got {shape} and "
             f"{model.way}"
         )
     if model.name == info["name"] and model.settings != info["settings"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from metalr import data, inner, models, trees
-from metalr.errors import ArtifactError, ConfigError, DataError, MetalrError, MetalrWarning
+from metalr.errors import ArtifactError, ConfigError, DataError, MetalrError, MetalrWarning, one_line
 from metalr.evaluation import protocol
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -89,7 +90,8 @@ class Learner:
         if of_ways is not self:
             return of_ways.adapt(support_x, support_y, steps, init=start)
         x, y, batched = self._support(support_x, support_y, steps)
-        return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
+        with self._said_of("support_x"):
+            return self._adapt(start, self.rates, x, y, steps=int(steps), batched=batched)
 
     def best_steps(self, at_most: int | None = None) -> int:
         """The number of inner steps that was best on meta-validation tasks, of those trained for (inner.horizons).
@@ -243,7 +245,9 @@ class Learner:
                 raise ConfigError(
                     "params: expected those of one task, and no support_x, with a network of other inputs"
                 )
-            outputs = self._apply(params, self._inputs(x, "x"))
+            x = self._inputs(x, "x")
+            with self._said_of("x"):
+                outputs = self._apply(params, x)
             return outputs if self.standardisation is None else self.standardisation.outputs(outputs)
         images = self._images(x, "x", batched)
         if batched and images.shape[0] != tasks:
@@ -313,6 +317,21 @@ class Learner:
         if trees.count(x) != trees.count(y):
             raise DataError(f"support_y: expected {trees.count(x)} targets, as inputs, got {trees.count(y)}")
         return x, y, False
+
+    @contextlib.contextmanager
+    def _said_of(self, what: str) -> Iterator[None]:
+        """What a network of your own raises when it is traced with inputs that it does not take, as a DataError."""
+        try:
+            yield
+        except (MetalrError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if self.model.name != models.CUSTOM:
+                raise
+            raise DataError(
+                f"{what}: expected inputs that the network takes, as in training; it says: {type(error).__name__}: "
+                f"{one_line(error)}"
+            ) from error
 
     def _of_ways_in(self, y: Any) -> Learner:
         """The learner for as many classes as a support set has, if the network takes any number; else this one."""
@@ -547,6 +566,9 @@ class Learner:
 
     def _inputs(self, x: Any, what: str) -> Any:
         """Inputs of any kind, standardised as in training. Raises DataError for another structure or shape."""
+        names, known = getattr(x, "columns", None), self.facts.get("features")
+        if names is not None and known is not None and [str(name) for name in names] != known:
+            raise DataError(f"{what}: expected the columns {known}, in this order, got {[str(name) for name in names]}")
         x = _examples(x, what)
         shape = self.model.input_shape
         if shape is not None and [leaf.shape[1:] for leaf in jax.tree.leaves(x)] != [shape]:
@@ -685,6 +707,8 @@ def _examples(tree: Any, what: str) -> Any:
     if not leaves or any(leaf.ndim < 1 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
         shapes = [list(leaf.shape) for leaf in leaves]
         raise DataError(f"{what}: expected arrays with one leading axis of examples, got shapes {shapes}")
+    if not leaves[0].shape[0]:
+        raise DataError(f"{what}: expected one example or more, got none")
     for leaf in leaves:
         tracer = isinstance(leaf, jax.core.Tracer)
         if not tracer and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):

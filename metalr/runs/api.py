@@ -94,6 +94,8 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         raise ConfigError(
             f"resume: expected the run folder as out, and overwrite False, got out={out!r} and overwrite={overwrite}"
         )
+    if isinstance(seed, (float, str)):
+        raise ConfigError(f"seed: expected an integer, or several, got {seed!r}")
     if not isinstance(seed, (int, np.integer)):
         if any(not isinstance(one, str) for one in loggers):
             raise ConfigError(

@@ -409,6 +409,7 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
         both = protocol.episode_keys(config.seed, config.tasks + config.tuning_tasks)
         test, tuning = validation, both[config.tasks :]
     pool, sample = test
+    groups = protocol.groups_of(sample, pool, keys)
     return Field(
         test,
         validation,
@@ -420,6 +421,7 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
         size,
         learner.objective,
         config.early_stopping,
+        groups,
     )
 
 
@@ -440,7 +442,7 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
         "part": config.part,
         "choosing_example_gradients": round(parts.choosing),
         "metric": {"name": objective.choose_by, "maximise": objective.maximise},
-        "rows": [_row(row, reference, objective) for row in rows],
+        "rows": [_row(row, reference, objective, parts.field.groups) for row in rows],
         "conclusions": [_conclusion(row, reference, objective, parts.choosing) for row in rows[len(reference) :]],
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": peak_memory(),
@@ -570,9 +572,14 @@ def _rows_of_portfolio(title: str, found: Sequence[Searched], objective: Objecti
     return [again._replace(method=title, example_gradients=cost, naive_example_gradients=cost)]
 
 
-def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str, Any]:
-    """A row as JSON: its score, and the learned method's difference, at no more cost and at its longest run."""
-    facts = protocol.row(row.method, row.steps, row.scores, objective.choose_by) | {
+def _row(
+    row: Scores, reference: list[Scores], objective: Objective, groups: np.ndarray | None = None
+) -> dict[str, Any]:
+    """A row as JSON: its score, and the learned method's difference, at no more cost and at its longest run.
+
+    groups: of the episodes, as of protocol.half_width.
+    """
+    facts = protocol.row(row.method, row.steps, row.scores, objective.choose_by, groups=groups) | {
         "tasks": row.scores.shape[1],
         "example_gradients": round(row.example_gradients),
         "naive_example_gradients": round(row.naive_example_gradients),
@@ -585,7 +592,7 @@ def _row(row: Scores, reference: list[Scores], objective: Objective) -> dict[str
     affordable = [one for one in reference if report.tables.no_dearer((one.steps, one.example_gradients), spent)]
     for name, against in (("at_equal_cost", affordable), ("at_the_end", reference)):
         if against:
-            facts[f"learned_minus_this_{name}"] = protocol.difference_of(against[-1].scores, row.scores)
+            facts[f"learned_minus_this_{name}"] = protocol.difference_of(against[-1].scores, row.scores, groups)
     return facts
 
 

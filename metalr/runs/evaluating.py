@@ -116,7 +116,8 @@ def horizons(
         evaluator = protocol.make_evaluator(
             model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init, objective=objective
         )
-        ours = evaluator(pool, learner.init, learner.rates, keys).tasks[:, 0]
+        curve = evaluator(pool, learner.init, learner.rates, keys)
+        ours = curve.tasks[:, 0]
         named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
             (f"{'random' if random_init else 'learned'} init + {learner.kind_of_rates}", ours, {})
         ]
@@ -125,7 +126,7 @@ def horizons(
             chosen = {"optimizer": cell.optimizer, "learning_rate": cell.learning_rate}
             named.append((f"{origin} init + grid, best fixed rate", cell.tasks, chosen))
         for method, tasks, chosen in named:
-            row = protocol.row(method, steps, tasks, objective.choose_by, ours)
+            row = protocol.row(method, steps, tasks, objective.choose_by, ours, curve.groups)
             rows.append({"horizon": row.pop("steps"), **row, "cell": chosen})
     return rows, best["random"]
 
@@ -186,7 +187,7 @@ def compare(
     def add(method: str, taken: int, tasks: np.ndarray, cost: float, cell: small_grid.Cell | None = None) -> None:
         chosen = cell._asdict() if cell else {}
         choice = {k: chosen[k] for k in ("optimizer", "learning_rate", "batch_size") if chosen}
-        row = protocol.row(method, taken, tasks, objective.choose_by, reference)
+        row = protocol.row(method, taken, tasks, objective.choose_by, reference, curve.groups)
         rows.append(row | {"example_gradients": cost, "cell": choice})
 
     kind = learner.kind_of_rates
@@ -210,7 +211,7 @@ def compare(
     if unsearched:
         cell = max(unsearched, key=lambda cell: (cell.steps, cell.batch_size == min(32, support)))
         add("random init, no search (Adam 1e-3)", cell.steps, cell.tasks, cell.example_gradients, cell)
-    all_cells = [cell.row(objective.choose_by) for origin in cells for cell in cells[origin]]
+    all_cells = [cell.row(objective.choose_by, curve.groups) for origin in cells for cell in cells[origin]]
     return rows, {
         "cells": all_cells,
         "cost_per_task": costs,

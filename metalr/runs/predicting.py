@@ -78,10 +78,22 @@ def _read_table(learner: Learner, path: Path, *, targets: bool) -> tuple[data.Ta
     if columns is None:
         raise ConfigError(f"{path}: expected an .npz, because this learner was not trained on a table, got a table")
     classes = columns["classes"]
-    return data.read_table(
-        path, target=columns["target"], task_column=None, features=columns["features"], classes=classes or False,
-        may_lack_targets=True, ignore_targets=not targets,
-    ), classes  # fmt: skip
+
+    def read(task_column: str | None) -> data.Table:
+        return data.read_table(
+            path, target=columns["target"], task_column=task_column, features=columns["features"],
+            classes=classes or False, may_lack_targets=True, ignore_targets=not targets,
+        )  # fmt: skip
+
+    of = columns.get("task_column")
+    table = read(of if targets and of in data.table_columns(path) else None)
+    found = np.unique(table.task)
+    if len(found) > 1:
+        raise DataError(
+            f"{path}: expected the rows of one task, got {len(found)} in the column {of!r}, such as {found[0]} and "
+            f"{found[1]}; write each task to a file of its own"
+        )
+    return table, classes
 
 
 def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | None = None) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def set_up(config: SearchConfig, model: models.Model | None = None, dataset: dat
     if config.searcher != "grid":
         searchers.import_optuna()
     optimizers.by_name(config.optimizer)
+    if dataset is None and data.is_table(config.data):
+        raise ConfigError(f"data: expected images: a search takes no tables, got {config.data}")
     dataset = data.load(config.data) if dataset is None else dataset
     way = dataset.classes if config.task is None else config.tasks.way
     model = model_of(config.model, way, dataset, model)

@@ -353,7 +353,8 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
             why = "a table's tasks are its rows by --data.task-column, with --data.shot and --data.query"
             unused |= {f"tasks.{field.name}": why for field in dataclasses.fields(config.tasks)}
         else:
-            unused |= {f"table.{field.name}": "only with --data TABLE" for field in dataclasses.fields(config.table)}
+            why = "only with --data FILE.csv or FILE.parquet"
+            unused |= {f"table.{field.name}": why for field in dataclasses.fields(config.table)}
     elif config.task is None:
         unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}
     else:
@@ -362,6 +363,7 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
     for name, why in unused.items():
         if name in changed:
             expected, got = changed[name]
+            name = name.replace("table.", "data.")  # as the flags have it
             raise ConfigError(f"{name}: expected {expected!r}, because nothing else is used here ({why}), got {got!r}")
 
 

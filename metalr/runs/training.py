@@ -353,9 +353,11 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
     """What an artifact says of its own making."""
     of_images = setup.source.source not in (folders.OWN_TASKS, TABLE)
     table = next((facts["table"] for facts in setup.source.splits if "table" in facts), None)
+    features = next((facts["features"] for facts in (table or {}, *setup.source.splits) if "features" in facts), None)
     return {
         "tasks": dataclasses.asdict(config.tasks) if of_images else {"name": setup.source.tasks},
         **({} if table is None else {"table": table}),
+        **({} if features is None else {"features": features}),
         "data": {"name": setup.source.name, "sha256": setup.source.sha256},
         "split_sha256": setup.source.split_sha256,
         "support": setup.support,

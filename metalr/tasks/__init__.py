@@ -15,7 +15,7 @@ from metalr.tasks.images import (
     make_splits,
     second_key,
 )
-from metalr.tasks.sets import Checked, Tasks, mixture, sinusoid
+from metalr.tasks.sets import Checked, OfCountedTasks, Tasks, mixture, sinusoid
 from metalr.tasks.standardisation import Standardisation
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "PERMUTATIONS",
     "Checked",
     "Family",
+    "OfCountedTasks",
     "Pool",
     "Sampler",
     "Splits",

@@ -17,17 +17,33 @@ import numpy as np
 
 from metalr.data import Dataset, load
 from metalr.errors import ConfigError, DataError, MetalrError
-from metalr.inner import Objective
-from metalr.models import Model
+from metalr.inner import Objective, objective_of
+from metalr.models import Model, predict
 from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import choose, make_samplers, make_splits, second_key
 from metalr.tasks.standardisation import Standardisation
-from metalr.trees import as_numbers, count, path_name
+from metalr.trees import as_numbers, check_digits, count, path_name
 from metalr.types import Episode
 
 PARTS = ("train", "validation", "test")
 Sample = Callable[..., Episode]  # key -> Episode, or (pool, key) -> Episode; traceable by jax
+
+
+@dataclasses.dataclass(frozen=True)
+class OfCountedTasks:
+    """A sampler of tasks that can be counted, which says which of them a key draws: two keys may draw the same.
+
+    Attributes:
+      sample: (pool, key) -> Episode.
+      task_of: (pool, key) -> int32 [], traceable by jax.
+    """
+
+    sample: Callable[[Any, jax.Array], Episode]
+    task_of: Callable[[Any, jax.Array], jax.Array]
+
+    def __call__(self, pool: Any, key: jax.Array) -> Episode:
+        return self.sample(pool, key)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +61,8 @@ class Tasks:
       standardisation: how the numbers in the episodes were standardised, which goes with what is learned; None: they
         are as they were.
       prefetch: called with the keys [n] of meta-training episodes before they are needed (see `from_host`).
+      task_of: key -> int32 [], or with a pool (pool, key) -> int32 []: which of a split's tasks a key draws, where
+        those can be counted, as the shops of a table can. Intervals are over tasks then, and not over episodes.
     """
 
     train: Sample
@@ -55,87 +73,58 @@ class Tasks:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     standardisation: Standardisation | None = None
     prefetch: Callable[[jax.Array], None] | None = None
+    task_of: Callable[..., jax.Array] | None = None
 
     def sampler(self, part: str) -> tuple[Any, Callable[[Any, jax.Array], Episode]]:
         """(pool, `sample(pool, key) -> Episode`) of one split, "train", "validation" or "test"."""
         if part not in PARTS:
             raise ConfigError(f"tasks: expected a split of {PARTS}, got {part!r}")
-        function = getattr(self, part)
-        if self.pool is None:
-            return (), lambda pool, key: Episode(*function(key))
+        function, task_of, alone = getattr(self, part), self.task_of, self.pool is None
         own = isinstance(self.pool, Mapping) and set(self.pool) == set(PARTS)
-        return (self.pool[part] if own else self.pool), lambda pool, key: Episode(*function(pool, key))
+        pool = () if self.pool is None else self.pool[part] if own else self.pool
+
+        def sample(pool: Any, key: jax.Array) -> Episode:
+            return _as_episode(function(key) if alone else function(pool, key), part)
+
+        if task_of is None:
+            return pool, sample
+        return pool, OfCountedTasks(sample, lambda pool, key: task_of(key) if alone else task_of(pool, key))
 
     @property
     def sha256(self) -> str:
         """The hash of the name and the facts."""
         return hashlib.sha256(json.dumps([self.name, dict(self.facts)], sort_keys=True).encode()).hexdigest()
 
-    def check(self, model: Model, objective: Objective) -> Checked:
+    def check(self, model: Model, objective: str | Objective) -> Checked:
         """Try the tasks, the model and the objective together, before anything large is compiled.
 
-        Every split is drawn from with two keys and again with the first: the same key must give the same episode, all
-        episodes the same shapes and dtypes, all numbers must be finite, support and query must be disjoint in at least
-        one example, and the loss of a random init must be finite.
+        Every split is drawn from with two keys and again with the first: the same key must give the same episode,
+        another key of meta-training another one, all episodes the same shapes and dtypes, all numbers must be finite,
+        support and query must be disjoint in at least one example, labels must be those that the model has outputs for,
+        and the loss of a random init must be finite, and all metrics numbers.
 
         Raises:
           DataError: naming the split and the field. ConfigError: model or objective do not fit the episodes.
         """
+        objective = objective_of(objective)
         shapes: dict[str, Any] = {}
         losses: dict[str, float] = {}
         for part in PARTS:
-            pool, sample = self.sampler(part)
-            draw = jax.jit(sample)
-            try:
-                first, again, other = (draw(pool, jax.random.key(seed)) for seed in (0, 0, 1))
-            except (ValueError, RuntimeError) as error:
-                failed = host_failure(error)
-                if failed is None:
-                    raise
-                raise failed from error
-            except jax.errors.JAXTypeError as error:
-                raise DataError(
-                    f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): "
-                    f"{error}"
-                ) from error
-            for (path, a), b, c in zip(
-                jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), jax.tree.leaves(other), strict=True
-            ):
-                where = f"tasks.{part}: {path_name(path)}"
-                if a.ndim < 1:
-                    raise DataError(f"{where}: expected a leading axis of examples, got shape []")
-                if jnp.issubdtype(a.dtype, jnp.floating) and not bool(jnp.isfinite(a).all() & jnp.isfinite(c).all()):
-                    raise DataError(f"{where}: expected finite values, got others")
-                if not bool((a == b).all()):
-                    raise DataError(f"{where}: expected the same values for the same key, got others")
-            for field, value in first._asdict().items():
-                lengths = {leaf.shape[0] for leaf in jax.tree.leaves(value)}
-                if len(lengths) != 1 or 0 in lengths:
-                    raise DataError(f"tasks.{part}: {field}: expected one number of examples, got {sorted(lengths)}")
-            for field, of in (("support", "support_x support_y"), ("query", "query_x query_y")):
-                x, y = (count(getattr(first, name)) for name in of.split())
-                if x != y:
-                    raise DataError(f"tasks.{part}: {field}: expected as many targets as inputs, got {x} and {y}")
-            support, query = jax.tree.leaves(first.support_x), jax.tree.leaves(first.query_x)
-            if len(support) == len(query) and all(
-                a.shape == b.shape and bool((a == b).all()) for a, b in zip(support, query, strict=True)
-            ):
-                raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
+            first, again, other = _three_drawn(self, part)
+            _check_repeated(part, first, again, other)
+            _check_lengths(part, first)
+            _check_apart(part, first)
             if model.takes_images and any(v.dtype == jnp.uint8 for v in jax.tree.leaves(first.support_x)):
                 raise DataError(
                     f"tasks.{part}: support_x: expected images as float 0..1, got uint8; divide them by 255"
                 )
+            own = self.pool.get(part) if isinstance(self.pool, Mapping) else None
+            of_table = own.y if isinstance(own, _Rows) else None  # all of them, and not of two episodes alone
+            for field, y in (("y", of_table), ("support_y", first.support_y), ("query_y", first.query_y)):
+                if y is not None:
+                    check_labels(f"tasks.{part}: {field}", y, objective, model.way)
             shapes[part] = jax.tree.map(lambda v: (v.shape, str(v.dtype)), first)
-            try:
-                init = model.init(jax.random.key(0))
-                start = model.begin(init, first.support_x, first.support_y)
-                losses[part] = float(objective.loss(model.apply(start, first.query_x), first.query_y))
-            except MetalrError:
-                raise
-            except Exception as error:  # whatever a network or a loss of the user's own makes of them
-                raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {error}") from error
-            if not np.isfinite(losses[part]):
-                raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {losses[part]}")
+            losses[part] = _loss_of_init(part, model, objective, first)
         if not shapes["train"] == shapes["validation"] == shapes["test"]:
             raise DataError(f"tasks: expected the same shapes and dtypes in all splits, got {shapes}")
         return Checked(shapes["train"], losses)
@@ -175,9 +164,13 @@ class Tasks:
           ConfigError: shot or query below 1, shares that leave nothing to train on, or another `standardise`.
         """
         for what, value in (("shot", shot), ("query", query)):
-            if value < 1:
-                raise ConfigError(f"{what}: expected at least 1, got {value}")
-        ids = np.asarray(task)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ConfigError(f"{what}: expected an integer of at least 1, got {value!r}")
+        ids = _task_ids(task)
+        columns = getattr(x, "columns", None)  # of a DataFrame
+        for what, tree in (("x", x), ("y", y)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                check_digits(np.asarray(leaf), f"{what} {path_name(path)}".strip())
         x, y = (jax.tree.map(functools.partial(as_numbers, what="x, y"), tree) for tree in (x, y))
         _check_rows({"x": x, "y": y}, len(ids), ids.shape)
         names, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -197,12 +190,14 @@ class Tasks:
             "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS},
             "small_tasks": [str(n) for n in names[counts < shot + query]],
         } | ({"standardise": standardise} if standardisation else {})  # fmt: skip
+        if columns is not None:
+            facts["features"] = [str(name) for name in columns]
         xs, ys = jax.tree.map(lambda v: jnp.asarray(v[rows]), (x, y))
         pool = {
             part: _Rows(xs, ys, *(jnp.asarray(v[chosen[part]], jnp.int32) for v in (first, counts))) for part in PARTS
         }
         sample = _row_sampler(shot, query)
-        return cls(sample, sample, sample, pool, name, facts, standardisation)
+        return cls(sample, sample, sample, pool, name, facts, standardisation, task_of=_row_task)
 
     @classmethod
     def from_images(
@@ -277,6 +272,117 @@ class Tasks:
         return cls(of_train, of_validation, of_test, name=name, facts=facts or {}, prefetch=prefetch)
 
 
+def _as_episode(drawn: Any, part: str) -> Episode:
+    if isinstance(drawn, (tuple, list)) and len(drawn) == len(Episode._fields):
+        return Episode(*drawn)
+    size = f" of {len(drawn)}" if isinstance(drawn, (tuple, list)) else ""
+    raise DataError(
+        f"tasks.{part}: expected a function that gives an Episode(support_x, support_y, query_x, query_y), got "
+        f"{type(drawn).__name__}{size}"
+    )
+
+
+def _three_drawn(tasks: Tasks, part: str) -> tuple[Episode, Episode, Episode]:
+    """Episodes of two keys, the first of them twice. Raises DataError for a sampler that cannot be traced."""
+    pool, sample = tasks.sampler(part)
+    draw = jax.jit(sample)
+    try:
+        first, again, other = (draw(pool, jax.random.key(seed)) for seed in (0, 0, 1))
+    except MetalrError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        failed = host_failure(error)
+        if failed is None:
+            raise
+        raise failed from error
+    except jax.errors.JAXTypeError as error:
+        raise DataError(
+            f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): {error}"
+        ) from error
+    except TypeError as error:
+        raise DataError(
+            f"tasks.{part}: expected a function of {'a key' if tasks.pool is None else 'the pool and a key'} that "
+            f"gives an Episode of arrays of numbers: {error}"
+        ) from error
+    return first, again, other
+
+
+def _check_repeated(part: str, first: Episode, again: Episode, other: Episode) -> None:
+    """Raises DataError unless a key gives its own episode: the same again, and finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(first)
+    for (path, a), b, c in zip(leaves, jax.tree.leaves(again), jax.tree.leaves(other), strict=True):
+        where = f"tasks.{part}: {path_name(path)}"
+        if a.ndim < 1:
+            raise DataError(f"{where}: expected a leading axis of examples, got shape []")
+        if jnp.issubdtype(a.dtype, jnp.floating) and not bool(jnp.isfinite(a).all() & jnp.isfinite(c).all()):
+            raise DataError(f"{where}: expected finite values, got others")
+        if not bool((a == b).all()):
+            raise DataError(f"{where}: expected the same values for the same key, got others")
+    if part == "train" and all(bool((a == c).all()) for (_, a), c in zip(leaves, jax.tree.leaves(other), strict=True)):
+        raise DataError(
+            "tasks.train: expected another episode for another key, got the same; draw all that is random with "
+            "jax.random and the key (np.random is drawn once, when jax traces the function), or use Tasks.from_host"
+        )
+
+
+def _check_lengths(part: str, episode: Episode) -> None:
+    """Raises DataError for sets that are empty, or whose inputs and targets are not as many."""
+    for field, value in episode._asdict().items():
+        lengths = {leaf.shape[0] for leaf in jax.tree.leaves(value)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise DataError(f"tasks.{part}: {field}: expected one number of examples, got {sorted(lengths)}")
+    for field, of in (("support", "support_x support_y"), ("query", "query_x query_y")):
+        x, y = (count(getattr(episode, name)) for name in of.split())
+        if x != y:
+            raise DataError(f"tasks.{part}: {field}: expected as many targets as inputs, got {x} and {y}")
+
+
+def _check_apart(part: str, episode: Episode) -> None:
+    support, query = jax.tree.leaves(episode.support_x), jax.tree.leaves(episode.query_x)
+    if len(support) == len(query) and all(
+        a.shape == b.shape and bool((a == b).all()) for a, b in zip(support, query, strict=True)
+    ):
+        raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
+
+
+def check_labels(where: str, y: Any, objective: Objective, way: int | None) -> None:
+    """Raises DataError for targets that an objective of classes has no output for. way: outputs, if that is known."""
+    if objective.targets not in ("classes", "binary") or (objective.targets == "classes" and way is None):
+        return
+    most = 1 if objective.targets == "binary" else int(way or 0) - 1
+    for leaf in map(np.asarray, jax.tree.leaves(y)):
+        whole = leaf.dtype.kind in "biu" or (objective.targets == "binary" and bool((leaf == np.round(leaf)).all()))
+        if not whole or (leaf.size and (leaf.min() < 0 or leaf.max() > most)):
+            raise DataError(
+                f"{where}: expected integer labels 0..{most} with {objective.name}, got {leaf.dtype} "
+                f"{leaf.min()}..{leaf.max()}"
+            )
+
+
+def _loss_of_init(part: str, model: Model, objective: Objective, episode: Episode) -> float:
+    """The query loss of a random init. Raises as Tasks.check says."""
+
+    def measured(episode: Episode) -> dict[str, Any]:
+        init = model.init(jax.random.key(0))
+        start = model.begin(init, episode.support_x, episode.support_y)
+        outputs = predict(model.apply, start, episode.support_x, episode.query_x)
+        return objective.measure(outputs, episode.query_y) | {"the loss": objective.loss(outputs, episode.query_y)}
+
+    try:
+        found = jax.jit(measured)(episode)
+    except MetalrError:
+        raise
+    except Exception as error:  # whatever a network or a loss of the user's own makes of them
+        raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {error}") from error
+    for name, value in found.items():
+        if np.shape(value) != ():
+            raise ConfigError(f"objective: expected {name} to be one number, got an array of {list(np.shape(value))}")
+    loss = float(found["the loss"])
+    if not np.isfinite(loss):
+        raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {loss}")
+    return loss
+
+
 class Checked(NamedTuple):
     """What `Tasks.check` found. shapes: an Episode of (shape, dtype); losses: of a random init, by split."""
 
@@ -302,6 +408,29 @@ class _Rows(NamedTuple):
     y: Any
     first: jax.Array  # [tasks] int32
     size: jax.Array  # [tasks] int32
+
+
+def _is_missing(value: Any) -> bool:
+    return (
+        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    )
+
+
+def _task_ids(task: Any) -> np.ndarray:
+    """[rows] integers or strings. Raises DataError for a row without one, and for ids of several kinds."""
+    ids = np.asarray(task)
+    if ids.dtype.kind in "iuUb":
+        return ids
+    values = ids.ravel().tolist()
+    without = [row for row, value in enumerate(values) if _is_missing(value)]
+    if without:
+        raise DataError(f"task: expected an id in every row, got none in {len(without)}, first in row {without[0]}")
+    kinds = {type(value).__name__ for value in values}
+    if ids.dtype.kind == "f" and (ids == np.round(ids)).all():
+        return ids.astype(np.int64)  # as pandas has integers, once some were missing
+    if kinds - {"str"} and kinds - {"int"}:
+        raise DataError(f"task: expected integers or strings, got {', '.join(sorted(kinds))}")
+    return ids.astype(str) if kinds == {"str"} else ids.astype(np.int64)
 
 
 def _check_rows(trees: Mapping[str, Any], rows: int, shape: tuple[int, ...]) -> None:
@@ -336,13 +465,17 @@ def _dealt(names: np.ndarray, counts: np.ndarray, validation: float, test: float
     return dict(zip(("test", "validation", "train"), map(np.sort, parts), strict=True))
 
 
+def _row_task(rows: _Rows, key: jax.Array) -> jax.Array:
+    """Which task of the split a key draws: int32 []."""
+    return jax.random.randint(jax.random.split(key)[0], (), 0, len(rows.first))
+
+
 def _row_sampler(shot: int, query: int) -> Sample:
     """(rows, key) -> an episode of one random task of the split."""
     need = shot + query
 
     def sample(rows: _Rows, key: jax.Array) -> Episode:
-        task_key, row_key = jax.random.split(key)
-        task = jax.random.randint(task_key, (), 0, len(rows.first))
+        task, row_key = _row_task(rows, key), jax.random.split(key)[1]
         have = rows.size[task]
         enough = choose(row_key, jnp.maximum(have, need), need)
         # Too few: a random order of them, whose first part fills the support set over and over, the rest the query set.
@@ -366,8 +499,8 @@ def sinusoid(shot: int = 10, query: int = 10) -> Tasks:
     Inputs and targets are [n, 1] float32. The three splits draw from the same distribution with keys of their own.
     """
     for what, value in (("shot", shot), ("query", query)):
-        if value < 1:
-            raise ConfigError(f"{what}: expected at least 1, got {value}")
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ConfigError(f"{what}: expected an integer of at least 1, got {value!r}")
 
     def of(part: int) -> Sample:
         def sample(key: jax.Array) -> Episode:
@@ -394,15 +527,36 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     first, *rest = (each.standardisation for each in parts)
     if any(other is not first and not (first and first.same_as(other)) for other in rest):
         raise ConfigError("mixture: expected task sets that are standardised alike, got some that are not")
+    for part in PARTS:
+        shapes = [jax.eval_shape(each.sampler(part)[1], each.sampler(part)[0], jax.random.key(0)) for each in parts]
+        for other, each in zip(shapes[1:], parts[1:], strict=True):
+            if other != shapes[0]:
+                raise ConfigError(
+                    f"mixture: expected task sets of the same shapes and dtypes, got {shapes[0]} of {parts[0].name} "
+                    f"and {other} of {each.name}"
+                )
     log_shares = np.log(shares / shares.sum()).astype(np.float32)
     name = " + ".join(each.name for each in parts)
+
+    def drawn(key: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(second_key(key), zlib.crc32(name.encode()))  # a mixture of mixtures draws twice
+        return jax.random.categorical(own, jnp.asarray(log_shares))
+
+    def task_of(pools: Any, key: jax.Array) -> jax.Array:
+        def of_part(each: Tasks, pool: Any) -> jax.Array:
+            if each.task_of is None:  # no task comes twice
+                return (jax.random.bits(key) >> 8).astype(jnp.int32)
+            return each.task_of(key) if each.pool is None else each.task_of(pool, key)
+
+        which = drawn(key)
+        branches = [lambda pools, i=i, each=each: of_part(each, pools[i]) for i, each in enumerate(parts)]
+        return which + len(parts) * jax.lax.switch(which, branches, pools)
 
     def of(part: str) -> Sample:
         samplers = [each.sampler(part)[1] for each in parts]
 
         def sample(pools: Any, key: jax.Array) -> Episode:
-            own = jax.random.fold_in(second_key(key), zlib.crc32(name.encode()))  # a mixture of mixtures draws twice
-            which = jax.random.categorical(own, jnp.asarray(log_shares))
+            which = drawn(key)
             branches = [lambda pools, key, i=i, one=one: one(pools[i], key) for i, one in enumerate(samplers)]
             return jax.lax.switch(which, branches, pools, key)
 
@@ -416,4 +570,5 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     ahead = prefetch if any(each.prefetch is not None for each in parts) else None
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
-    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, ahead)
+    counted = task_of if any(each.task_of is not None for each in parts) else None
+    return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, ahead, counted)

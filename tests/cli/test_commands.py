@@ -312,6 +312,9 @@ def test_a_table_needs_no_python(tmp_path, capsys):
     scored = json.loads(capsys.readouterr().out)
     assert scored["mse"] == pytest.approx(np.square(np.array(scored["predictions"]) - own.sales[8:]).mean(), rel=1e-3)
     new[["size"]][8:].to_csv(tmp_path / "later.csv", index=False)
+    assert "expected the rows of one task, got 30 in the column 'store', such as 0 and 1" in refused(
+        capsys, "adapt", tmp_path / "run", tmp_path / "t.csv"
+    )
     call("predict", tmp_path / "run", tmp_path / "f.safetensors", tmp_path / "later.csv", "--json")
     assert json.loads(capsys.readouterr().out)["predictions"] == pytest.approx(predicted)
     (tmp_path / "t.csv").rename(tmp_path / "moved.csv")
@@ -337,16 +340,22 @@ def test_a_table_of_classes_gives_their_names_back(tmp_path, capsys):
     capsys.readouterr()
     call("adapt", tmp_path / "run", tmp_path / "new.csv", "--json")
     assert set(json.loads(capsys.readouterr().out)["predictions"]) <= {"low", "high"}  # never one that it was not shown
+    frame.to_csv(tmp_path / "index.csv")
     for change, message in (
         (["--data.target", "kinds"], "data.target: expected columns of t.csv"),
         (["--objective", "squared_error"], "column 'kind': expected numbers"),
+        (["--data", tmp_path / "index.csv"], "expected a name for every column, got 'Unnamed: 0', such as the row"),
+        (
+            ["--data", tmp_path / "t.tsv"],
+            "nothing else is used here (only with --data FILE.csv or FILE.parquet)",
+        ),
         (["--objective", "binary_cross_entropy"], "objective: expected two classes"),
         (["--objective", "hinge"], "objective: expected one of"),
         (["--tasks.shot", "3"], "tasks.shot: expected 1, because nothing else is used here (a table's tasks"),
         (["--model.name", "conv4"], "model.name: expected mlp with a table"),
     ):
         assert message in refused(capsys, "train", *flags, *change, "--out", tmp_path / "none")
-    assert "table.target: expected ()" in refused(capsys, "train", "--data.target", "kind")
+    assert "data.target: expected ()" in refused(capsys, "train", "--data.target", "kind")
     assert "objective: expected cross_entropy with images" in refused(capsys, "train", "--objective", "squared_error")
     assert not (tmp_path / "none").exists()
 
@@ -497,6 +506,8 @@ def test_resume_from_the_command_line(blobs_npz, tmp_path, capsys):
         capsys, "train", "--resume", tmp_path / "cut", "--outer.steps", "9"
     )
     assert "is finished" in refused(capsys, "train", "--resume", tmp_path / "whole")
+    elsewhere = "--out", tmp_path / "other"
+    assert "out: expected none beside --resume" in refused(capsys, "train", "--resume", tmp_path / "cut", *elsewhere)
     assert "expected a run folder" in refused(capsys, "train", "--resume", tmp_path / "none")
     call("train", f"--resume={tmp_path / 'cut'}", "--evaluation.episodes", "12", "--json")
     assert json.loads(capsys.readouterr().out)["config"]["evaluation"]["episodes"] == 12

@@ -142,11 +142,15 @@ def test_unknown_and_hostile_names():
         data.load("../etc")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"<html>", b"shop,size\n1,2\n"])
 def test_bad_npz(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.npz: expected an \.npz of plain arrays"):
+    with pytest.raises(DataError, match=r"x\.npz: expected an \.npz of named arrays, got a file of another kind"):
         data.load(str(tmp_path / "x.npz"))
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, IMAGES)
+    with pytest.raises(DataError, match=r"one\.npz: expected .*, got a single array; use numpy.savez"):
+        data.load(str(tmp_path / "one.npz"))
     np.savez(tmp_path / "y.npz", pixels=IMAGES)
     with pytest.raises(DataError, match=r"expected an array `images`.*\['pixels'\]"):
         data.load(str(tmp_path / "y.npz"))

@@ -109,3 +109,23 @@ def test_small_numbers_keep_six_digits(value):
 def test_runs_that_diverged_are_null_in_json():
     row = protocol.row("x", 5, np.array([0.5, np.inf, np.nan]), "mse", np.zeros(3))
     assert [row[name] for name in ("mse", "ci95", "learned_minus_this", "difference_ci95")] == [None] * 4
+
+
+def test_an_interval_over_tasks_that_come_again_is_that_of_their_means():
+    """Episodes of the same task say less than as many tasks: equal numbers of each give the means' interval."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=6)
+    groups = np.tile(np.arange(6), 50)
+    values = means[groups] + 0.1 * rng.normal(size=300)
+    values -= 0.0
+    by_task = np.array([values[groups == task].mean() for task in range(6)])
+    np.testing.assert_allclose(protocol.half_width(values, groups), protocol.half_width(by_task), rtol=1e-9)
+    assert protocol.half_width(values, groups) > 5 * protocol.half_width(values)
+    np.testing.assert_allclose(protocol.half_width(values, np.arange(300)), protocol.half_width(values))
+    assert np.isnan(protocol.half_width(values, np.zeros(300, int)))
+    row = protocol.row("x", 5, np.stack([values, values + 0.1]), "mse", values[None], groups=groups)
+    assert row["ci95_over_tasks"] == pytest.approx(float(protocol.half_width(by_task)), abs=1e-6)
+    alone = protocol.row("x", 5, values, "mse", groups=np.zeros(300, int))
+    assert alone["ci95"] is None
+    curve = protocol.curve_of(values[:, None], [5], groups)
+    assert curve.ci95[0] == pytest.approx(float(protocol.half_width(by_task)))

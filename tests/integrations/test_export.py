@@ -93,7 +93,7 @@ def test_programs_run_without_metalr(name, tmp_path):
 
 def test_a_hub_folder_has_a_card_and_is_read_by_metalr(tmp_path):
     learned = LEARNERS["mlp"](tmp_path / "a")
-    out = export(tmp_path / "a", "hub-folder", tmp_path / "out")
+    out = export(str(tmp_path / "a"), "hub-folder", str(tmp_path / "out"))
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: metalr\npipeline_tag: image-classification\n")
     assert "# A metalr learner" in card
@@ -139,6 +139,8 @@ def test_refusals(tmp_path):
         export(tmp_path / "a", "stablehlo", tmp_path / "out")
     with pytest.raises(ConfigError, match="support, steps: expected none with torch, got 3, None"):
         export(tmp_path / "a", "torch", tmp_path / "out", 3)
+    with pytest.raises(ConfigError, match="support: expected at least 1, got 0"):
+        export(tmp_path / "a", "stablehlo", tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "README.md").write_text("# Mine")

@@ -85,6 +85,13 @@ def test_a_fitted_one_is_kept_without_pickle_and_with_it(learned, tmp_path):
     assert not list((tmp_path / "kept").rglob("*.pkl"))
     np.testing.assert_array_equal(MetaRegressor.load(tmp_path / "kept").predict(x), expected)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(x), expected)
+    frame = pytest.importorskip("pandas").DataFrame(x, columns=["a", "b", "c"])
+    of_frame = MetaRegressor(steps=5).fit(frame, y)
+    of_frame.save(tmp_path / "frame")
+    back = MetaRegressor.load(tmp_path / "frame")
+    np.testing.assert_array_equal(back.predict(frame), of_frame.predict(frame))
+    with pytest.raises(ValueError, match="feature names should match"):
+        back.predict(frame[["b", "a", "c"]])
     labels = np.where(y > 0, "up", "down")
     classes = MetaClassifier(steps=5).fit(x, labels)
     classes.save(tmp_path / "classes")
@@ -144,6 +151,7 @@ def test_classes_that_were_learned_keep_their_meaning(tmp_path):
     np.testing.assert_array_equal(MetaClassifier.load(tmp_path / "kept").predict(x), shown.predict(x))
     named = clone(made).fit(x[rows], np.array(["no", "low", "high"])[y[rows]])
     assert named.outputs_.tolist() == [0, 1]
+    assert clone(made).fit(x[rows], y[rows].astype(float)).outputs_.tolist() == [1, 2]  # as pandas has integers, often
     again = clone(made).partial_fit(x[rows], y[rows], classes=[1, 2])
     assert again.outputs_.tolist() == [1, 2]
 

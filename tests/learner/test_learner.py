@@ -86,3 +86,48 @@ def test_images_are_floats():
 
     with pytest.raises(DataError, match="tasks: expected images as float 0..1, got uint8; divide them by 255"):
         learned.evaluate(metalr.Tasks(sample, sample, sample), episodes=2)
+
+
+def test_a_table_is_judged_over_its_tasks_and_not_over_episodes():
+    rng = np.random.default_rng(0)
+    x, task = rng.normal(size=(400, 6)), np.repeat(np.arange(20), 20)
+    y = x[:, :1] * np.linspace(1, 9, 20)[task][:, None]
+    tasks = metalr.Tasks.from_arrays(x, y, task, shot=5, query=5, test=0.3)
+    learned = learner()
+    few, many = (learned.evaluate(tasks, episodes=episodes, steps=1) for episodes in (60, 2000))
+    assert len({*many.groups.tolist()}) == 6
+    assert many.ci95[1] > 0.5 * few.ci95[1]
+    by_task = [many.tasks[many.groups == group, 1].mean() for group in range(6)]
+    np.testing.assert_allclose(many.ci95[1], metalr.evaluation.protocol.half_width(np.array(by_task)), rtol=0.15)
+
+
+def test_nothing_is_no_support_set():
+    learned = learner()
+    with pytest.raises(DataError, match="support_x: expected one example or more, got none"):
+        learned.adapt(np.zeros((0, 6)), np.zeros((0, 1)))
+    with pytest.raises(DataError, match="x: expected one example or more, got none"):
+        learned.apply(learned.init, np.zeros((0, 6)))
+
+
+def test_what_a_network_of_ones_own_does_not_take_is_said_plainly():
+    model = models.from_function(
+        lambda key: {"head": {"kernel": jnp.ones((3, 1))}}, lambda params, x: x["values"] @ params["head"]["kernel"]
+    )
+    spec = RatesSpec("layer", steps=1, initial=0.1)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    rates = hyperparameters.actual(spec, meta.rates)
+    learned = metalr.Learner(model, spec, meta.init, rates, objective=inner.OBJECTIVES["squared_error"])
+    x, y = {"values": np.ones((4, 3))}, np.ones((4, 1))
+    fast = learned.adapt(x, y)
+    with pytest.raises(DataError, match="support_x: expected inputs that the network takes, .* KeyError: 'values'"):
+        learned.adapt({"other": np.ones((4, 3))}, y)
+    with pytest.raises(DataError, match="x: expected inputs that the network takes, .* dot_general"):
+        learned.apply(fast, {"values": np.ones((4, 5))})
+
+
+def test_columns_of_a_frame_are_those_of_training_in_their_order():
+    frame = pytest.importorskip("pandas").DataFrame(np.ones((4, 6)), columns=list("abcdef"))
+    learned = dataclasses.replace(learner(), facts={"features": list("abcdef")})
+    learned.adapt(frame, np.ones((4, 1)))
+    with pytest.raises(DataError, match=r"support_x: expected the columns \['a', .*, in this order, got \['b', 'a'"):
+        learned.adapt(frame[list("bacdef")], np.ones((4, 1)))

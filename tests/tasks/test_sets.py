@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import Episode, Learner, Tasks, models, outer, tasks
+from metalr import Episode, Learner, Objective, Tasks, models, outer, tasks
 from metalr.errors import ConfigError, DataError
 from metalr.inner import OBJECTIVES, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -90,7 +90,21 @@ def test_trees_of_columns_of_any_kind():
         ({"task": np.arange(214)}, DataError, "expected at least 2 rows of each task, got one of 0, 1"),
         ({"task": np.zeros(214, int)}, DataError, "expected at least 3 tasks"),
         ({"x": np.array(["a"] * 214)}, DataError, "expected numbers, got <U1; turn categories into numbers"),
-        ({"shot": 0}, ConfigError, "shot: expected at least 1"),
+        ({"shot": 0}, ConfigError, "shot: expected an integer of at least 1, got 0"),
+        ({"shot": 2.5}, ConfigError, "shot: expected an integer of at least 1, got 2.5"),
+        ({"query": "3"}, ConfigError, "query: expected an integer of at least 1, got '3'"),
+        (
+            {"task": np.full(214, np.nan)},
+            DataError,
+            "task: expected an id in every row, got none in 214, ",
+        ),
+        ({"task": np.array(["a", None] * 107, object)}, DataError, "got none in 107, first in row 1"),
+        ({"task": np.array(["a", 1] * 107, object)}, DataError, "task: expected integers or strings, got int, str"),
+        (
+            {"x": 1.7e9 + np.arange(214.0)[:, None]},
+            DataError,
+            "x: column 0 expected numbers that float32 can tell apart, got values near 1.7e[+]09 that differ by",
+        ),
         ({"validation": 0.9, "test": 0.9}, ConfigError, "expected shares that leave tasks to train on"),
     ],
 )
@@ -120,6 +134,14 @@ def test_the_check_says_what_it_found():
         (lambda key: Episode(*draw(key)[:2], *draw(key)[:2]), DataError, "expected a query set apart from the support"),
         (lambda key: draw(key)._replace(query_y=jnp.zeros(3)), DataError, "query: expected as many targets as inputs"),
         (lambda key: draw(key)._replace(query_y=jnp.zeros(())), DataError, "expected a leading axis of examples"),
+        (lambda key: draw(jax.random.key(7)), DataError, "tasks.train: expected another episode for another key"),
+        (
+            lambda key: draw(key)[:3],
+            DataError,
+            "gives an Episode.support_x, .*, got tuple of 3",
+        ),
+        (lambda key: None, DataError, "got NoneType"),
+        (lambda: None, DataError, "tasks.train: expected a function of a key that gives an Episode"),
         (
             lambda key: draw(key) if jax.random.uniform(key) < 2 else None,
             DataError,
@@ -140,6 +162,46 @@ def test_the_check_says_what_it_found():
 def test_samplers_that_cannot_work_are_named(train, error, message):
     with pytest.raises(error, match=message):
         Tasks(train, draw, draw).check(LINE, ERROR)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        (
+            "cross_entropy",
+            [0, 1, -1],
+            r"tasks.train: y: expected integer labels 0..1 with cross_entropy, got .* -1..1",
+        ),
+        (
+            "cross_entropy",
+            [0, 1, 2],
+            r"tasks.train: y: expected integer labels 0..1 with cross_entropy, got .* 0..2",
+        ),
+        ("binary_cross_entropy", [0, 1, 4], r"expected integer labels 0..1 with binary_cross_entropy"),
+        ("binary_cross_entropy", [-1.0, 1.0, 1.0], r"expected integer labels 0..1 .*, got float32 -1.0..1.0"),
+    ],
+)
+def test_labels_without_an_output_are_refused_wherever_they_are(name, labels, message):
+    """In all rows of a table, not only in those of the episodes that are tried."""
+    x, _, ids = table((200,) * 8)
+    y = np.tile(np.asarray(labels)[:2], len(x) // 2)
+    y[::97] = labels[2]
+    outputs = 1 if name.startswith("binary") else 2
+    made = Tasks.from_arrays(x, y, ids, shot=2, query=2)
+    with pytest.raises(DataError, match=message):
+        made.check(models.mlp(outputs, (2,), widths=(3,)), name)
+    made = Tasks.from_arrays(x, y == 1, ids, shot=2, query=2)
+    if outputs == 1:
+        made.check(models.mlp(outputs, (2,), widths=(3,)), name)
+
+
+def test_metrics_are_numbers():
+    each = Objective("each", lambda outputs, y: ((outputs - y) ** 2).mean(), {"errors": lambda outputs, y: outputs - y})
+    with pytest.raises(ConfigError, match=r"objective: expected errors to be one number, got an array of \[4, 1\]"):
+        Tasks(draw, draw, draw).check(LINE, each)
+    host = Objective("host", lambda outputs, y: ((outputs - y) ** 2).mean(), {"mean": lambda out, y: float(out.mean())})
+    with pytest.raises(ConfigError, match="model, objective: do not fit the episodes of tasks.train"):
+        Tasks(draw, draw, draw).check(LINE, host)
 
 
 def test_randomness_of_its_own_is_found_out():
@@ -174,6 +236,28 @@ def test_a_mixture_draws_from_all_by_weight():
     assert set(np.asarray(values).tolist()) == {0.0, 1.0}
     with pytest.raises(ConfigError, match="at least 2 task sets"):
         tasks.mixture(zeros)
+    larger = Tasks(*[lambda key: draw(key, n=5)] * 3, name="larger")
+    with pytest.raises(ConfigError, match="mixture: expected task sets of the same shapes .* of larger"):
+        tasks.mixture(zeros, larger)
+
+
+def test_which_task_a_key_draws_is_known_where_tasks_can_be_counted():
+    x, y, ids = table()
+    made = Tasks.from_arrays(x, y, ids, shot=5, query=5, test=0.4)
+    pool, sample = made.sampler("test")
+    keys = jax.random.split(jax.random.key(0), 30)
+    stores = jax.vmap(lambda key: sample(pool, key).support_x[0, 1])(keys)
+    of = np.asarray(jax.vmap(sample.task_of, (None, 0))(pool, keys))
+    assert len({*of.tolist()}) == len(made.facts["tasks"]["test"]) == 3
+    assert len({*zip(of.tolist(), stores.tolist(), strict=True)}) == 3
+    endless = Tasks(*[lambda key: jax.tree.map(lambda v: 0 * v - 1.0, made.test(pool, key))] * 3, name="endless")
+    assert not isinstance(endless.sampler("test")[1], tasks.OfCountedTasks)
+    pools, mixed = tasks.mixture(made, endless).sampler("test")
+    stores = jax.vmap(lambda key: mixed(pools, key).support_x[0, 1])(keys)
+    of = np.asarray(jax.vmap(mixed.task_of, (None, 0))(pools, keys))
+    counted = of[np.asarray(stores) >= 0]
+    assert len({*counted.tolist()}) <= 3
+    assert len({*of.tolist()}) == len({*counted.tolist()}) + (np.asarray(stores) < 0).sum()
 
 
 def test_a_mixture_of_mixtures_draws_from_all():
