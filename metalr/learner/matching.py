@@ -160,60 +160,81 @@ def match(
             "like: expected None, because these rates are predicted from the layers that they were learned on, got "
             "params of another network"
         )
+    if not 0 <= fan_in <= 1:
+        raise ConfigError(f"fan_in: expected a power of 0..1, got {fan_in!r}")
     learned = {each.name: each for each in tensors_of(init, spec.head, order)}
     mine = tensors_of(params, head)
-    prefix = "params/" if all(each.name.startswith("params/") for each in mine) else ""
+    sources = _sources(learned, mine, names)
+    chosen = _default_rate(spec, rates, learned, sources, default)
+    shapes = trees.leaf_shapes(init), trees.leaf_shapes(params)
+    inputs = {name: _inputs(each, shapes[0][name]) for name, each in learned.items()}
+    factors = {
+        each.name: _factor(_inputs(each, shapes[1][each.name]), [inputs[of] for of in sources[each.name]]) ** fan_in
+        for each in mine
+    }
+    values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
+    return Matching(sources, chosen, values, factors)
+
+
+def _sources(learned: Mapping[str, Tensor], mine: Sequence[Tensor], names: Names) -> dict[str, tuple[str, ...]]:
+    """Which learned tensors each of `mine` is like; () for none. Raises ConfigError for names that fit nothing."""
     if isinstance(names, str) and names not in BY:
         raise ConfigError(f"names: expected a mapping, a function, or one of {BY}, got {names!r}")
+    if names == "role":
+        return {each.name: tuple(n for n, other in learned.items() if other.role == each.role) for each in mine}
+    if names == "depth":
+        return {each.name: _closest(learned, each) for each in mine}
+    prefix = "params/" if all(each.name.startswith("params/") for each in mine) else ""  # Flax's outer level
+    own = {each.name: each.name.removeprefix(prefix) for each in mine}
+    if isinstance(names, Mapping):
+        unused = [key for key in names if not any(_fits(key, name) for name in own.values())]
+        if unused:
+            raise ConfigError(
+                f"names: expected names or patterns of your tensors or layers, {[*own.values()]}, got some that fit "
+                f"none: {unused}"
+            )
     sources: dict[str, tuple[str, ...]] = {}
-    for each in mine:
-        wanted: str | None = each.name.removeprefix(prefix)
-        if names == "role":
-            sources[each.name] = tuple(name for name, other in learned.items() if other.role == each.role)
-            continue
-        if names == "depth":
-            same = [other for other in learned.values() if other.kind == each.kind]
-            closest = min((abs(other.place - each.place) for other in same), default=None)
-            sources[each.name] = tuple(o.name for o in same if abs(o.place - each.place) == closest)[:1]
-            continue
+    for name, short in own.items():
+        wanted: str | None = short
         if callable(names):
-            wanted = names(str(wanted))
+            wanted = names(short)
         elif isinstance(names, Mapping):
-            wanted = _mapped(names, str(wanted))
+            wanted = _mapped(names, short)
         if wanted is not None and names is not None and wanted not in learned:
-            raise ConfigError(f"names: {each.name}: expected a learned tensor, one of {[*learned]}, got {wanted!r}")
-        sources[each.name] = (wanted,) if wanted in learned else ()
-    given = names if isinstance(names, Mapping) else {}
-    own_names = [each.name.removeprefix(prefix) for each in mine]
-    unused = [key for key in given if not any(_fits(key, name) for name in own_names)]
-    if unused:
-        raise ConfigError(
-            f"names: expected names or patterns of your tensors or layers, {own_names}, got some "
-            f"that fit none: {unused}"
-        )
+            raise ConfigError(f"names: {name}: expected a learned tensor, one of {[*learned]}, got {wanted!r}")
+        sources[name] = (wanted,) if wanted is not None and wanted in learned else ()
+    return sources
+
+
+def _closest(learned: Mapping[str, Tensor], own: Tensor) -> tuple[str, ...]:
+    """The learned tensor of the same kind whose layer stands at the closest place; () if there is none."""
+    same = [other for other in learned.values() if other.kind == own.kind]
+    closest = min((abs(other.place - own.place) for other in same), default=None)
+    return tuple(other.name for other in same if abs(other.place - own.place) == closest)[:1]
+
+
+def _default_rate(
+    spec: RatesSpec,
+    rates: Rates,
+    learned: Mapping[str, Tensor],
+    sources: Mapping[str, tuple[str, ...]],
+    default: float | str | None,
+) -> float | None:
+    """The rate of tensors that are like none; None if there are none. Raises ConfigError for one that is missing."""
     lost = [name for name, of in sources.items() if not of]
-    if lost and default is None:
+    if not lost:
+        return None
+    if default is None:
         raise ConfigError(
             f"default: expected a rate (or 'mean' of the learned ones) for tensors that none is learned for: {lost}; "
             f"or say which they are like with names=; learned: {[*learned]}"
         )
     everywhere = [_rate(spec, rates, name) for name in learned if _group(spec, name) is not None]
     mean = float(np.exp(np.mean([np.log(max(abs(float(np.mean(rate))), 1e-12)) for rate in everywhere])))
-    start = mean if default == MEAN else default
-    if lost and not (isinstance(start, (int, float)) and np.isfinite(start) and start >= 0):
+    chosen = mean if default == MEAN else default
+    if not (isinstance(chosen, (int, float)) and np.isfinite(chosen) and chosen >= 0):
         raise ConfigError(f"default: expected a rate of at least 0, or 'mean', got {default!r}")
-    chosen = float(start) if lost and start is not None else None
-    if not 0 <= fan_in <= 1:
-        raise ConfigError(f"fan_in: expected a power of 0..1, got {fan_in!r}")
-    shapes = trees.leaf_shapes(init), trees.leaf_shapes(params)
-    inputs = {name: _inputs(each, shapes[0][name]) for name, each in learned.items()}
-    factors = {
-        each.name: _factor(_inputs(each, shapes[1][each.name]), [inputs[of] for of in sources[each.name]])
-        for each in mine
-    }
-    factors = {name: factor**fan_in for name, factor in factors.items()}
-    values = {name: factors[name] * float(np.mean(_combined(spec, rates, of, chosen))) for name, of in sources.items()}
-    return Matching(sources, chosen, values, factors)
+    return float(chosen)
 
 
 def _inputs(tensor: Tensor, shape: tuple[int, ...]) -> int | None:

@@ -156,15 +156,8 @@ def _locate(recorded: dict[str, str], folder: Path) -> Path:
     raise ConfigError(f"resume: {folder}: expected the run that it was begun with, found it in none of {tried}")
 
 
-def _set_up(
-    runs: Sequence[Path],
-    config: CompareConfig,
-    pretrained: Sequence[Path],
-    choosing: Sequence[Path],
-    own: Own,
-    resumed: Path | None = None,
-) -> _Parts:
-    """Check everything, before anything is written. resumed: the comparison's folder, which knows its data."""
+def _check(config: CompareConfig) -> None:
+    """Raises ConfigError for settings that cannot work, whatever the runs are."""
     from_json(config.to_json(), CompareConfig)  # the types, as in a config file
     for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
         if not values or not all(0 < value < np.inf for value in values):
@@ -188,6 +181,19 @@ def _set_up(
         raise ConfigError(f"seed: expected 0 <= seed < 2^32, got {config.seed}")
     if set(config.searchers) - {"grid"} and config.searched:
         searchers.import_optuna()
+    config.space.check()
+
+
+def _set_up(
+    runs: Sequence[Path],
+    config: CompareConfig,
+    pretrained: Sequence[Path],
+    choosing: Sequence[Path],
+    own: Own,
+    resumed: Path | None = None,
+) -> _Parts:
+    """Check everything, before anything is written. resumed: the comparison's folder, which knows its data."""
+    _check(config)
     learners, trained = load_runs(runs, own)
     joint, joint_trained = load_runs(pretrained, own, "pretrained") if pretrained else ([], [])
     if joint and jax.tree.map(np.shape, joint[0].init) != jax.tree.map(np.shape, learners[0].init):
@@ -201,12 +207,7 @@ def _set_up(
         _check_pretrained(f"pretrained: {path}", from_json(found["config"]), made)
         if _data_sha256(found) != _data_sha256(trained[0]):
             raise ConfigError(f"pretrained: {path}: expected the data of the runs, {made.data!r}, got other data")
-    if own.given is not None:
-        loaded: Tasks | data.Dataset = own.given
-    elif config.data is None:
-        loaded = load(made, runs[0])
-    else:
-        loaded = data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
+    loaded = _loaded(made, config, own, runs[0], resumed)
     if isinstance(loaded, data.Dataset):
         field, facts = _field_of_images(made, config, learners[0], loaded)
     else:
@@ -216,7 +217,6 @@ def _set_up(
     except ConfigError as error:
         raise ConfigError(f"lengths: in {error}") from error
     spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
-    config.space.check()
     warm = rivals.as_trial(learners[0], config.space) is not None
     paid_once = {
         name: float(np.mean([_paid(results) for results in of]))
@@ -233,6 +233,17 @@ def _set_up(
         {"random": 0.0} | paid_once,
         facts,
     )
+
+
+def _loaded(
+    trained: TrainConfig, config: CompareConfig, own: Own, run: Path, resumed: Path | None
+) -> Tasks | data.Dataset:
+    """What the held-out tasks are drawn from: what was given, the data of the runs, or other data."""
+    if own.given is not None:
+        return own.given
+    if config.data is None:
+        return load(trained, run)
+    return data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
 
 
 def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> None:
