@@ -6,7 +6,7 @@
 and the loss stay float32. An MLP on family `rotated` (10-way 5-shot) and a conv net of 16 channels on `digits` (3-way
 5-shot), of the bundled MNIST subset, 5 inner steps, 300 outer steps of 8 tasks, 5 seeds, the same 600 meta-test tasks
 for both.
-Not measured yet: there is no results/precision.json. About 30 minutes on one CPU core, where bfloat16 is slow.
+Expected: see results/precision.json and docs/choosing.md; about 35 minutes on one CPU core, where bfloat16 is slow.
 """
 
 from metalr.cli.documents import study

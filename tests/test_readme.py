@@ -13,6 +13,7 @@ import pytest
 import metalr
 from metalr import data
 from metalr.config.files import differences, from_json
+from metalr.evaluation import protocol
 from metalr.outer.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parent.parent
@@ -342,3 +343,13 @@ def test_numbers_of_the_norms_are_those_of_their_results():
     for row in ALL["statistics_of_norms"]["lines"]:
         shown = f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}"
         assert re.search(rf"^\| {row['norm']} \| {row['queries']} \| {re.escape(shown)} \|", text, re.M)
+
+
+def test_numbers_of_bfloat16_are_those_of_their_results():
+    text, of = (ROOT / "docs" / "choosing.md").read_text(), {}
+    for row in ALL["precision"]["rows"]:
+        assert f"| {row['variant']} | {100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f} |" in text
+        of[row["variant"]] = 100 * np.array(row["accuracy_of_seeds"])
+    for network, name in (("mlp", "an MLP"), ("conv4", "a conv net")):
+        found = of[f"{network} bfloat16"] - of[f"{network} float32"]
+        assert f"{found.mean():+.1f} ± {float(protocol.half_width(found)):.1f}" in text, name
