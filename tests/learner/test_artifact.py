@@ -239,7 +239,7 @@ def test_names_of_classes_may_be_an_array(tmp_path):
 
 def test_a_support_set_of_rows_has_examples():
     table = learner(model=models.mlp(3, (4,), widths=(5,)))
-    with pytest.raises(DataError, match="support_y: expected one example or more, got none"):
+    with pytest.raises(DataError, match="support_x: expected one example or more, got none"):
         table.adapt(np.zeros((0, 4), np.float32), np.zeros(0, int))
 
 
