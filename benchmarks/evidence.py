@@ -52,6 +52,9 @@ LEAST = {
     "rates alone, four layers of 128": 0.5,
     "rotated 10-way 1-shot, trained with 5, several horizons": 0.8,
     "rotated 10-way 20-shot, trained with 5, several horizons": 0.86,
+    "rotated 10-way 1-shot, trained with 1, 5 and 20": 0.8,
+    "rotated 10-way 5-shot, trained with 1, 5 and 20": 0.86,
+    "rotated 10-way 20-shot, trained with 1, 5 and 20": 0.86,
 }  # drawn from there
 DRAWN = (  # of the methods that take one run a task; searches are points beside them
     "learned init + learned rates", "random init + learned rates", "pre-trained init, no search (momo_adam)",

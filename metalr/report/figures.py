@@ -137,9 +137,11 @@ def standalone(title: str, description: str, series: Sequence[Series], **labels:
     inside = found.group(1)
     for i, color in enumerate(FIXED):
         inside = inside.replace(f"var(--c{i})", color)
+    fills = [
+        f'fill="{FIXED[i]}"' if i < COLORS else f'fill="none" stroke="{FIXED[i % COLORS]}"' for i in range(len(series))
+    ]
     keys = [
-        f'<rect x="{LEFT}" y="{HEIGHT + 8 + 20 * i}" width="12" height="12" rx="3" stroke="{FIXED[i % COLORS]}" '
-        f'fill="{FIXED[i] if i < COLORS else "none"}"/>'
+        f'<rect x="{LEFT}" y="{HEIGHT + 8 + 20 * i}" width="12" height="12" rx="3" {fills[i]}/>'
         f'<text x="{LEFT + 20}" y="{HEIGHT + 19 + 20 * i}">{html.escape(s.name)}</text>'
         for i, s in enumerate(series)
     ]
