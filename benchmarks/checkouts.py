@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent.parent
-WORKLOADS = ("mlp_1shot", "reference_mlp", "conv4_1shot", "gru")
+WORKLOADS = ("mlp_1shot", "mlp_5shot", "reference_mlp", "conv4_1shot", "gru")
 WINDOW = 0.6  # seconds
 
 
@@ -43,6 +43,7 @@ def calls() -> dict[str, Any]:
     models, outer, types = (importlib.import_module(f"metalr.{name}") for name in ("models", "outer", "types"))
     made = {
         "mlp_1shot": (models.mlp(5, widths=(256, 128, 64, 64), dropout=0.0), 5, 1),
+        "mlp_5shot": (models.mlp(5, widths=(256, 128, 64, 64), dropout=0.0), 5, 5),
         "reference_mlp": (models.mlp(10, dropout=0.0), 10, 10),
         "conv4_1shot": (models.conv4(5), 5, 1),
         "gru": (models.rnn(5), 5, 1),
