@@ -94,9 +94,7 @@ def begin(
 
 def groups_of(sample: Sampler, pool: Pool, keys: jax.Array) -> np.ndarray | None:
     """Which task each key draws, [episodes] int, where tasks can be counted and some may come again; None elsewhere."""
-    if not isinstance(sample, OfCountedTasks):
-        return None
-    return np.asarray(jax.jit(jax.vmap(sample.task_of, (None, 0)))(pool, keys))
+    return np.asarray(sample.tasks_of(pool, keys)) if isinstance(sample, OfCountedTasks) else None
 
 
 def curve_of(tasks: Any, steps: Sequence[int] | None = None, groups: np.ndarray | None = None) -> Curve:

@@ -45,6 +45,11 @@ class OfCountedTasks:
     def __call__(self, pool: Any, key: jax.Array) -> Episode:
         return self.sample(pool, key)
 
+    @functools.cached_property
+    def tasks_of(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """(pool, keys [n]) -> [n] int32; compiled once."""
+        return jax.jit(jax.vmap(self.task_of, (None, 0)))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tasks:
