@@ -47,7 +47,7 @@ from fault_runs import (
 )
 from fault_trials import QUIET, SEED, Failed, Row, count, expect
 
-from metalr import cli, config, outer, runs
+from metalr import cli, config, outer, runs, tasks
 from metalr.config import files
 from metalr.errors import ConfigError, StorageError
 from metalr.outer import devices, loop
@@ -208,14 +208,14 @@ def divergence(root: Path, n: int) -> Row:
         outer_ = dataclasses.replace(TINY.outer, on_divergence=policy, init_rate=1e-3 if poison else 1e30, clip=None)
         changed = dataclasses.replace(TINY, inner=inner, outer=outer_, seed=i)
         parts = setup.set_up(changed)
-        pool, sample = parts.samplers["train"]
+        pool, sample = parts.parts.train
         if poison:
 
             def sampler(pool: Any, key: jax.Array) -> Any:
                 episode, bad = sample(pool, key), jax.random.bernoulli(jax.random.fold_in(key, 9), 0.15)
                 return episode._replace(support_x=jnp.where(bad, jnp.nan, episode.support_x))
 
-            parts = parts._replace(samplers=parts.samplers | {"train": (pool, sampler)})
+            parts = parts._replace(parts=parts.parts._replace(train=tasks.Part(pool, sampler)))
         folder = root / f"diverge{i}"
         folder.mkdir()
         try:
@@ -235,7 +235,7 @@ def divergence(root: Path, n: int) -> Row:
 def overhead(repeats: int) -> Row:
     """The share of time that the checks take: the step as it is, beside one whose results nobody checks."""
     parts = setup.set_up(dataclasses.replace(config.QUICKSTART, grid=config.GridConfig()))
-    pool, sample = parts.samplers["train"]
+    pool, sample = parts.parts.train
     chunk = loop.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, 16)
 
     @jax.jit

@@ -190,7 +190,7 @@ def outer_section() -> list[Row]:
             settings, outer=dataclasses.replace(settings.outer, steps=steps, validate_every=steps)
         )
         parts = setup.set_up(settings)
-        pool, sample = parts.samplers["train"]
+        pool, sample = parts.parts.train
         one = loop.make_chunk(parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch)
         alone, looped = [], []
         for repeat in range(4):
@@ -222,7 +222,7 @@ def seeds_section() -> list[Row]:
     """Outer steps of three seeds as one program, beside one seed after the other; the quickstart's settings."""
     settings = dataclasses.replace(config.QUICKSTART, grid=config.GridConfig())
     parts = setup.set_up(settings)
-    pool, sample = parts.samplers["train"]
+    pool, sample = parts.parts.train
     keys = jax.random.split(jax.random.key(0), 3)
     made = parts.model, parts.spec, parts.method, parts.optimizer, sample, settings.outer.meta_batch
     alone, together = loop.make_chunk(*made), loop.make_chunk(*made, seeds=3)

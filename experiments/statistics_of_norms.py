@@ -68,7 +68,7 @@ def main() -> None:
             )  # fmt: skip
             if not (out / "results.json").is_file():
                 runs.resume(out, config) if (out / "config.json").is_file() else runs.run(config, name="norms")
-            found.append(accuracies(metalr.load(out), set_up(config).samplers["test"]))
+            found.append(accuracies(metalr.load(out), set_up(config).parts.test))
         for at, asked in enumerate(("together", "one at a time")):
             means = [float(values[:, at].mean()) for values in found]
             over_tasks = [float(protocol.half_width(values[:, at])) for values in found]

@@ -43,3 +43,11 @@ class Curve(NamedTuple):
     ci95: np.ndarray  # as mean; half-width over tasks
     tasks: np.ndarray  # [episodes, points] float64 (or [episodes, rates, points]): the score on each query set
     groups: np.ndarray | None = None  # [episodes] int: which task each is of, if tasks can be counted; None: all differ
+
+    def each_point(self) -> list[tuple[int, Curve]]:
+        """Every number of steps, and a curve of that point alone."""
+        alone = (
+            self._replace(**{name: getattr(self, name)[..., i : i + 1] for name in ("steps", "mean", "ci95", "tasks")})
+            for i in range(len(self.steps))
+        )
+        return list(zip(self.steps.tolist(), alone, strict=True))

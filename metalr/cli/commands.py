@@ -282,7 +282,10 @@ def evaluate(
     given = {"episodes": episodes, "seed": seed}
     changed = {name: value for name, value in given.items() if value is not None}
     asked = dataclasses.replace(config.evaluation, **changed)
-    config = dataclasses.replace(config, evaluation=asked, grid=GridConfig())  # no grid here, so none of its limits
+    # No grid here, so none of its limits; and nobody is told, so no logger has to be there.
+    config = dataclasses.replace(config, evaluation=asked, grid=GridConfig(), loggers=())
+    if orders < 0 or orders == 1:
+        raise ConfigError(f"orders: expected 0, or at least 2, got {orders}")
     setup = set_up(config, None, load(config, run, data))
     length = config.curve_steps if steps is None else steps
     learner = artifact.load(run)
@@ -291,8 +294,6 @@ def evaluate(
     curve, seconds = evaluating.held_out(learner, setup, asked.episodes, length, asked.seed, of_steps=steps)
     shown = {}
     if orders and setup.source.relabels:
-        if orders < 2:
-            raise ConfigError(f"orders: expected 0, or at least 2, got {orders}")
         shown = {"label_orders": evaluating.label_orders(learner, setup, asked.seed, orders=orders)}
     results = {
         "run": str(run),

@@ -94,6 +94,10 @@ def import_images(
     from metalr import data
     from metalr.data import sources
 
+    called = name or (source.resolve().name if source.is_dir() else source.stem)
+    data.cached_path(called, "--name")
+    if called in (data.BUNDLED, "mnist"):
+        raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {called!r}")
     if source.is_dir() and not sources.holds_idx(source):
         dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=name)
     elif size is not None or gray:
@@ -102,8 +106,6 @@ def import_images(
         dataset = sources.read_idx(source, min_per_class=min_per_class, name=name)
     else:
         dataset = data.from_npz(source, name, min_per_class=min_per_class)
-    if dataset.name in (data.BUNDLED, "mnist"):
-        raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {dataset.name!r}")
     data.write_cache(dataset)
     print(dataset)
 

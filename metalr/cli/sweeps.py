@@ -21,8 +21,9 @@ from metalr.errors import ConfigError, MetalrError
 Config = Annotated[SweepConfig, tyro.conf.arg(name="")]
 FIELDS = [field.name for field in dataclasses.fields(SweepConfig) if field.name != "slurm"]
 FIELDS += [f"slurm.{field.name}" for field in dataclasses.fields(SlurmConfig)]
-OWN = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--resume", "--dry-run", "--json", "--help"}
-BESIDE_RESUME = {"--resume", "--workers", "--json"}
+OWN = {f"--{name.replace('_', '-')}" for name in FIELDS}
+OWN |= {"--resume", "--retry-failed", "--dry-run", "--json", "--help"}
+BESIDE_RESUME = {"--resume", "--retry-failed", "--workers", "--json"}
 RANGE = re.compile(r"^(.+?)\.\.(.+)$")
 
 
@@ -34,7 +35,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     for word in argv:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            if flag in OWN or flag in ("--no-json", "--no-overwrite", "--no-dry-run"):
+            if flag in OWN or flag in ("--no-json", "--no-overwrite", "--no-dry-run", "--no-retry-failed"):
                 values = own
                 values.append(word)
                 continue
@@ -107,6 +108,7 @@ def sweep_command(argv: Sequence[str]) -> None:
         base: tyro.conf.Positional[Path | None] = None,
         config: Config = SweepConfig(),  # noqa: B008 - frozen
         resume: Path | None = None,
+        retry_failed: bool = False,
         dry_run: bool = False,
         json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     ) -> None:
@@ -119,6 +121,7 @@ def sweep_command(argv: Sequence[str]) -> None:
         Args:
           base: what all runs share: a run folder, a config file, or a document of experiments/.
           resume: the folder of a sweep that was stopped or killed: go on with that one.
+          retry_failed: with --resume: take up the runs that failed too, where they stood.
           dry_run: print which runs there would be, which of them would fail for settings that contradict each other,
             and the script of a job of Slurm; run nothing.
           json_: print the results as JSON instead of a table.
@@ -131,10 +134,13 @@ def sweep_command(argv: Sequence[str]) -> None:
             given += [*swept, *([] if base is None else [str(base)])]
             if given:
                 raise ConfigError(
-                    f"resume: expected --workers alone beside it ({resume} has its own settings), got {given}"
+                    "resume: expected nothing beside it but --workers and --retry-failed "
+                    f"({resume} has its own settings), got {given}"
                 )
             workers = any(word.partition("=")[0] == "--workers" for word in own)
-            results = sweeping.resume(resume, workers=config.workers if workers else None)
+            results = sweeping.resume(resume, workers=config.workers if workers else None, retry_failed=retry_failed)
+        elif retry_failed:
+            raise ConfigError("retry_failed: expected it with --resume SWEEP alone")
         else:
             start = TrainConfig() if base is None else sweeping.base_of(base)
             axes = dict(axis_of(flag, values, start) for flag, values in swept.items())

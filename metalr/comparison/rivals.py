@@ -128,93 +128,94 @@ def stopwatch() -> Iterator[Callable[[], tuple[float, float]]]:
 
 
 def of_lengths(
-    method: str, starts: Sequence[Any], field: Field, evaluators: Callable[[Any, int], np.ndarray], *, every: bool
+    method: str, starts: Sequence[Any], field: Field, run: Callable[[Any], np.ndarray], *, separate: bool = False
 ) -> list[Scores]:
     """Scores of `method` at every length.
 
     Args:
       starts: what is averaged over: learners, or just one thing.
-      evaluators: (start, length or 0) -> [tasks, points]; with `every` it is called once, with 0, and gives all
-        lengths; otherwise it gives one.
+      run: start -> [tasks, lengths].
+      separate: whether each length is a fine-tune of its own, or all are points of one; for the seconds of each.
     """
-    rows, workers = [], devices.task_mesh(len(field.keys)).size
-    lengths: Sequence[tuple[int, ...]] = [field.lengths] if every else [(length,) for length in field.lengths]
-    for group in lengths:
-        with stopwatch() as read:
-            found = np.stack([evaluators(start, 0 if every else group[0]) for start in starts])
-            seconds, compiled = read()
-        tasks = len(starts) * len(field.keys)
-        for i, steps in enumerate(group):
-            cost = float(steps * field.batch_size)
-            alone = seconds * workers / tasks * steps / max(group)
-            rows.append(Scores(method, steps, found[:, :, i], cost, cost, alone, compiled))
-    return rows
+    with stopwatch() as read:
+        found = np.stack([run(start) for start in starts])
+        seconds, compiled = read()
+    a_step = seconds * devices.task_mesh(len(field.keys)).size / (len(starts) * len(field.keys))
+    a_step /= sum(field.lengths) if separate else max(field.lengths)
+    costs = [float(steps * field.batch_size) for steps in field.lengths]
+    return [
+        Scores(method, steps, found[:, :, i], cost, cost, a_step * steps, compiled)
+        for i, (steps, cost) in enumerate(zip(field.lengths, costs, strict=True))
+    ]
 
 
-def learned(learners: Sequence[Learner], field: Field, *, random_init: bool = False) -> list[Scores]:
-    """The learned rates from the learned init, or from a random one; a schedule is stretched over each length.
+LearnedRuns = Callable[[Learner, bool, bool], np.ndarray]
+
+
+def learned_runs(learners: Sequence[Learner], field: Field) -> LearnedRuns:
+    """(learner, from random inits?, on meta-validation tasks?) -> [tasks, lengths]. One program for all lengths.
+
+    A schedule is stretched over each length. Random inits have a program of their own: in the factored form all tasks
+    share the first kernel of an init that is the same for them.
+    """
+    model, spec = learners[0].model, learners[0].spec
+
+    @functools.cache
+    def evaluator(random_init: bool, val: bool) -> protocol.Evaluator:
+        return protocol.make_evaluator(
+            model, spec, (field.val_sampler if val else field.sampler)[1], field.lengths[-1], at=field.lengths,
+            separate=spec.of_length, random_init=random_init, objective=field.objective,
+        )  # fmt: skip
+
+    def run(learner: Learner, random_init: bool, val: bool) -> np.ndarray:
+        pool, keys = (field.val_sampler[0], field.val_keys) if val else (field.sampler[0], field.keys)
+        return evaluator(random_init, val)(pool, learner.init, learner.rates, keys).tasks
+
+    return run
+
+
+def learned(learners: Sequence[Learner], field: Field, runs: LearnedRuns, *, random_init: bool = False) -> list[Scores]:
+    """The learned rates from the learned init, or from a random one.
 
     With early stopping, the number of steps is chosen with the first learner, as a tuned rate is from the first init.
     """
-    start = "random" if random_init else "learned"
-    of_length = learners[0].spec.of_length
-
-    @functools.cache
-    def evaluator(length: int, val: bool) -> protocol.Evaluator:
-        model, spec = learners[0].model, learners[0].spec
-        at = [length] if length else list(field.lengths)
-        return protocol.make_evaluator(
-            model, spec, (field.val_sampler if val else field.sampler)[1], at[-1], of_steps=length or None, at=at,
-            random_init=random_init, objective=field.objective,
-        )  # fmt: skip
-
-    def run(learner: Learner, length: int, val: bool = False) -> np.ndarray:
-        pool, keys = (field.val_sampler[0], field.val_keys) if val else (field.sampler[0], field.keys)
-        return evaluator(length, val)(pool, learner.init, learner.rates, keys).tasks
-
-    method = f"{start} init + {learners[0].kind_of_rates}"
-    rows = of_lengths(method, learners, field, run, every=not of_length)
+    separate = learners[0].spec.of_length
+    method = f"{'random' if random_init else 'learned'} init + {learners[0].kind_of_rates}"
+    rows = of_lengths(method, learners, field, lambda one: runs(one, random_init, False), separate=separate)
     if not field.early_stopping:
         return rows
-    each = [run(learners[0], length, True) for length in (field.lengths if of_length else (0,))]
-    scores = np.concatenate(each, axis=1).mean(0)
-    paid = (sum(field.lengths) if of_length else field.lengths[-1]) * len(field.val_keys) * field.batch_size
+    scores = runs(learners[0], random_init, True).mean(0)
+    paid = (sum(field.lengths) if separate else field.lengths[-1]) * len(field.val_keys) * field.batch_size
     return [row._replace(paid_once=float(paid)) for row in _stopped_early(rows, scores.tolist(), field)]
 
 
-Baselines = Callable[[str, bool, bool], Callable[[Params | None, Sequence[float]], np.ndarray]]
+Baselines = Callable[[str, bool], Callable[[Params | None, Sequence[float]], np.ndarray]]
 
 
 def baselines(model: Model, field: Field) -> Baselines:
-    """(optimizer, from random inits?, on meta-validation tasks?) -> (init, rates) -> [rates, tasks, lengths].
+    """(optimizer, on meta-validation tasks?) -> (init, rates) -> [rates, tasks, lengths]. An init of None: random ones.
 
-    Runs with fixed rates. Each is compiled once; share it between the inits of one network.
+    Runs with fixed rates. Each is compiled once for all lengths and inits (and, on accelerators, for each number of
+    rates side by side); share it between those of one network.
     """
+    unused = jax.jit(model.init)(jax.random.key(0))
 
     @functools.cache
-    def evaluator(
-        optimizer: str, random_init: bool, val: bool
-    ) -> Callable[[Params | None, Sequence[float]], np.ndarray]:
+    def evaluator(optimizer: str, val: bool) -> Callable[[Params | None, Sequence[float]], np.ndarray]:
         pool, sample = field.val_sampler if val else field.sampler
         keys = field.val_keys if val else field.keys
-        of_length = optimizer == "adam_cosine"
-        groups: list[tuple[int, ...]] = [(length,) for length in field.lengths] if of_length else [field.lengths]
-        evaluators = [
-            protocol.make_baseline(
-                model, sample,
-                functools.partial(optimizers.adam_cosine, steps=at[-1]) if of_length else optimizers.by_name(optimizer),
-                at, batch_size=field.minibatch, random_init=random_init, objective=field.objective,
-            )
-            for at in groups
-        ]  # fmt: skip
-        unused = jax.jit(model.init)(jax.random.key(0)) if random_init else None
+        separate = optimizer == "adam_cosine"
+        evaluate = protocol.make_baseline(
+            model, sample, optimizers.adam_cosine if separate else optimizers.by_name(optimizer), field.lengths,
+            separate=separate, batch_size=field.minibatch, random_init=None, objective=field.objective,
+        )  # fmt: skip
 
         def run(init: Params | None, rates: Sequence[float]) -> np.ndarray:
-            start, found = unused if random_init else init, []
+            start, found = unused if init is None else init, []
             for few in devices.at_once(rates):
                 given = np.asarray(few[0] if len(few) == 1 else few, np.float32)
-                curves = [of(pool, start, given, keys).tasks for of in evaluators]
-                found.append(np.concatenate(curves, axis=-1).reshape(len(keys), len(few), -1))
+                curves = evaluate(pool, start, given, keys, fresh=init is None).tasks
+                found.append(curves.reshape(len(keys), len(few), -1))
             return np.concatenate(found, axis=1).swapaxes(0, 1)
 
         return run
@@ -224,31 +225,41 @@ def baselines(model: Model, field: Field) -> Baselines:
 
 def unsearched(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores]:
     """Adam at 1e-3 from every init."""
-    run = runs("adam", inits[0] is None, False)
-    return of_lengths(
-        f"{name} init, no search (Adam {UNSEARCHED_RATE:g})", inits, field,
-        lambda init, _: run(init, [UNSEARCHED_RATE])[0], every=True,
-    )  # fmt: skip
+    run = runs("adam", False)
+    method = f"{name} init, no search (Adam {UNSEARCHED_RATE:g})"
+    return of_lengths(method, inits, field, lambda init: run(init, [UNSEARCHED_RATE])[0])
 
 
-def without_search(name: str, inits: Inits, field: Field, model: Model, optimizer: str) -> list[Scores]:
-    """From every init, an optimizer that nobody chooses a rate for; a row of optimizers.WITHOUT_SEARCH."""
-    row, (pool, sample) = optimizers.without_search(optimizer), field.sampler
-    random_init = inits[0] is None
-    starts = [jax.jit(model.init)(jax.random.key(0))] if random_init else inits
+RateFree = Callable[[str], Callable[[Params | None], np.ndarray]]
+
+
+def rate_free_runs(model: Model, field: Field) -> RateFree:
+    """Name of a row of optimizers.WITHOUT_SEARCH -> init -> [tasks, lengths]. As `baselines`, with no rate to give."""
+    pool, sample = field.sampler
+    unused = jax.jit(model.init)(jax.random.key(0))
 
     @functools.cache
-    def evaluator(length: int) -> protocol.Evaluator:
-        at = [length] if length else list(field.lengths)
-        return protocol.make_baseline(
-            model, sample, lambda _: row.make(at[-1]), at, batch_size=field.minibatch, random_init=random_init,
-            objective=field.objective, evaluated=row.evaluated,
+    def evaluator(optimizer: str) -> Callable[[Params | None], np.ndarray]:
+        row = optimizers.without_search(optimizer)
+        most = field.lengths[-1]
+        evaluate = protocol.make_baseline(
+            model, sample, lambda _, steps=most: row.make(steps), field.lengths, separate=row.of_length,
+            batch_size=field.minibatch, random_init=None, objective=field.objective, evaluated=row.evaluated,
         )  # fmt: skip
 
-    def run(start: Params, length: int) -> np.ndarray:
-        return evaluator(length)(pool, start, np.float32(0), field.keys).tasks
+        def run(init: Params | None) -> np.ndarray:
+            start = unused if init is None else init
+            return evaluate(pool, start, np.float32(0), field.keys, fresh=init is None).tasks
 
-    return of_lengths(f"{name} init, no search ({optimizer})", starts, field, run, every=not row.of_length)
+        return run
+
+    return evaluator
+
+
+def without_search(name: str, inits: Inits, field: Field, runs: RateFree, optimizer: str) -> list[Scores]:
+    """From every init, an optimizer that nobody chooses a rate for; a row of optimizers.WITHOUT_SEARCH."""
+    separate = optimizers.without_search(optimizer).of_length
+    return of_lengths(f"{name} init, no search ({optimizer})", inits, field, runs(optimizer), separate=separate)
 
 
 def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores]:
@@ -264,7 +275,7 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
     for _ in range(WIDENINGS + 1):
         for optimizer in dict.fromkeys(optimizer for optimizer, _ in wanted):
             rates = [rate for name, rate in wanted if name == optimizer]
-            scores = runs(optimizer, first is None, True)(first, rates).mean(1)
+            scores = runs(optimizer, True)(first, rates).mean(1)
             found |= {(optimizer, rate): score for rate, score in zip(rates, scores, strict=True)}
         cells = sorted(found)
         by_length = [{cell: float(found[cell][at]) for cell in cells} for at in range(len(field.lengths))]
@@ -281,19 +292,16 @@ def tuned(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores
     steps = sum(each if optimizer == "adam_cosine" else whole for optimizer, _ in found)
     cost = steps * len(field.val_keys) * field.batch_size
 
-    def score(init: Params | None, _: int) -> np.ndarray:
-        curves = {cell: runs(cell[0], init is None, False)(init, [cell[1]])[0] for cell in sorted(set(best))}
-        return np.stack([curves[cell][:, at] for at, cell in enumerate(best)], axis=1)
+    def of_cell(cell: tuple[str, float]) -> list[Scores]:
+        run, separate = runs(cell[0], False), cell[0] == "adam_cosine"
+        return of_lengths(
+            f"{name} init + one tuned rate", inits, field, lambda init: run(init, [cell[1]])[0], separate=separate
+        )
 
+    of_cells = {cell: of_cell(cell) for cell in sorted(set(best))}
     rows = [
-        row._replace(
-            paid_once=float(cost),
-            seconds=row.seconds / len(set(best)),  # a curve for each of them was run
-            chosen={"optimizer": cell[0], "learning_rate": cell[1]},
-        )
-        for row, cell in zip(
-            of_lengths(f"{name} init + one tuned rate", inits, field, score, every=True), best, strict=True
-        )
+        of_cells[cell][at]._replace(paid_once=float(cost), chosen={"optimizer": cell[0], "learning_rate": cell[1]})
+        for at, cell in enumerate(best)
     ]
     if not field.early_stopping:
         return rows

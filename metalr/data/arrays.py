@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from metalr.errors import ConfigError, DataError, one_line
+from metalr.errors import ConfigError, DataError, StorageError, one_line
 from metalr.storage import folders
 
 BUNDLED = "mnist12k"
@@ -345,15 +345,22 @@ def cache_dir() -> Path:
 TFDS_NAME = re.compile(r"(\w[\w-]*)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")  # NAME, NAME/CONFIG, NAME/CONFIG:VERSION
 
 
-def cached_path(name: str) -> Path:
+def cached_path(name: str, setting: str = "data.name") -> Path:
     """Where the decoded arrays of a prepared dataset stand. Raises DataError for a name that is a path.
+
+    setting: what messages call it.
 
     Of a TFDS name, NAME/CONFIG:VERSION, "/" and ":" become "-".
     """
     if TFDS_NAME.fullmatch(name):
         name = name.replace("/", "-").replace(":", "-")
-    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or name.endswith(".npz"):
-        raise DataError(f"data.name: expected letters, digits, '-', '_' and '.', and no ending .npz, got {name!r}")
+    if (
+        not name
+        or not all(c.isalnum() or c in "-_." for c in name)
+        or name.startswith(".")
+        or name.lower().endswith(".npz")
+    ):
+        raise DataError(f"{setting}: expected letters, digits, '-', '_' and '.', and no ending .npz, got {name!r}")
     return cache_dir() / "datasets" / name
 
 
@@ -368,9 +375,9 @@ def write_cache(dataset: Dataset) -> Path:
         (part / "dataset.json").write_text(json.dumps(facts, indent=1))
 
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folders.make(target.parent, parents=True)
         folders.build_folder(target, fill)
-    except OSError as error:
+    except StorageError as error:
         raise DataError(f"{target}: cannot write the data cache: {one_line(error)}") from error
     return target
 
@@ -474,6 +481,6 @@ def load(name: str) -> Dataset:
     """
     if name == BUNDLED:
         return bundled()
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         return from_npz(Path(name).expanduser())
     return read_cache(name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy import special
@@ -236,6 +237,7 @@ def make_evaluator(
     random_init: bool = False,
     of_steps: int | None = None,
     at: Sequence[int] | None = None,
+    separate: bool = False,
     objective: Objective = CROSS_ENTROPY,
     layout: devices.Layout = devices.Layout(),  # noqa: B008 - a tuple
 ) -> Evaluator:
@@ -247,23 +249,35 @@ def make_evaluator(
       random_init: ignore `init` and draw a new one for every task.
       of_steps: over how many steps a schedule with knots is spread; default: the trained ones.
       at: after which numbers of steps the curve has a point, ascending; default: as `points` says.
+      separate: each point is the end of a fine-tune of its own, over whose steps a schedule with knots is spread;
+        otherwise all are points of one.
       objective: what adapts, and what the curve is of.
       layout: of tasks and params over this process's devices.
 
-    Raises ConfigError where spec.extend forbids so many steps.
+    Raises ConfigError where spec.extend forbids so many steps, and for both of_steps and separate.
     """
     hyperparameters.check_steps(spec, steps)
+    if separate and of_steps is not None:
+        raise ConfigError(f"of_steps: expected None with separate, got {of_steps}")
     at = points(steps, spec.steps) if at is None else inner.check_stops(at, steps)
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, rates: Rates) -> jax.Array:
-        support = count(episode.support_y)
-        optimizer, options = descent.fine_tune(spec, rates, support, dropout=model.dropout, of_steps=of_steps)
-        return inner.adaptation_curve(
-            apply, init, episode, optimizer, steps, observe_at=at, objective=objective, key=key, **options
-        )
+        def tuned(of_steps: int | jax.Array | None) -> descent.FineTune:
+            return descent.fine_tune(spec, rates, count(episode.support_y), dropout=model.dropout, of_steps=of_steps)
+
+        if separate:
+            return _each_alone(apply, init, episode, tuned, at, objective=objective, key=key)
+        optimizer, more = tuned(of_steps)
+        options: dict[str, Any] = {"objective": objective, "key": key} | more
+        if steps <= inner.UNROLLED_STEPS or len(at) == steps + 1:
+            return inner.adaptation_curve(apply, init, episode, optimizer, steps, observe_at=at, **options)
+        return inner.scores_after(apply, init, episode, optimizer, jnp.asarray(at, jnp.int32), steps, **options)
 
     def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
         data = episode.support_x, episode.support_y, episode.query_x
+        if separate:
+            each = [factored.query_logits(init, rates, spec, *data, n, of_steps=n, loss=objective.loss) for n in at]
+            return jnp.stack([objective.score(logits, episode.query_y) for logits in each])
         alone = list(at) == [steps]
         logits = factored.query_logits(
             init, rates, spec, *data, steps, every_step=not alone, of_steps=of_steps, loss=objective.loss
@@ -277,42 +291,64 @@ def make_evaluator(
     return _compiled(model, sample, plain, at, random_init, fast, fits, layout)
 
 
+def _each_alone(
+    apply: Apply,
+    init: Params,
+    episode: Episode,
+    tuned: Callable[[jax.Array], descent.FineTune],
+    at: Sequence[int],
+    **options: Any,
+) -> jax.Array:
+    """The score at the end of a fine-tune of each of these lengths, by one program: [lengths] float32.
+
+    tuned: length -> the fine-tune.
+    """
+
+    def of_length(steps: jax.Array) -> jax.Array:
+        optimizer, more = tuned(steps)
+        return inner.scores_after(apply, init, episode, optimizer, steps[None], max(at), **options, **more)[0]
+
+    return jax.lax.map(of_length, jnp.asarray(at, jnp.int32))
+
+
 def make_baseline(
     model: Model,
     sample: Sampler,
-    optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    optimizer: Callable[..., optax.GradientTransformation],
     at: Sequence[int],
     *,
+    separate: bool = False,
     batch_size: int | None = None,
     random_init: bool | None = False,
     objective: Objective = CROSS_ENTROPY,
     evaluated: Callable[[Any, Params], Params] | None = None,
 ) -> Evaluator:
-    """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for optimizer(learning_rate) as inner loop.
+    """A compiled `evaluate(pool, init, learning_rate, keys) -> Curve` for an optimizer of optax as inner loop.
 
+    optimizer: learning rate -> optimizer; with `separate`, (learning rate, number of steps) -> optimizer.
     learning_rate: [] or [rates] float32; with several, side by side in one program, the curve's arrays have an axis of
     rates before that of points.
     at: after which numbers of steps, ascending, the curve has an entry.
+    separate: each entry is the end of a fine-tune of its own; otherwise all are of one.
     random_init: ignore `init` and draw a new one for every task; None: as each call says (`fresh`), by one program.
     Dropout is active in training if the model has it.
     evaluated: as in inner.adapt.
+
+    Raises ConfigError unless `at` ascends.
     """
+    at = inner.check_stops(at, max(at, default=0))
 
     def plain(apply: Apply, episode: Episode, key: jax.Array, init: Params, learning_rate: jax.Array) -> jax.Array:
+        more: dict[str, Any] = {"batch_size": batch_size, "dropout": model.dropout}
+        options: dict[str, Any] = {"objective": objective, "key": key, "evaluated": evaluated}
+
         def of_rate(rate: jax.Array) -> jax.Array:
-            return inner.adaptation_curve(
-                apply,
-                init,
-                episode,
-                optimizer(rate),
-                max(at),
-                observe_at=at,
-                objective=objective,
-                batch_size=batch_size,
-                key=key,
-                dropout=model.dropout,
-                evaluated=evaluated,
-            )
+            if separate:
+                return _each_alone(
+                    apply, init, episode, lambda steps: descent.FineTune(optimizer(rate, steps), more), at, **options
+                )
+            stops = jnp.asarray(at, jnp.int32)
+            return inner.scores_after(apply, init, episode, optimizer(rate), stops, max(at), **options, **more)
 
         return devices.vmap_group(of_rate, learning_rate) if learning_rate.ndim else of_rate(learning_rate)
 

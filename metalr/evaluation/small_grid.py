@@ -96,7 +96,6 @@ def run_grid(
     *,
     init: Params | None,
     objective: Objective = CROSS_ENTROPY,
-    report: Callable[[str], None] = lambda line: None,
     known: Sequence[Cell] = (),
     keep: Callable[[list[Cell]], None] = lambda cells: None,
     programs: Programs | None = None,
@@ -111,7 +110,6 @@ def run_grid(
       support: number of support examples of a task.
       init: start every task from these params; None draws a new random init for every task.
       objective: what is minimised, and what a cell's score is.
-      report: called with a line of text after each optimizer and batch size.
       known: cells of an earlier call with the same arguments, which are not run again.
       programs: of `programs_of` with the same arguments, for several calls.
       keep: called with the cells of each dispatch (all steps of its rates) as soon as they are there.
@@ -142,7 +140,6 @@ def run_grid(
             keep(fresh)
             found |= {cell[:5]: cell for cell in fresh}
         cells += [found[key] for cells_of in wanted.values() for key in cells_of]
-        report(f"{name}, batch {batch_size}")
     cost = {
         "naive_example_gradients": float(sum(cell.example_gradients for cell in cells)),
         "example_gradients": float(

@@ -8,6 +8,7 @@ from metalr.inner.loop import (
     adaptation_curve,
     check_stops,
     make_step,
+    scores_after,
     take,
 )
 from metalr.inner.objective import (
@@ -36,6 +37,7 @@ __all__ = [
     "cross_entropy",
     "make_step",
     "objective_of",
+    "scores_after",
     "squared_error",
     "take",
 ]

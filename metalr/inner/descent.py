@@ -33,14 +33,15 @@ class DescentState(NamedTuple):
 
 
 def optimizer(
-    spec: RatesSpec, rates: Rates, steps: int | None = None, *, tensors: Sequence[str] | None = None
+    spec: RatesSpec, rates: Rates, steps: int | jax.Array | None = None, *, tensors: Sequence[str] | None = None
 ) -> optax.GradientTransformation:
     """Gradient descent with the given actual hyperparameters, as an optax transformation for any training loop.
 
     Works on any pytree with the tensors' names that they were made for; differentiable in them.
 
     Args:
-      steps: the length of the fine-tune, over which a schedule with knots is spread; default: spec.steps.
+      steps: the length of the fine-tune (may be traced), over which a schedule with knots is spread; default:
+        spec.steps.
       tensors: names of all tensors that the rates were made for; default: those of the tree that it is used on. With
         them, a tree that is a part of it (optax.multi_transform, optax.masked) is seen to be one.
 
@@ -115,7 +116,7 @@ class FineTune(NamedTuple):
 
 
 def fine_tune(
-    spec: RatesSpec, rates: Rates, support: int, *, dropout: bool = False, of_steps: int | None = None
+    spec: RatesSpec, rates: Rates, support: int, *, dropout: bool = False, of_steps: int | jax.Array | None = None
 ) -> FineTune:
     """The inner loop that actual hyperparameters stand for: optimizer, minibatches and dropout together.
 

@@ -68,7 +68,7 @@ def query_logits(
     Args:
       params: the init of a `relu_stack` model.
       rates: actual rates, of granularity "shared", "layer" or "tensor".
-      support_x, query_x: [support or query, …] float; flattened.
+      support_x, query_x: [support or query, …] numbers; flattened.
       support_y: [support] int for cross_entropy, [support] or [support, outputs] float for squared_error.
       steps: static number of inner steps.
       first_order: as in `inner.adapt`.
@@ -80,7 +80,7 @@ def query_logits(
       [query, way], or [steps + 1, query, way] if every_step.
     """
     stack = _Stack(params, rates, spec, support_x, support_y, steps, first_order, of_steps, loss)
-    query_x = query_x.reshape(query_x.shape[0], -1)
+    query_x = _floats(query_x, params)
     on_query = stack.products(query_x)  # each set apart, because joining them would copy every image
     layers = stack.start()
     seen = [stack.forward(layers, on_query)[0]] if every_step else []
@@ -128,7 +128,7 @@ def factors(
 
 def outputs(params: Params, found: Factors, x: jax.Array) -> jax.Array:
     """Outputs [n, outputs] of the fine-tuned stack for inputs [n, …]. params: those that it started from."""
-    x = x.reshape(x.shape[0], -1)
+    x = _floats(x, params)
     kernel = params[_layer_names(params)[0]]["kernel"]
     z = jnp.dot(x, kernel) - jnp.dot(jnp.dot(x, found.x.T), found.errors) + found.bias[None]
     for kernel, bias in found.rest:
@@ -156,6 +156,12 @@ def adapt(
     return {name: {"kernel": kernel, "bias": bias} for name, (kernel, bias) in formed}
 
 
+def _floats(x: jax.Array, params: Params) -> jax.Array:
+    """[rows, inputs]; integers become the params' dtype, as a product with them would make of them."""
+    x = x.reshape(x.shape[0], -1)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(params["head"]["kernel"].dtype)
+
+
 def _layer_names(params: Params) -> list[str]:
     """dense_0, dense_1, …, head."""
     body = sorted((name for name in params if name != "head"), key=lambda n: int(n.rpartition("_")[2]))
@@ -181,13 +187,13 @@ class _Stack:
         self.params, self.rates, self.spec, self.steps, self.first_order = params, rates, spec, steps, first_order
         self.of_steps = of_steps
         self.one_rate = spec.granularity != "tensor"  # for a layer's kernel and bias
-        self.x = support_x.reshape(support_x.shape[0], -1)
+        self.x = _floats(support_x, params)
         outputs = params["head"]["bias"].shape[0]
         self.classes = loss is cross_entropy
         if self.classes:
-            self.targets = jax.nn.one_hot(support_y, outputs, dtype=support_x.dtype)
+            self.targets = jax.nn.one_hot(support_y, outputs, dtype=self.x.dtype)
         else:
-            self.targets = support_y.reshape(len(support_y), outputs).astype(support_x.dtype)
+            self.targets = support_y.reshape(len(support_y), outputs).astype(self.x.dtype)
         self.on_support = self.products(self.x)
 
     def products(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

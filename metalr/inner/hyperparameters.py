@@ -272,10 +272,11 @@ def project(spec: RatesSpec, raw: RawRates) -> RawRates:
     return RawRates({name: jnp.clip(v, low, high) if kind_of(name) == "rate" else v for name, v in raw.items()})
 
 
-def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | None = None) -> Rates:
+def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int | jax.Array | None = None) -> Rates:
     """The actual values of one step (0-based; may be traced), without the time axis.
 
-    of_steps: how many steps the fine-tune has, over which a schedule with knots is spread; default: spec.steps.
+    of_steps: how many steps the fine-tune has (may be traced), over which a schedule with knots is spread; default:
+      spec.steps.
     """
     if not spec.times and spec.horizon_power is None:
         return rates
@@ -285,17 +286,18 @@ def at_step(spec: RatesSpec, rates: Rates, step: int | jax.Array, of_steps: int 
         return jnp.where(step < spec.steps, held, value.mean(0)) if spec.extend == "mean" else held
 
     def between(value: jax.Array) -> jax.Array:
-        last = max((of_steps or spec.steps) - 1, 1)
+        last = jnp.maximum(length - 1, 1) if isinstance(length, jax.Array) else max(length - 1, 1)
         place = jnp.minimum(step / last, 1.0) * (spec.knots - 1)
         before = jnp.minimum(place.astype(jnp.int32), spec.knots - 2)
         share = (place - before.astype(place.dtype)).astype(value.dtype)
         one, other = value[before], value[before + 1]
         return one ** (1 - share) * other**share if spec.positive else one * (1 - share) + other * share
 
+    length = of_steps if isinstance(of_steps, jax.Array) else of_steps or spec.steps
     at = between if spec.knots else pick if spec.times else lambda value: value
-    longer = (of_steps or spec.steps) / spec.steps
-
-    shorter = Rates(rates) if spec.horizon_power is None else _times_power(spec, rates, "horizon_power", 1 / longer)
+    shorter = Rates(rates)
+    if spec.horizon_power is not None:
+        shorter = _times_power(spec, rates, "horizon_power", 1 / (length / spec.steps))
     return Rates({name: at(value) if kind_of(name) == "rate" else value for name, value in shorter.items()})
 
 
@@ -306,15 +308,16 @@ def of_size(spec: RatesSpec, rates: Rates, support: int | None) -> Rates:
     return _times_power(spec, rates, "support_power", support / spec.support)
 
 
-def _times_power(spec: RatesSpec, rates: Rates, kind: str, ratio: float) -> Rates:
+def _times_power(spec: RatesSpec, rates: Rates, kind: str, ratio: float | jax.Array) -> Rates:
     """Actual values with each rate times ratio ** (its value of `kind`), within spec.lowest..spec.highest."""
 
     def multiplied(name: str, value: jax.Array) -> jax.Array:
-        if kind_of(name) != "rate" or ratio == 1:
+        if kind_of(name) != "rate" or (not isinstance(ratio, jax.Array) and ratio == 1):
             return value
         own = f"{kind}:{name}"
         power = rates[own if own in rates else f"{kind}:{layer_name(name)}"]
-        value = value * ratio ** power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
+        of = jnp.asarray(ratio, value.dtype)
+        value = value * of ** power.reshape(power.shape + (1,) * (value.ndim - power.ndim))
         return value if spec.lowest is None and spec.highest is None else jnp.clip(value, *spec.range)
 
     return Rates({name: multiplied(name, value) for name, value in rates.items()})

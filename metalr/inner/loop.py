@@ -171,6 +171,42 @@ def check_stops(at: Sequence[int], steps: int) -> list[int]:
     return stops
 
 
+def scores_after(
+    apply: Apply,
+    params: Params,
+    episode: Episode,
+    optimizer: optax.GradientTransformation,
+    stops: jax.Array,
+    most: int,
+    *,
+    objective: Objective = CROSS_ENTROPY,
+    evaluated: Callable[[Any, Params], Params] | None = None,
+    **options: Any,
+) -> jax.Array:
+    """As `adaptation_curve`, after numbers of steps that may be traced: one program for all, with one step in it.
+
+    It has no derivative in reverse mode.
+
+    Args:
+      stops: [points] int, ascending.
+      most: no stop is beyond it; static.
+
+    Returns: [points] float32.
+    """
+    step = make_step(apply, episode.support_x, episode.support_y, optimizer, most, loss=objective.loss, **options)
+
+    def to(reached: tuple[Carry, jax.Array], stop: jax.Array) -> tuple[tuple[Carry, jax.Array], jax.Array]:
+        carry, done = reached
+        carry = jax.lax.fori_loop(done, stop, lambda number, carry: step(carry, number), carry)
+        now = carry[0] if evaluated is None else evaluated(carry[1], carry[0])
+        outputs = predict(apply, now, episode.support_x, episode.query_x)
+        return (carry, stop), objective.score(outputs, episode.query_y)
+
+    stops = jnp.asarray(stops)
+    begun = (params, optimizer.init(params)), jnp.zeros((), stops.dtype)
+    return jax.lax.scan(to, begun, stops)[1]
+
+
 def adaptation_curve(
     apply: Apply,
     params: Params,

@@ -36,21 +36,21 @@ class WithoutSearch(NamedTuple):
     """An optimizer that is used as it comes: nobody chooses a rate for it.
 
     Attributes:
-      make: number of steps of the fine-tune -> optimizer, at its own defaults.
+      make: number of steps of the fine-tune (may be traced) -> optimizer, at its own defaults.
       source: paper.
       evaluated: (state, params) -> the params that predictions are made with; None: the params themselves.
       of_length: whether `make` looks at the number of steps, so that each length is a run of its own.
       needs_loss: whether its update cannot do without value=loss.
     """
 
-    make: Callable[[int], optax.GradientTransformation]
+    make: Callable[[int | jax.Array], optax.GradientTransformation]
     source: str
     evaluated: Callable[[Any, Params], Params] | None = None
     of_length: bool = False
     needs_loss: bool = False
 
 
-def _contrib(name: str, **settings: Any) -> Callable[[int], optax.GradientTransformation]:
+def _contrib(name: str, **settings: Any) -> Callable[[int | jax.Array], optax.GradientTransformation]:
     return lambda steps: with_value(getattr(optax.contrib, name)(**settings))
 
 
@@ -112,10 +112,17 @@ def base_of(name: str, setting: str = "inner.base") -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(made.init, update)
 
 
-def adam_cosine(rate: Any, steps: int) -> optax.GradientTransformation:
-    """Adam whose rate goes from `rate` to zero over `steps` steps, as half a cosine (Loshchilov & Hutter 2017)."""
-    decay = optax.cosine_decay_schedule(1.0, steps)
-    return promoting(optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -rate * decay(count))))
+def adam_cosine(rate: Any, steps: int | jax.Array) -> optax.GradientTransformation:
+    """Adam whose rate goes from `rate` to zero over `steps` steps, as half a cosine (Loshchilov & Hutter 2017).
+
+    steps: may be traced.
+    """
+    decay = optax.cosine_decay_schedule(1.0, 1)  # of the share that is done
+
+    def negative_rate(count: jax.Array) -> jax.Array:
+        return -rate * decay(count / steps)
+
+    return promoting(optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(negative_rate)))
 
 
 def without_search(name: str, setting: str = "optimizer") -> WithoutSearch:

@@ -192,7 +192,7 @@ def export(run: Path | str, to: str, out: Path | str, support: int | None = None
 
     Raises:
       ConfigError: no such format, settings that the format does not use, a folder with other files, or a network that
-        cannot be exported. ArtifactError: nothing was learned there.
+        cannot be exported. ArtifactError: nothing was learned there. StorageError: it cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"to: expected one of {FORMATS}, got {to!r}")
@@ -201,7 +201,8 @@ def export(run: Path | str, to: str, out: Path | str, support: int | None = None
     learned, source, out = load(run), folder_of(run), Path(out)
     if support is not None and support < 1:
         raise ConfigError(f"support: expected at least 1, got {support}")
-    if out.exists() and any(out.iterdir()) and not is_export(out):
+    folders.check_replaceable("out", out, FILES, what="an export")
+    if out.is_dir() and any(out.iterdir()) and not is_export(out):
         raise ConfigError(f"out: {out}: expected a new folder or an export to replace, found other files")
     own = support_of(learned) if support is None else support
     if to == "stablehlo" and own is None:

@@ -32,6 +32,7 @@ except ImportError as error:
 
 PLAIN_STEPS, PLAIN_RATE = 200, 1e-2  # of a network that nothing was learned for: Adam on all rows
 PARAMS, FACTS = "params.safetensors", "estimator.json"
+FILES = {PARAMS, FACTS, "artifact"}
 
 
 class _MetaEstimator(BaseEstimator):
@@ -150,14 +151,12 @@ class _MetaEstimator(BaseEstimator):
 
         One that was made from `learned` keeps a copy of that artifact.
 
-        Raises ConfigError for a folder that is not empty (overwrite replaces an estimator that was saved there).
+        Raises ConfigError for a folder that is not empty (overwrite replaces an estimator that was saved there, and
+        nothing else), StorageError if it cannot be written.
         """
         check_is_fitted(self)
         path = Path(path)
-        if path.exists() and any(path.iterdir()) and not (overwrite and (path / FACTS).is_file()):
-            raise ConfigError(
-                f"path: {path}: expected a new folder, or an estimator's and overwrite=True, found other files"
-            )
+        folders.check_replaceable("path", path, FILES, what="an estimator's", marker=FACTS, overwrite=overwrite)
         settings = {
             "learned": None if self.learned is None else str(self.learned),
             "steps": None if self.steps is None else int(self.steps),

@@ -26,7 +26,7 @@ from metalr.learner.matching import Matching, Names, match, order_of, rates_for
 from metalr.learner.params import ClassNames
 from metalr.models import Model
 from metalr.outer import devices
-from metalr.tasks import Standardisation, Tasks
+from metalr.tasks import OfCountedTasks, Standardisation, Tasks
 from metalr.types import Curve, Episode, Params, Rates
 
 FEW_IMAGES_A_CLASS = 2  # below, a transductive network's statistics say too little
@@ -169,7 +169,8 @@ class Learner:
         Rates that were learned alone (outer.learns "rates") start from a random init for each task. With
         inner.head_start other than "learned", tasks may have another number of classes than the trained ones.
 
-        Returns: Curve, the objective's score after 0, 1, … inner steps, with its 95 % interval over tasks.
+        Returns: Curve, the objective's score after the numbers of inner steps in `curve.steps`, with its 95 % interval
+        over tasks: 0, 1, 2, … up to 20 steps, and 0, 1, 2, 5, 10, 20, 50, … up to more.
 
         Raises:
           ConfigError: episodes that the network or the objective cannot take. DataError: labels that the network has no
@@ -187,6 +188,8 @@ class Learner:
                 x, y, query_x, query_y = given(pool, key)
                 return Episode(own.inputs(x), own.targets(y), own.inputs(query_x), own.targets(query_y))
 
+            if isinstance(given, OfCountedTasks):
+                sample = OfCountedTasks(sample, given.task_of)
         elif tasks.standardisation is not None and not tasks.standardisation.same_as(own):
             raise ConfigError(
                 "tasks: expected those that this was trained on, or tasks that are not standardised; their "
@@ -269,18 +272,20 @@ class Learner:
             )
         return self._apply(params, images)
 
-    def save_params(self, path: Path | str, params: Params, classes: Sequence[Any] | None = None) -> None:
+    def save_params(self, path: Path | str, params: Params, classes: Sequence[Any] | ClassNames | None = None) -> None:
         """Write fine-tuned params of one task to a .safetensors file, with a hash; `load_params` reads it.
 
         Args:
-          classes: what the outputs 0, 1, … are called, for `metalr predict`; default: nothing.
+          classes: what the outputs 0, 1, … are called, for `metalr predict`, or the names of some outputs; default:
+            nothing.
 
         Raises:
           ConfigError: params of another network, or of many tasks. StorageError: it cannot be written.
         """
-        plain = [name.item() if isinstance(name, np.generic) else name for name in ([] if classes is None else classes)]
-        names = None if classes is None else ClassNames(tuple(plain), tuple(range(len(plain))))
-        save_params(self, path, params, names)
+        if self._check_params(params)[0]:
+            raise ConfigError("params: expected those of one task, got a leading axis of tasks")
+        named = classes if classes is None or isinstance(classes, ClassNames) else ClassNames.of_outputs(classes)
+        params_file.write(path, params, named)
 
     def load_params(self, path: Path | str) -> Params:
         """Params that `save_params` (or `metalr adapt --out`) wrote, as `apply` takes them.
@@ -288,7 +293,18 @@ class Learner:
         Raises:
           ArtifactError: no such file, a damaged one, or params of another network.
         """
-        return load_params(self, path)
+        tensors = params_file.read(path)
+        dtypes = {trees.path_name(p): v.dtype for p, v in jax.tree_util.tree_leaves_with_path(self.init)}
+        shapes = self._fast_shapes({name: value.shape for name, value in tensors.items()})
+        expected = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}
+        for name in sorted({*expected, *tensors}):
+            want, got = (
+                f"{v.dtype} {list(v.shape)}" if (v := of.get(name)) is not None else "none"
+                for of in (expected, tensors)
+            )
+            if want != got:
+                raise ArtifactError(f"{path}: {name}: expected {want} as in the learned init, got {got}")
+        return jax.tree.unflatten(jax.tree.structure(self.init), [jnp.asarray(tensors[name]) for name in expected])
 
     def _check_params(self, params: Params) -> tuple[bool, int]:
         """(whether params have a leading axis [tasks], how many). Raises ConfigError for those of another network."""
@@ -326,7 +342,7 @@ class Learner:
         except (MetalrError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            if self.model.name != models.CUSTOM:
+            if self.model.name in models.MODELS:
                 raise
             raise DataError(
                 f"{what}: expected inputs that the network takes, as in training; it says: {type(error).__name__}: "
@@ -640,13 +656,6 @@ class Learner:
         return y.astype(np.int32)
 
 
-def save_params(learner: Learner, path: Path | str, params: Params, classes: ClassNames | None = None) -> None:
-    """As `Learner.save_params`, with the outputs that the names of classes belong to."""
-    if learner._check_params(params)[0]:
-        raise ConfigError("params: expected those of one task, got a leading axis of tasks")
-    params_file.write(path, params, classes)
-
-
 def _ways_in(tasks: Tasks, keys: jax.Array) -> int:
     """How many classes the meta-test tasks of these keys have together; image families say it themselves."""
     if "way" in tasks.facts:
@@ -658,21 +667,6 @@ def _ways_in(tasks: Tasks, keys: jax.Array) -> int:
         return jnp.maximum(episode.support_y.max(), episode.query_y.max())
 
     return 1 + int(jax.jit(lambda keys: jax.lax.map(highest, keys).max())(keys))
-
-
-def load_params(learner: Learner, path: Path | str) -> Params:
-    """As `Learner.load_params`."""
-    tensors = params_file.read(path)
-    dtypes = {trees.path_name(p): v.dtype for p, v in jax.tree_util.tree_leaves_with_path(learner.init)}
-    shapes = learner._fast_shapes({name: value.shape for name, value in tensors.items()})
-    expected = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-    for name in sorted({*expected, *tensors}):
-        want, got = (
-            f"{v.dtype} {list(v.shape)}" if (v := of.get(name)) is not None else "none" for of in (expected, tensors)
-        )
-        if want != got:
-            raise ArtifactError(f"{path}: {name}: expected {want} as in the learned init, got {got}")
-    return jax.tree.unflatten(jax.tree.structure(learner.init), [jnp.asarray(tensors[name]) for name in expected])
 
 
 def _within_params(own: optax.GradientTransformation) -> optax.GradientTransformation:

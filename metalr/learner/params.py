@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ class ClassNames(NamedTuple):
 
     names: tuple[Any, ...]
     outputs: tuple[int, ...]
+
+    @classmethod
+    def of_outputs(cls, names: Iterable[Any]) -> ClassNames:
+        """Names of the outputs 0, 1, …; numpy's scalars become Python's."""
+        plain = tuple(name.item() if isinstance(name, np.generic) else name for name in names)
+        return cls(plain, tuple(range(len(plain))))
 
 
 def write(path: Path | str, params: Params, classes: ClassNames | None = None) -> None:

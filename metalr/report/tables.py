@@ -62,7 +62,7 @@ def text(results: dict[str, Any]) -> str:
         "",
         conclusion(results),
         "",
-        f"meta-training {training['seconds']:.0f} s with compilation and validation "
+        f"meta-training {training['seconds'] + training['compile_seconds']:.0f} s with compilation and validation "
         f"({training['tasks_per_second_in_all']:.0f} tasks/s; {training['tasks_per_second']:.0f} once compiled), "
         f"in all {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"run folder {results['folder']}",

@@ -97,6 +97,9 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
     if isinstance(seed, (float, str)):
         raise ConfigError(f"seed: expected an integer, or several, got {seed!r}")
     if not isinstance(seed, (int, np.integer)):
+        seed = tuple(seed)
+        if any(not isinstance(one, (int, np.integer)) for one in seed):
+            raise ConfigError(f"seed: expected an integer, or several, got {seed}")
         if any(not isinstance(one, str) for one in loggers):
             raise ConfigError(
                 "loggers: expected names with several seeds, got objects, which could not tell them apart"
@@ -133,6 +136,7 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         assert config.out is not None
         if (config.out / "results.json").is_file():
             training.check_same(config.out, config, model, tasks)
+            training.check_found(config.out, config)
             return load(config.out, model, found)
         results = training.resume(
             config.out, config, model=model, reporter=reporter, given=tasks, objective=found, loggers=own,

@@ -7,6 +7,7 @@ after how many tasks meta-training has paid.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -217,7 +218,7 @@ def _set_up(
     except ConfigError as error:
         raise ConfigError(f"lengths: in {error}") from error
     spec = dataclasses.replace(learners[0].spec, batch_size=field.minibatch)
-    warm = rivals.as_trial(learners[0], config.space) is not None
+    own_searchers = _fitting_searchers(config, learners[0])
     paid_once = {
         name: float(np.mean([_paid(results) for results in of]))
         for name, of in (("learned", trained), ("pre-trained", joint_trained))
@@ -229,7 +230,7 @@ def _set_up(
         sum(_paid(_results(path, "choosing")) for path in choosing),
         field,
         config.space,
-        [name for name in config.searchers if warm or name != WARM],
+        own_searchers,
         {"random": 0.0} | paid_once,
         facts,
     )
@@ -244,6 +245,25 @@ def _loaded(
     if config.data is None:
         return load(trained, run)
     return data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
+
+
+def _fitting_searchers(config: CompareConfig, learner: Learner) -> list[str]:
+    """The searchers that can be asked for these rates. Raises ConfigError if none can, or the network forbids it."""
+    if not config.searched:
+        return []
+    if learner.model.uses_support:
+        raise ConfigError(
+            "searched: expected 0 with model.norm support, whose predictions need the support set, got "
+            f"{config.searched}"
+        )
+    warm = rivals.as_trial(learner, config.space) is not None
+    fitting = [name for name in config.searchers if warm or name != WARM]
+    if not fitting:
+        raise ConfigError(
+            f"searchers: expected others with inner.base {learner.spec.base}, because {WARM} tries the learned rates "
+            f"as Adam's, got {config.searchers}"
+        )
+    return fitting
 
 
 def _check_pretrained(where: str, joint: TrainConfig, trained: TrainConfig) -> None:
@@ -289,24 +309,27 @@ class Own(NamedTuple):
 def _results(path: Path, setting: str) -> dict[str, Any]:
     """What a finished run found. Raises ConfigError for one that is not finished."""
     try:
-        return json.loads((path / "results.json").read_text())
+        found = json.loads((path / "results.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {path}: expected a finished run: {one_line(error)}") from error
+    if "training" not in found:
+        raise ConfigError(f"{setting}: {path}: expected a run of metalr train, found results of something else")
+    return found
 
 
 def _tried(choosing: Sequence[Path], compared: Sequence[Path]) -> list[Path]:
     """The runs that settings were chosen between, each once, without those compared, which are charged already."""
-    every = [
-        path
-        for given in choosing
-        for path in (
-            sorted(file.parent for file in (given / "runs").glob("*/results.json"))
-            if (given / "sweep.jsonl").is_file()
-            else [given]
-        )
-    ]
+    every = [path for given in choosing for path in (_swept(given) if (given / "drawn.jsonl").is_file() else [given])]
     own = {path.resolve() for path in compared}
     return [*{path.resolve(): path for path in every if path.resolve() not in own}.values()]
+
+
+def _swept(sweep: Path) -> list[Path]:
+    """The finished runs of a sweep. Raises ConfigError if there are none."""
+    found = sorted(file.parent for file in (sweep / "runs").glob("*/results.json"))
+    if not found:
+        raise ConfigError(f"choosing: {sweep}: expected a sweep with finished runs, found none")
+    return found
 
 
 def _paid(results: dict[str, Any]) -> float:
@@ -335,6 +358,11 @@ def load_runs(runs: Sequence[Path], own: Own, setting: str = "runs") -> tuple[li
             raise ConfigError(
                 f"{setting}: expected runs that differ in their seed only, {path} also in {sorted(changed)}"
             )
+    same = [seed for seed, init in collections.Counter((c.seed, str(c.init)) for c in configs).items() if init > 1]
+    if same:
+        raise ConfigError(
+            f"{setting}: expected runs of different seeds, because each counts as one more, got {same[0][0]} twice"
+        )
     results = [_results(path, setting) for path in runs]
     for path, found in zip(runs, results, strict=True):
         if (found.get("data", {}).get("source") == folders.OWN_TASKS) != (own.given is not None):
@@ -368,8 +396,8 @@ def _field_of_images(
         raise ConfigError(f"data: expected images of shape {learner.model.input_shape}, got {dataset.shape}")
     splits = tasks.make_splits(dataset, family, turns=trained.tasks.turns)
     noise = trained.tasks.label_noise if config.label_noise is None else config.label_noise
-    samplers = {part.part: tasks.make_sampler(part, way, shot, query, label_noise=noise) for part in splits}
-    field = _field(config, learner, samplers["test"], samplers["val"], way * shot)
+    parts = tasks.make_samplers(splits, way, shot, query, label_noise=noise)
+    field = _field(config, learner, parts.test, parts.validation, way * shot)
     return field, {
         "family": family,
         "regime": regime(shot),
@@ -417,8 +445,7 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
     keys = protocol.episode_keys(config.seed, config.tasks)
     tuning = protocol.episode_keys(config.seed, config.tuning_tasks)
     if config.part == "validation":  # all methods meet tasks of meta-validation, other ones than those tuned on
-        both = protocol.episode_keys(config.seed, config.tasks + config.tuning_tasks)
-        test, tuning = validation, both[config.tasks :]
+        test, (keys, tuning) = validation, _two_parts(config, *validation)
     pool, sample = test
     groups = protocol.groups_of(sample, pool, keys)
     return Field(
@@ -436,9 +463,38 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
     )
 
 
+def _two_parts(config: CompareConfig, pool: Any, sample: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys of meta-validation tasks to be judged on, and of others to be tuned on.
+
+    Where tasks can be counted, every other task is for tuning: their keys would draw the same ones again.
+
+    Raises ConfigError where there is one task alone.
+    """
+    wanted = config.tasks, config.tuning_tasks
+    keys = protocol.episode_keys(config.seed, sum(wanted))
+    groups = protocol.groups_of(sample, pool, keys)
+    if groups is None:
+        return keys[: config.tasks], keys[config.tasks :]
+    while True:
+        known = np.unique(groups)
+        if len(known) < 2:
+            raise ConfigError("part: expected test, because there is one meta-validation task alone, got validation")
+        judged = np.isin(groups, known[::2])
+        if judged.sum() >= wanted[0] and (~judged).sum() >= wanted[1]:
+            return keys[judged][: wanted[0]], keys[~judged][: wanted[1]]
+        keys = protocol.episode_keys(config.seed, 2 * len(keys))
+        groups = protocol.groups_of(sample, pool, keys)
+        assert groups is not None
+
+
 def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     folders.remember_data(folder, config.data or parts.facts["trained_on"]["data"], parts.facts["data_sha256"])
+    left_out = sorted({*config.searchers} - {*parts.searchers}) if config.searched else []
+    if left_out:
+        base = parts.learners[0].spec.base
+        names = ", ".join(left_out)
+        reporter.line(f"left out    {names}, which tries the learned rates as Adam's: these scale {base}")
     with stoppable(f"stopped; finished searches are kept; go on with: metalr compare --resume {folder}") as between:
         rows = _single(parts, config, reporter, between)
         if config.searched:
@@ -451,6 +507,7 @@ def _carry_out(parts: _Parts, config: CompareConfig, folder: Path, reporter: Rep
         "seeds": [learner.facts.get("seed") for learner in parts.learners],
         **parts.facts,
         "part": config.part,
+        "searchers_left_out": left_out,
         "choosing_example_gradients": round(parts.choosing),
         "metric": {"name": objective.choose_by, "maximise": objective.maximise},
         "rows": [_row(row, reference, objective, parts.field.groups) for row in rows],
@@ -467,20 +524,21 @@ def _single(parts: _Parts, config: CompareConfig, reporter: Reporter, between: C
     learners, field = parts.learners, parts.field
     alone = learners[0].rates_alone
     model = learners[0].model
-    runs = rivals.baselines(model, field)
+    runs, rate_free = rivals.baselines(model, field), rivals.rate_free_runs(model, field)
+    of_learners = rivals.learned_runs(learners, field)
     inits: dict[str, rivals.Inits] = {"random": [None]}
     inits |= {} if alone else {"learned": [learner.init for learner in learners]}
     inits |= {"pre-trained": [learner.init for learner in parts.joint]} if parts.joint else {}
     methods: list[tuple[str, Callable[[], list[Scores]]]] = [
-        ("learned", lambda: rivals.learned(learners, field, random_init=alone))
+        ("learned", lambda: rivals.learned(learners, field, of_learners, random_init=alone))
     ]
     if not alone:
-        methods.append(("learned", lambda: rivals.learned(learners, field, random_init=True)))
+        methods.append(("learned", lambda: rivals.learned(learners, field, of_learners, random_init=True)))
     for name, of in inits.items():
         for baseline in (rivals.unsearched, rivals.tuned):
             methods.append((name, functools.partial(baseline, name, of, field, runs)))
         for optimizer in config.rivals if name != "learned" else ():  # rivals of all that was learned
-            methods.append((name, functools.partial(rivals.without_search, name, of, field, model, optimizer)))
+            methods.append((name, functools.partial(rivals.without_search, name, of, field, rate_free, optimizer)))
     rows: list[Scores] = []
     with reporter.bar("methods without a search", len(methods)) as advance:
         for origin, method in methods:

@@ -36,7 +36,7 @@ def held_out(
     schedule with knots is stretched; default: the trained ones, after which it holds.
     """
     began = time.perf_counter()
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     random_init = setup.phases.fresh_init
     evaluator = protocol.make_evaluator(
         learner.model,
@@ -59,7 +59,7 @@ def label_orders(learner: Learner, setup: Setup, seed: int, *, episodes: int = 1
 
     Returns: orders, episodes, and spread: the standard deviation over orders, mean over tasks.
     """
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     way, steps = learner.model.classes, learner.spec.steps
 
     def reordered(given: Any, key: jax.Array) -> Episode:
@@ -95,7 +95,7 @@ def horizons(
     Returns:
       (rows: horizon, and protocol.row with a cell; best cells from a random init).
     """
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     support, random_init = setup.support, setup.phases.fresh_init
     spec, model, objective = learner.spec, learner.model, learner.objective
@@ -111,12 +111,14 @@ def horizons(
                 grid, model, pool, sample, support, keys, init=init, objective=objective, programs=of_grid
             )
             best[origin] = {steps: small_grid.best(cells, steps, objective) for steps in lengths}
+    ascending = sorted(set(lengths))
+    evaluator = protocol.make_evaluator(
+        model, spec, sample, ascending[-1], at=ascending, separate=True, random_init=random_init, objective=objective
+    )
+    curves = dict(evaluator(pool, learner.init, learner.rates, keys).each_point())
     rows = []
     for steps in lengths:
-        evaluator = protocol.make_evaluator(
-            model, spec, sample, steps, of_steps=steps, at=[steps], random_init=random_init, objective=objective
-        )
-        curve = evaluator(pool, learner.init, learner.rates, keys)
+        curve = curves[steps]
         ours = curve.tasks[:, 0]
         named: list[tuple[str, np.ndarray, dict[str, Any]]] = [
             (f"{'random' if random_init else 'learned'} init + {learner.kind_of_rates}", ours, {})
@@ -158,7 +160,7 @@ def compare(
     """
     grid, steps, objective = grid_of(config), config.inner.steps, setup.objective
     support = setup.support
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.episodes)
     cells, costs = {}, {}
     origins = {"random": None} | ({} if setup.phases.fresh_init else {"learned": learner.init})

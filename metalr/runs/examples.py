@@ -41,7 +41,7 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
     scores = curve.tasks[:, list(curve.steps).index(steps)]
     ranked = np.argsort(-scores if objective.maximise else scores)
     at = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     keys = protocol.episode_keys(seed, len(scores))
     own = setup.standardisation
 
@@ -76,7 +76,7 @@ def of_learner(learner: Learner, setup: Setup, curve: Curve, seed: int, tasks: i
 
 
 def _kind(learner: Learner, setup: Setup) -> str | None:
-    pool, sample = setup.samplers["test"]
+    pool, sample = setup.parts.test
     episode = jax.eval_shape(sample, pool, jax.random.key(0))
     x, y = episode.query_x, episode.query_y
     if learner.classifies_images and learner.model.image_shape[2] in (1, 3):

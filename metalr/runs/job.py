@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from metalr.config.files import differences
-from metalr.errors import ConfigError, MetalrError, StoppedError, StorageError
+from metalr.errors import ConfigError, MetalrError, StoppedError, StorageError, one_line
 from metalr.runs import preemption
 from metalr.runs.provenance import command, provenance
 from metalr.storage import folders
@@ -93,13 +93,12 @@ class Job(NamedTuple):
             return carry_out(parts, folder)
         except StoppedError:
             raise
-        except (MetalrError, ValueError, RuntimeError) as raised:
+        except Exception as raised:
             error = raised if isinstance(raised, MetalrError) else host_failure(raised)
-            if error is None:
-                raise
+            text = f"{type(raised).__name__}: {one_line(raised)}" if error is None else str(error)
             with contextlib.suppress(StorageError, OSError):  # the error itself counts
-                folders.write_json(folder / folders.FAILED, {"error": str(error)})
-            if error is raised:
+                folders.write_json(folder / folders.FAILED, {"error": text})
+            if error is None or error is raised:
                 raise
             raise error from raised
 

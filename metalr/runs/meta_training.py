@@ -83,7 +83,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
         return None
     learner = artifact.load(
         config.init,
-        setup.model if setup.model.name == models.CUSTOM else None,
+        None if setup.model.name in models.MODELS else setup.model,
         None if setup.objective.name in OBJECTIVES else setup.objective,
     )
     if config.outer.learns == "rates" and not learner.rates_alone:
@@ -125,7 +125,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
 
 
 class Trained(NamedTuple):
-    """What meta-training found best: the init and the actual rates, and facts for results.json."""
+    """What meta-training found best: the init and the actual rates; and its facts, as results.json has them."""
 
     init: Params
     rates: Rates
@@ -157,7 +157,7 @@ def meta_train(
       StoppedError, DivergedError (the last finite state is saved), StorageError.
     """
     step_key, mesh = _step_key(config), mesh_of(config)
-    pool, _ = setup.samplers["train"]
+    pool, _ = setup.parts.train
     chunk = _chunk(config, setup, mesh)
     run, resumed = _begun(config, setup, folder, reporter, name, warm, mesh)
     steps, every = config.outer.steps, _every(config)
@@ -167,7 +167,7 @@ def meta_train(
             keys = [loop.task_keys(step_key, step, config.outer.meta_batch) for step in range(first, last)]
             setup.prefetch(jnp.concatenate(keys))
 
-    with _open_log(folder, run.facts["metrics_bytes"]) as lines:
+    with _open_log(folder, run.progress.metrics_bytes) as lines:
         book = _Book(config, setup, folder, lines, log, run, _validator(config, setup))
         if warm is not None and not resumed:
             book.validate(0.0)  # it may be better than all that comes
@@ -187,7 +187,7 @@ def meta_train(
             book.save()
             own = setup.source.source == folders.OWN_TASKS
             raise stopped(folder, f"after {done} of {steps} outer steps", config, own)
-    return Trained(*run.best, _training_facts(config, setup, run.facts))
+    return Trained(*run.best, _training_facts(config, setup, run.progress))
 
 
 def meta_train_together(
@@ -211,7 +211,7 @@ def meta_train_together(
     first, count = configs[0], len(configs)
     if setup.prefetch is not None or jax.process_count() > 1:
         raise ConfigError("seeds: expected one after the other with tasks drawn on the host, or several processes")
-    mesh, (pool, _) = mesh_of(first), setup.samplers["train"]
+    mesh, (pool, _) = mesh_of(first), setup.parts.train
     chunk = _chunk(first, setup, mesh, seeds=count)
     runs = [
         _begun(config, setup, place, reporter, name, warm, mesh)[0]
@@ -246,7 +246,8 @@ def meta_train_together(
             save()
             raise stopped(places[0], f"after {done} of {steps} outer steps", first)
     return [
-        Trained(*run.best, _training_facts(config, setup, run.facts)) for config, run in zip(configs, runs, strict=True)
+        Trained(*run.best, _training_facts(config, setup, run.progress))
+        for config, run in zip(configs, runs, strict=True)
     ]
 
 
@@ -262,7 +263,7 @@ def _keep_books(books: Sequence[_Book], chunks: Iterator[loop.Chunk], advance: C
         for book, own in zip(books, parts, strict=True):
             book.write_steps(own)
             if not count:
-                book.run.facts["compile_seconds"] += own.seconds
+                book.run.progress.compile_seconds += own.seconds
         done = min(int(own.state.step) for own in parts)
         if not count or done < part.first + count:  # that compiled; or one of several diverged, which is raised next
             continue
@@ -270,13 +271,16 @@ def _keep_books(books: Sequence[_Book], chunks: Iterator[loop.Chunk], advance: C
             if book.due():
                 here = time.perf_counter()
                 book.validate(own.seconds)
-                book.run.facts["validation_seconds"] += time.perf_counter() - here
+                book.run.progress.validation_seconds += time.perf_counter() - here
+        for book, own in zip(books, parts, strict=True):
+            book.run.progress.step_seconds += own.seconds
+            book.run.progress.seconds += own.seconds + (time.perf_counter() - began) / len(books)
         if done % config.outer.checkpoint_every == 0 or done == config.outer.steps:
+            began = time.perf_counter()
             for book in books:
                 book.save()
-        for book, own in zip(books, parts, strict=True):
-            book.run.facts["step_seconds"] += own.seconds
-            book.run.facts["seconds"] += own.seconds + (time.perf_counter() - began) / len(books)
+            for book in books:
+                book.run.progress.seconds += (time.perf_counter() - began) / len(books)
         advance(count, books[0].note(part))
 
 
@@ -312,17 +316,46 @@ def _chunk(config: TrainConfig, setup: Setup, mesh: Mesh, seeds: int = 0) -> loo
 
 
 @dataclasses.dataclass
+class Progress:
+    """What a run has counted and found so far, as JSON values; it is in every checkpoint.
+
+    Attributes:
+      score, best_step: of the best validation, and the outer step that it stood at.
+      metrics_bytes: size of metrics.jsonl.
+      step_times: seconds of an outer step, in the last dispatches.
+      seconds, step_seconds, validation_seconds: of all but compilation; of outer steps; of validations.
+      skipped: outer steps that changed nothing, because something was not finite.
+      validations: [outer step, score, seconds] each.
+      validated_steps: number of inner steps -> score, of the best validation.
+      warm_start: what the run started from, if not from a random init.
+    """
+
+    name: str
+    score: float | None = None
+    best_step: int | None = None
+    metrics_bytes: int = 0
+    step_times: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    skipped: int = 0
+    validations: list[Any] = dataclasses.field(default_factory=list)
+    validated_steps: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warm_start: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
 class _Run:
     """What a run has come to; all of it is in its checkpoints.
 
     Attributes:
       best: the init and actual rates that did best on meta-validation tasks so far.
-      facts: for results.json, and "metrics_bytes": the size of metrics.jsonl.
     """
 
     state: loop.TrainState
     best: tuple[Params, Rates]
-    facts: dict[str, Any]
+    progress: Progress
 
 
 def _begun(
@@ -331,11 +364,7 @@ def _begun(
     """A run before its first step, or as its newest whole checkpoint has it; and whether that was found."""
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     state = loop.start(setup.model, setup.spec, setup.optimizer, key, warm.meta if warm else None, mesh)
-    run = _Run(state, loop.learned(setup.spec, state.meta), {
-        "name": name, "score": None, "best_step": None, "metrics_bytes": 0, "warm": [],
-        "seconds": 0.0, "step_seconds": 0.0, "validation_seconds": 0.0, "compile_seconds": 0.0, "skipped": 0,
-        "validations": [], "validated_steps": {}, "warm_start": warm.facts if warm else None,
-    })  # fmt: skip
+    run = _Run(state, loop.learned(setup.spec, state.meta), Progress(name, warm_start=warm.facts if warm else None))
     store = folder / "checkpoints"
     folders.make(store)
     like = {"state": run.state, "best": run.best}
@@ -350,7 +379,9 @@ def _begun(
     else:
         tree = jax.tree.map(jnp.asarray, tree)
     reporter.line(f"resumed at outer step {int(tree['state'].step)}")
-    return _Run(tree["state"], tree["best"], run.facts | facts), True
+    known = {field.name for field in dataclasses.fields(Progress)}  # of another version there may be others
+    counted = dataclasses.replace(run.progress, **{name: value for name, value in facts.items() if name in known})
+    return _Run(tree["state"], tree["best"], counted), True
 
 
 Validator = Callable[[Params, Rates], list[tuple[int, Curve]]]
@@ -359,19 +390,19 @@ Validator = Callable[[Params, Rates], list[tuple[int, Curve]]]
 def _validator(config: TrainConfig, setup: Setup) -> Validator:
     """(number of steps, the score after them on fixed meta-validation tasks: a curve of one point), for each.
 
-    Once for each size of tasks.
+    Once for each size of tasks, which have a program each.
     """
-    pool, _ = setup.samplers["val"]
+    pool, _ = setup.parts.validation
     keys = protocol.episode_keys(config.evaluation.seed, config.evaluation.validation_episodes)
+    at = sorted(setup.phases.horizons) or [setup.spec.steps]
     evaluators = [
-        (steps, protocol.make_evaluator(
-            setup.model, setup.spec, amount.val, steps, of_steps=steps, at=[steps],
+        protocol.make_evaluator(
+            setup.model, setup.spec, amount.validation, at[-1], at=at, separate=at != [setup.spec.steps],
             random_init=setup.phases.fresh_init, objective=setup.objective, layout=layout_of(config),
-        ))
+        )
         for amount in setup.amounts
-        for steps in setup.phases.horizons or (setup.spec.steps,)
     ]  # fmt: skip
-    return lambda init, rates: [(steps, of(pool, init, rates, keys)) for steps, of in evaluators]
+    return lambda init, rates: [point for of in evaluators for point in of(pool, init, rates, keys).each_point()]
 
 
 class _Book:
@@ -401,13 +432,13 @@ class _Book:
         for i in range(count):
             finite = bool(part.metrics["finite"][i])
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-            run.facts["skipped"] += not finite
+            run.progress.skipped += not finite
             _write_line(self.lines, self.folder, _step_line(done - count + i, part.metrics, i))
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise loop.DivergedError(done - count + i, part.metrics, i, part.state)
         if count:
             self.log.numbers(done, {name: float(v.mean()) for name, v in part.metrics.items() if name != "finite"})
-            run.facts["warm"] = [*run.facts["warm"][-99:], part.seconds / count]
+            run.progress.step_times = [*run.progress.step_times[-99:], part.seconds / count]
 
     def due(self) -> bool:
         """Whether the run stands at a validation that it has not had; also where another seed's divergence cut it off.
@@ -415,7 +446,7 @@ class _Book:
         See meta_train_together.
         """
         outer, done = self.config.outer, int(self.run.state.step)
-        had = self.run.facts["validations"]
+        had = self.run.progress.validations
         return done > (had[-1][0] if had else 0) and (done % outer.validate_every == 0 or done == outer.steps)
 
     def validate(self, seconds: float) -> None:
@@ -432,22 +463,22 @@ class _Book:
         self.log.numbers(done, {name: value for name, value in line.items() if name != "step"})
         title = f"rates after {done} outer steps"
         self.log.picture(done, "rates", functools.partial(pictures.heat_map, line["rates"], title))
-        if run.facts["score"] is None or setup.objective.better(score, run.facts["score"]):
-            run.best, run.facts["score"], run.facts["best_step"] = (init, rates), score, done
-            run.facts["validated_steps"] = {
+        if run.progress.score is None or setup.objective.better(score, run.progress.score):
+            run.best, run.progress.score, run.progress.best_step = (init, rates), score, done
+            run.progress.validated_steps = {
                 str(steps): protocol.rounded(float(np.mean([curve.mean[0] for of, curve in found if of == steps])))
                 for steps, _ in found
             }
-        run.facts["validations"].append([done, protocol.rounded(score), round(run.facts["seconds"] + seconds, 2)])
+        run.progress.validations.append([done, protocol.rounded(score), round(run.progress.seconds + seconds, 2)])
         width = float(protocol.half_width(tasks, groups))  # none where there is one task alone
         self.validated = f"validation {score:.3f}" + (f" ± {width:.3f}" if np.isfinite(width) else "")
 
     def save(self) -> None:
         """A checkpoint of what the run has come to."""
         run = self.run
-        run.facts["metrics_bytes"] = _flush(self.lines, self.folder)
+        run.progress.metrics_bytes = _flush(self.lines, self.folder)
         tree = devices.local({"state": run.state, "best": run.best})
-        checkpoints.save(self.folder / "checkpoints", int(run.state.step), tree, run.facts)
+        checkpoints.save(self.folder / "checkpoints", int(run.state.step), tree, dataclasses.asdict(run.progress))
 
     def note(self, part: loop.Chunk) -> str:
         """What the progress bar shows."""
@@ -455,27 +486,30 @@ class _Book:
         return "  ".join([*(f"{name} {part.metrics[name].mean():.3f}" for name in shown), self.validated])
 
 
-def _training_facts(config: TrainConfig, setup: Setup, facts: dict[str, Any]) -> dict[str, Any]:
-    warm, earlier = float(np.median(facts["warm"])), facts["warm_start"]
+def _training_facts(config: TrainConfig, setup: Setup, progress: Progress) -> dict[str, Any]:
+    assert progress.score is not None  # the last outer step is followed by a validation
+    warm, earlier = float(np.median(progress.step_times or [np.nan])), progress.warm_start
     own = round(config.outer.steps * config.outer.meta_batch * task_cost(config, setup))
     minibatches = [min(config.inner.batch_size or of.support, of.support) for of in setup.amounts]
-    validated = len(facts["validations"]) * config.evaluation.validation_episodes * sum(minibatches)
+    validated = len(progress.validations) * config.evaluation.validation_episodes * sum(minibatches)
     validated *= sum(setup.phases.horizons or (config.inner.steps,))
-    numbers = {k: round(facts[k], 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")}
+    numbers = {
+        k: round(getattr(progress, k), 4) for k in ("seconds", "step_seconds", "validation_seconds", "compile_seconds")
+    }
     return {
-        "name": facts["name"],
+        "name": progress.name,
         "outer_steps": config.outer.steps,
-        "best_step": facts["best_step"],
-        f"validation_{setup.objective.choose_by}": protocol.rounded(facts["score"]),
-        "validations": facts["validations"],
-        "validated_steps": facts["validated_steps"],  # of best_step
+        "best_step": progress.best_step,
+        f"validation_{setup.objective.choose_by}": protocol.rounded(progress.score),
+        "validations": progress.validations,
+        "validated_steps": progress.validated_steps,  # of best_step
         **numbers,
         # Of a step once it is compiled; and in all, with compilation, validation and everything between.
         "tasks_per_second": round(config.outer.meta_batch / warm, 1),
         "tasks_per_second_in_all": round(
-            config.outer.steps * config.outer.meta_batch / (facts["seconds"] + facts["compile_seconds"]), 1
+            config.outer.steps * config.outer.meta_batch / (progress.seconds + progress.compile_seconds), 1
         ),
-        "skipped_updates": facts["skipped"],
+        "skipped_updates": progress.skipped,
         # With its validations, and what it started from.
         "example_gradients": own + validated + (earlier["example_gradients"] if earlier else 0),
         "validation_example_gradients": validated,
@@ -490,7 +524,7 @@ def _step_line(step: int, metrics: dict[str, np.ndarray], i: int) -> dict[str, A
 
 def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -> str:
     """Which tasks of a step that was not finite are to blame, and the rates it had, in words."""
-    pool, _ = setup.samplers["train"]
+    pool, _ = setup.parts.train
     key = _step_key(config)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(jnp.asarray, devices.local(meta))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalr import data
+from metalr import data, tasks
 from metalr.errors import ConfigError, DataError
-from metalr.learner.learner import Learner, load_params, save_params
+from metalr.learner.learner import Learner
 from metalr.learner.params import ClassNames, read_classes
 
 
@@ -49,8 +49,9 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
         raise ConfigError(f"{path}: support_y: expected one task, shape [support], got {support_y.shape}")
     support_y = data.check_labels(support_y, len(support_y), "support_y")
     shown = np.unique(support_y)
-    numbers = data.number_classes(support_y)[0] if learner.classifies_images else support_y
-    outputs = range(len(shown)) if learner.classifies_images else shown.tolist()
+    renumbered = learner.classifies_images and not _knows_labels(learner, shown)
+    numbers = data.number_classes(support_y)[0] if renumbered else support_y
+    outputs = range(len(shown)) if renumbered else shown.tolist()
     names = ClassNames(tuple(shown.tolist()), tuple(int(output) for output in outputs))
     if query_y is not None:
         query_y = data.check_labels(query_y, len(given["query_x"]), "query_y")
@@ -58,6 +59,12 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
         if new.size:
             raise ConfigError(f"{path}: query_y: expected labels of the support set, {shown.tolist()}, got {new[0]}")
     return TaskFile(given["support_x"], numbers, given["query_x"], query_y, names)
+
+
+def _knows_labels(learner: Learner, labels: np.ndarray) -> bool:
+    """Whether the outputs meant the same in all training tasks, and these are their numbers."""
+    family = tasks.FAMILIES.get(learner.facts.get("tasks", {}).get("family"))
+    return family is not None and family.labels == "fixed" and np.issubdtype(labels.dtype, np.integer)
 
 
 def _of_table(learner: Learner, path: Path) -> TaskFile:
@@ -123,7 +130,7 @@ def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | No
             else:
                 result[learner.objective.choose_by] = _score(learner, outputs, task.query_y)
     if out is not None:
-        save_params(learner, out, fast, task.classes)
+        learner.save_params(out, fast, task.classes)
         result["params"] = str(out)
     return result
 
@@ -135,7 +142,7 @@ def predict(learner: Learner, params: Path, inputs: Path) -> dict[str, Any]:
 
     Raises MetalrError: a file does not fit the learner, or cannot be read.
     """
-    fast, classes = load_params(learner, params), read_classes(params)
+    fast, classes = learner.load_params(params), read_classes(params)
     support = None
     if data.is_table(str(inputs)):
         x = _read_table(learner, inputs, targets=False)[0].x

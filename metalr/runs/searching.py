@@ -183,9 +183,9 @@ def _carry_out(
         "config": config.to_json(),
         "provenance": provenance(),
         "best_params_": found.best_params_,
-        "best_score_": found.best_score_,
+        "best_score_": _finite(found.best_score_),
         "best_index_": found.best_index_,
-        "final_test_score": float(np.mean(chosen.test)),
+        "final_test_score": _finite(float(np.mean(chosen.test))),
         "trials": len(trials),
         **dict(zip(("example_gradients", "naive_example_gradients"), cost, strict=True)),
         "seconds": round(time.perf_counter() - began, 2),
@@ -193,6 +193,11 @@ def _carry_out(
     }
     folders.write_json(folder / "results.json", results)
     return results | {"folder": str(folder)}
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN: a search of which every trial diverged has found nothing."""
+    return value if np.isfinite(value) else None
 
 
 def to_csv(columns: dict[str, list[Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -33,7 +33,6 @@ from metalr.outer import (
 )
 from metalr.runs import loggers
 from metalr.runs.sources import Source, load, model_of_table, of_images, of_tasks
-from metalr.types import Episode
 
 CLASSES_START, NUMBERS_START = 0.1, 0.01  # rates: a squared error is steeper than a cross-entropy
 
@@ -55,14 +54,14 @@ class Amount(NamedTuple):
 
     support: int
     train: tasks.Sampler
-    val: tasks.Sampler
+    validation: tasks.Sampler
 
 
 class Setup(NamedTuple):
     """The parts of a run.
 
     Attributes:
-      samplers: by part of the split: "train", "val", "test".
+      parts: what each split is drawn from, and who draws.
       support, query: examples of one task.
       sizes: of tasks that meta-training and validation go over instead (tasks.shots).
       learned: whether the outer loop changes the rates.
@@ -74,7 +73,7 @@ class Setup(NamedTuple):
     method: Method
     phases: loop.Phases
     optimizer: optax.GradientTransformation
-    samplers: dict[str, tuple[Any, Callable[[Any, jax.Array], Episode]]]
+    parts: tasks.Parts
     learned: bool
     objective: Objective
     support: int
@@ -86,7 +85,11 @@ class Setup(NamedTuple):
     @property
     def amounts(self) -> tuple[Amount, ...]:
         """What meta-training and validation go over: tasks of one size, or of several."""
-        return self.sizes or (Amount(self.support, self.samplers["train"][1], self.samplers["val"][1]),)
+        return self.sizes or (_amount(self.support, self.parts),)
+
+
+def _amount(support: int, parts: tasks.Parts) -> Amount:
+    return Amount(support, parts.train.sample, parts.validation.sample)
 
 
 class Settings(NamedTuple):
@@ -149,7 +152,7 @@ def set_up(
     if isinstance(given, data.Dataset):
         if objective.name != CROSS_ENTROPY.name:
             raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
-        source, samplers, by_size = of_images(config, given)
+        source, parts, by_size = of_images(config, given)
         model = model_of(config.model, config.tasks.way, given, model, row.head_start)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
@@ -160,7 +163,7 @@ def set_up(
         standardisation, prefetch = given.standardisation, given.prefetch
         if standardisation is not None:
             objective = objective.in_units(standardisation.outputs)
-        source, samplers, support, query = of_tasks(given, given.check(model, objective))
+        source, parts, support, query = of_tasks(given, given.check(model, objective))
         by_size = {}
     spec = dataclasses.replace(spec, head=model.head)
     if config.inner.support_power is not None:
@@ -186,11 +189,11 @@ def set_up(
         (*(() if row.learned else ("rates",)), *(("init",) if config.outer.learns == "rates_of_init" else ())),
     )
     if config.outer.part == "validation":
-        samplers, prefetch = samplers | {"train": samplers["val"]}, None
-        by_size = {size: of | {"train": of["val"]} for size, of in by_size.items()}
-    amounts = tuple(Amount(size, of["train"][1], of["val"][1]) for size, of in by_size.items())
+        parts, prefetch = parts._replace(train=parts.validation), None
+        by_size = {size: of._replace(train=of.validation) for size, of in by_size.items()}
+    amounts = tuple(_amount(size, of) for size, of in by_size.items())
     rest = row.learned, objective, support, query, amounts, standardisation, prefetch
-    return Setup(source, model, spec, method, phases, optimizer, samplers, *rest)
+    return Setup(source, model, spec, method, phases, optimizer, parts, *rest)
 
 
 def _row_of(config: TrainConfig) -> algorithms.Algorithm:
@@ -394,6 +397,8 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
         unused |= dict.fromkeys(("outer.rates_rate", "inner.lowest", "inner.highest"), "rates do not learn")
     if config.outer.learns in RATES_ONLY:
         unused["outer.init_rate"] = "the init does not learn"
+    if config.outer.part == "validation":
+        unused["tasks.distort"] = "only meta-training tasks are distorted, and outer.part is validation"
     if not config.grid.run:
         unused |= {f"grid.{field.name}": "only with --grid.run" for field in dataclasses.fields(config.grid)[1:]}
     return unused

@@ -108,17 +108,16 @@ def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> 
     return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), head_start=head_start)
 
 
-def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[str, Any], dict[int, dict[str, Any]]]:
+def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, tasks.Parts, dict[int, tasks.Parts]]:
     """A family of image tasks, its samplers, and those of tasks.shots: size of a support set -> samplers.
 
     Raises MetalrError.
     """
     t, splits = config.tasks, tasks.make_splits(dataset, config.tasks.family, turns=config.tasks.turns)
 
-    def of_shot(shot: int) -> dict[str, Any]:
+    def of_shot(shot: int) -> tasks.Parts:
         return tasks.make_samplers(splits, t.way, shot, t.query, distort=t.distort, label_noise=t.label_noise)
 
-    samplers = of_shot(t.shot)
     sizes = {t.way * shot: of_shot(shot) for shot in t.shots}
     described = f"{t.family} {t.way}-way {t.shot}-shot, {t.query} query images per class"
     if t.shots:
@@ -126,18 +125,16 @@ def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, dict[
     facts = [part.describe() for part in splits]
     relabels = tasks.FAMILIES[t.family].labels != "fixed"
     described_by = splits.sha256, facts, str(dataset), described, relabels
-    return Source(dataset.name, dataset.source, dataset.sha256, *described_by), samplers, sizes
+    return Source(dataset.name, dataset.source, dataset.sha256, *described_by), of_shot(t.shot), sizes
 
 
-def of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, dict[str, Any], int, int]:
+def of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, tasks.Parts, int, int]:
     """Tasks of a table or of Python: where they come from, their samplers, and the sizes of support and query set."""
-    names = {"train": "train", "val": "validation", "test": "test"}
-    samplers = {name: given.sampler(part) for name, part in names.items()}
-    pool, sample = samplers["train"]
+    pool, sample = given.sampler("train")
     shapes = jax.eval_shape(sample, pool, jax.random.key(0))
     support, query = (jax.tree.leaves(field)[0].shape[0] for field in (shapes.support_y, shapes.query_y))
     facts = json.loads(json.dumps(dict(given.facts)))
     described = f"{given.name}, {support} support and {query} query examples"
     kind = TABLE if "table" in facts else folders.OWN_TASKS
     text = f"{given.name}: {kind}\n" + "\n".join(f"        {line}" for line in str(checked).splitlines())
-    return Source(given.name, kind, given.sha256, given.sha256, [facts], text, described), samplers, support, query
+    return Source(given.name, kind, given.sha256, given.sha256, [facts], text, described), given.parts, support, query

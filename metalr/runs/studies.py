@@ -30,8 +30,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     Raises:
       MetalrError: as `run`; no seeds, or the same one twice.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: expected at least one, all different, got {seeds}")
+    _check_seeds(seeds)
     parent = config.out or Path("runs") / name
     configs = [dataclasses.replace(config, seed=seed, out=parent / f"seed{seed}") for seed in seeds]
     for each in configs:
@@ -58,6 +57,11 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     return summary
 
 
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds: expected at least one, all different, got {seeds}")
+
+
 def _head(name: str, seeds: tuple[int, ...], results: dict[str, Any]) -> dict[str, Any]:
     """How a results file over seeds begins: what was run, and where."""
     return {"name": name, "seeds": list(seeds)} | {k: results[k] for k in ("command", "provenance", "split_sha256")}
@@ -81,8 +85,9 @@ def run_study(
       horizons, grid: also compare fine-tunes of these lengths with the best cell of a grid; see evaluating.horizons.
 
     Raises:
-      MetalrError: as `run`; checked for all variants before any is trained.
+      MetalrError: as `run`; no seeds, or the same one twice. Checked for all variants before any is trained.
     """
+    _check_seeds(seeds)
     for config in variants.values():
         for seed in seeds:
             set_up(dataclasses.replace(config, seed=seed))
@@ -97,7 +102,10 @@ def run_study(
             found.append(results)
             if horizons:
                 setup = set_up(config)
-                key = (config.tasks, config.evaluation, config.inner.batch_size)
+                key = (
+                    config.data, config.objective, config.model, config.tasks, config.table, config.evaluation,
+                    config.inner.batch_size, str(setup.model.settings),
+                )  # fmt: skip
                 learner = artifact.load(out / "artifact")
                 at, random_grids[key] = evaluating.horizons(
                     learner, setup, config, horizons, grid, random_grids.get(key)

@@ -40,7 +40,9 @@ JOB = Job("sweep", frozenset(FILES))
 SHOWN = 12  # runs in the report, the best first
 REDRAWS = 100  # how often a combination that was drawn before is drawn anew
 # Settings that change which validation tasks there are, or what is measured on them: such runs cannot be ranked.
-UNRANKED = ("objective", "data", "tasks", "table", "evaluation.seed", "evaluation.validation_episodes")
+UNRANKED = (
+    "objective", "data", "tasks", "table", "inner.horizons", "evaluation.seed", "evaluation.validation_episodes",
+)  # fmt: skip
 
 
 class Range(NamedTuple):
@@ -114,14 +116,18 @@ def run(sweep: Sweep, config: SweepConfig = SweepConfig(), *, reporter: Reporter
     )
 
 
-def resume(folder: Path, *, workers: int | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(
+    folder: Path, *, workers: int | None = None, retry_failed: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Go on with a sweep that was stopped or killed. Runs that ended are kept, runs that were cut off go on.
 
     Args:
       workers: how many runs at a time from now on; default: as before.
+      retry_failed: take up the runs that failed too, where they stood (a disk that was full, say, has room again); then
+        a finished sweep may be taken up.
 
     Raises:
-      ConfigError: no sweep, a finished one, or one in use.
+      ConfigError: no sweep, a finished one, one in use, or retry_failed where no run has failed.
     """
     folders.refuse_if_locked(folder)
     try:
@@ -129,11 +135,19 @@ def resume(folder: Path, *, workers: int | None = None, reporter: Reporter | Non
         sweep, config = Sweep.from_json(stored["sweep"]), from_json(stored["config"], SweepConfig)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"resume: {folder}: expected a sweep, found none: {one_line(error)}") from error
-    JOB.refuse_finished(folder)
+    if not retry_failed:
+        JOB.refuse_finished(folder, "runs that failed may be tried again: --retry-failed")
+    ended = folders.read_rows(folder / ENDED)
+    good = [row for row in ended if row["status"] != "failed"]
+    if retry_failed and len(good) == len(ended):
+        raise ConfigError(f"retry_failed: {folder}: expected a run that failed, found none")
     config = config if workers is None else dataclasses.replace(config, workers=workers)
 
     def carry_out(_: None, folder: Path) -> dict[str, Any]:
         folders.write_json(folder / "config.json", {"sweep": sweep.to_json(), "config": config.to_json()})
+        if retry_failed:
+            folders.clear(folder, {"results.json", BEST, folders.REPORT})
+            folders.write_file(folder / ENDED, "".join(json.dumps(row) + "\n" for row in good).encode())
         return _carry_out(sweep, config, folder, reporter or ConsoleReporter())
 
     return JOB.go_on(folder, lambda: _check(sweep, config), carry_out)
@@ -335,7 +349,7 @@ def _rows_of(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> list[dict[str, Any
         found.setdefault(json.dumps(row["point"]), []).append(row)
     table = []
     for same in found.values():
-        good = [row for row in same if row["status"] == "finished" and row["validation"] is not None]
+        good = [row for row in same if row["status"] == "finished"]
         facts: dict[str, Any] = {"point": same[0]["point"], "seeds": [row["seed"] for row in same]}
         facts |= {"failed": len(same) - len(good), "runs": [row["name"] for row in same]}
         if good:

@@ -37,6 +37,7 @@ from metalr.runs.job import Job
 from metalr.runs.loggers import Log, Logger, check_side_by_side, opened
 from metalr.runs.meta_training import (
     Asked,
+    Trained,
     WarmStart,
     layout_of,
     mesh_of,
@@ -50,7 +51,6 @@ from metalr.runs.provenance import command, peak_memory, provenance
 from metalr.runs.setup import Setup, describe, set_up
 from metalr.runs.sources import TABLE, load
 from metalr.storage import checkpoints, folders
-from metalr.types import Params, Rates
 
 FILES = {"config.json", "metrics.jsonl", "checkpoints", "artifact", "grid.jsonl", "results.json", *folders.OWN}
 JOB = Job(
@@ -159,6 +159,16 @@ def check_same(folder: Path, config: TrainConfig, model: Model, given: tasks.Tas
     _check_tasks(folder, given)
 
 
+def check_found(folder: Path, config: TrainConfig) -> None:
+    """Raises ConfigError if a finished run has not found what these settings ask for."""
+    for name, (old, new) in differences(read_config(folder), config).items():
+        if name.startswith(("evaluation.", "grid.")):
+            raise ConfigError(
+                f"{name}: expected {old!r} as in {folder}, which is finished, got {new!r}; to measure more: "
+                "learned.evaluate(tasks, episodes, steps), or a run of its own"
+            )
+
+
 def _check_tasks(folder: Path, given: tasks.Tasks) -> None:
     if folders.data_of(folder).get("sha256", given.sha256) != given.sha256:
         raise ConfigError(f"tasks: expected those that {folder} was begun with, got others ({given.name!r}, by facts)")
@@ -190,7 +200,7 @@ def _carry_out(
                 log=log,
             )  # fmt: skip
             here = time.perf_counter() - here
-            before = max(0.0, trained[2]["seconds"] - here)  # in earlier processes of this run
+            before = max(0.0, trained.facts["seconds"] - here)  # in earlier processes of this run
             results = _judged(config, setup, folder, trained, reporter, log, asked)
     return _written(folder, results, before + time.perf_counter() - began)
 
@@ -271,7 +281,7 @@ def _judged(
     config: TrainConfig,
     setup: Setup,
     folder: Path,
-    trained: tuple[Params, Rates, dict[str, Any]],
+    trained: Trained,
     reporter: Reporter,
     log: Log,
     asked: Asked,
@@ -298,7 +308,7 @@ def _judged(
             draw = functools.partial(pictures.task, task, shown)
             log.picture(config.outer.steps, f"held-out tasks/{task['which']}", draw)
     results = {
-        "name": training.pop("name"),
+        "name": training["name"],
         "command": command(),
         "config": config.to_json(),
         "provenance": provenance(),
@@ -306,7 +316,7 @@ def _judged(
         "split_sha256": setup.source.split_sha256,
         "splits": setup.source.splits,
         "transductive": setup.model.transductive,
-        "training": training,
+        "training": {key: value for key, value in training.items() if key != "name"},
         **{name: of(setup.spec, rates) for name, of in hyperparameters.SHOWN.items()},
         "objective": setup.objective.name,
         "metric": {"name": setup.objective.choose_by, "maximise": setup.objective.maximise},

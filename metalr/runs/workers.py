@@ -138,7 +138,8 @@ class Carrier:
             self.say(f"seeds of {worker.trials[0].name} ended together ({error}); each goes on alone")
         for trial in worker.trials:
             out = self._out(trial)
-            if config.launcher == "slurm":  # its job is over: a lock left on another machine holds nothing
+            # Its job is over: a lock left on another machine holds nothing, unless it ended because another one has it.
+            if config.launcher == "slurm" and IN_USE not in error:
                 (out / folders.LOCK).unlink(missing_ok=True)
             if several and not late and not (out / "results.json").is_file():
                 self.tries[trial.name] -= 1
@@ -206,6 +207,8 @@ def _row(trial: Trial, folder: Path, error: str, attempts: int) -> dict[str, Any
     if (out / "results.json").is_file():
         results = json.loads((out / "results.json").read_text())
         metric, training = results["metric"]["name"], results["training"]
+        if training[f"validation_{metric}"] is None:
+            return facts | {"status": "failed", "error": f"no validation gave a finite {metric}"}
         at = next(p for p in results["curve"] if p["steps"] == trial.config.inner.steps)
         return facts | {
             "status": "finished",

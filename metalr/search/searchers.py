@@ -178,7 +178,7 @@ def import_optuna() -> types.ModuleType:
     except ImportError as error:
         raise ConfigError(
             "searcher: expected Optuna for any but the grid; pip install 'metalr[search]', or ask for the grid alone "
-            "(metalr search grid, metalr compare --searchers grid portfolio)"
+            "(metalr search grid, metalr compare --searchers grid)"
         ) from error
     return optuna
 

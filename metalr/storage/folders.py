@@ -82,6 +82,32 @@ def check_free(folder: Path | None, files: AbstractSet[str], *, overwrite: bool,
         )
     if names and not ("config.json" in names and names <= files):
         raise ConfigError(f"out: {folder}: expected a run to overwrite, found other files: {sorted(names - files)}")
+    for inside in (folder / "runs").glob("*"):  # of a sweep that was killed, whose runs go on by themselves
+        refuse_if_locked(inside)
+
+
+def check_replaceable(
+    setting: str, path: Path, files: AbstractSet[str], *, what: str, marker: str = "", overwrite: bool = True
+) -> None:
+    """Raises ConfigError unless `path` is free, an empty folder, or (with overwrite) holds nothing but `files`.
+
+    setting, what: what messages call the path, and a folder of that kind. marker: a file that each of them has.
+    """
+    try:
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise ConfigError(f"{setting}: {path}: expected a new folder or {what} to replace, found a file")
+        names = {inside.name for inside in path.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path}: cannot be used: {one_line(error)}") from error
+    if names - files or (names and marker and marker not in names):
+        raise ConfigError(
+            f"{setting}: {path}: expected a new folder or {what} to replace, found other files: "
+            f"{sorted(names - files or names)[:5]}"
+        )
+    if names and not overwrite:
+        raise ConfigError(f"{setting}: {path}: exists already; choose another folder, or pass overwrite=True")
 
 
 def claim(folder: Path | None, name: str) -> Path:
@@ -161,40 +187,47 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             _write_flushed(part / name, content)
 
-    try:
-        build_folder(path, fill)
-    except OSError as error:
-        refuse(path, error, sum(map(len, files.values())))
+    build_folder(path, fill, sum(map(len, files.values())))
 
 
-def build_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def build_folder(path: Path, fill: Callable[[Path], None], needed: int | None = None) -> None:
     """Make the folder `path` of what `fill(folder)` writes, whole or not at all; replaces one that exists.
 
     At every moment, that of a crash too, `path` is the old folder or the new one. Where the operating system cannot
     exchange two names (Windows, some network file systems), a crash may leave the old one under a temporary name, from
     which `sweep` brings it back.
 
-    Raises OSError; nothing is left behind then, and a folder that was there stays.
+    needed: bytes, for what a full disk is told.
+
+    Raises StorageError; nothing is left behind then, and a folder that was there stays.
     """
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
     try:
-        fill(part)
-        part.chmod(0o755)
-        _flush_folder(part)
-        if not path.exists():
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
+        try:
+            fill(part)
+            part.chmod(0o755)
+            _flush_folder(part)
+            _put_in_place(part, path)
+            _flush_folder(path.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        refuse(path, error, needed)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    """Give a finished folder its name, in exchange for one that has it. Raises OSError."""
+    if not path.exists():
+        os.rename(part, path)
+    elif not _exchange(part, path):
+        old = part.with_name(f"{part.name}{OLD}")
+        os.rename(path, old)
+        try:
             os.rename(part, path)
-        elif not _exchange(part, path):
-            old = part.with_name(f"{part.name}{OLD}")
-            os.rename(path, old)
-            try:
-                os.rename(part, path)
-            except BaseException:
-                os.rename(old, path)
-                raise
-            shutil.rmtree(old)
-        _flush_folder(path.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old)
 
 
 @functools.cache

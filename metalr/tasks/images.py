@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -266,9 +266,24 @@ class Pool(NamedTuple):
 Sampler = Callable[[Pool, jax.Array], Episode]
 
 
+class Part(NamedTuple):
+    """One split's tasks: what they are drawn from, an argument of compiled programs, and `sample(pool, key)`."""
+
+    pool: Any
+    sample: Callable[[Any, jax.Array], Episode]
+
+
+class Parts(NamedTuple):
+    """The tasks of meta-training, meta-validation and meta-test."""
+
+    train: Part
+    validation: Part
+    test: Part
+
+
 def make_sampler(
     split: TaskSplit, way: int, shot: int, query: int, *, distort: float = 0.0, label_noise: float = 0.0
-) -> tuple[Pool, Sampler]:
+) -> Part:
     """The split's arrays and a jit-able `sample(pool, key) -> Episode` with way*shot support, way*query query images.
 
     Support and query are one draw without replacement; their rows are shuffled.
@@ -341,19 +356,16 @@ def make_sampler(
             support_y = jnp.where(jax.random.bernoulli(wrong_key, label_noise, support_y.shape), drawn, support_y)
         return Episode(x[: way * shot], support_y, x[way * shot :], y[way * shot :])
 
-    return split.pool, sample
+    return Part(split.pool, sample)
 
 
 def make_samplers(
     splits: Splits, way: int, shot: int, query: int, *, distort: float = 0.0, label_noise: float = 0.0
-) -> dict[str, tuple[Pool, Sampler]]:
-    """The samplers of all parts, by "train", "val" and "test"; only meta-training is distorted. See make_sampler."""
-    return {
-        split.part: make_sampler(
-            split, way, shot, query, distort=distort if split.part == "train" else 0.0, label_noise=label_noise
-        )
-        for split in splits
-    }
+) -> Parts:
+    """The samplers of all parts; only meta-training is distorted. See make_sampler."""
+    train, *others = splits
+    noisy = functools.partial(make_sampler, way=way, shot=shot, query=query, label_noise=label_noise)
+    return Parts(noisy(train, distort=distort), *(noisy(split) for split in others))
 
 
 def second_key(key: jax.Array) -> jax.Array:

@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr.data import Dataset, load
-from metalr.errors import ConfigError, DataError, MetalrError
+from metalr.errors import ConfigError, DataError, MetalrError, one_line
 from metalr.inner import Objective, objective_of
 from metalr.models import Model, predict
 from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
-from metalr.tasks.images import choose, make_samplers, make_splits, second_key
+from metalr.tasks.images import Part, Parts, Sampler, choose, make_samplers, make_splits, second_key
 from metalr.tasks.standardisation import Standardisation
 from metalr.trees import as_numbers, check_digits, count, path_name
 from metalr.types import Episode
 
 PARTS = ("train", "validation", "test")
+VALIDATION = 0x0A1D  # folded into a key
 Sample = Callable[..., Episode]  # key -> Episode, or (pool, key) -> Episode; traceable by jax
 
 
@@ -57,7 +58,7 @@ class Tasks:
 
     Attributes:
       train, validation, test: key -> Episode, traceable by jax. The same key gives the same episode; shapes are fixed.
-        With a pool: (pool, key) -> Episode.
+        With a pool: (pool, key) -> Episode. One function for both validation and test gives each other episodes.
       pool: arrays that the samplers draw from, an argument of the compiled program, so that large data is not compiled
         into it. A Mapping with the keys "train", "validation" and "test" gives each split its own.
       name: what reports call the tasks.
@@ -67,7 +68,8 @@ class Tasks:
         are as they were.
       prefetch: called with the keys [n] of meta-training episodes before they are needed (see `from_host`).
       task_of: key -> int32 [], or with a pool (pool, key) -> int32 []: which of a split's tasks a key draws, where
-        those can be counted, as the shops of a table can. Intervals are over tasks then, and not over episodes.
+        those can be counted, as the shops of a table can. Intervals are over tasks then, and not over episodes. A
+        Mapping gives each split its own.
     """
 
     train: Sample
@@ -78,22 +80,36 @@ class Tasks:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     standardisation: Standardisation | None = None
     prefetch: Callable[[jax.Array], None] | None = None
-    task_of: Callable[..., jax.Array] | None = None
+    task_of: Callable[..., jax.Array] | Mapping[str, Callable[..., jax.Array]] | None = None
 
-    def sampler(self, part: str) -> tuple[Any, Callable[[Any, jax.Array], Episode]]:
+    @property
+    def parts(self) -> Parts:
+        """What each split is drawn from, and who draws."""
+        return Parts(*(self.sampler(part) for part in PARTS))
+
+    def sampler(self, part: str) -> Part:
         """(pool, `sample(pool, key) -> Episode`) of one split, "train", "validation" or "test"."""
         if part not in PARTS:
             raise ConfigError(f"tasks: expected a split of {PARTS}, got {part!r}")
-        function, task_of, alone = getattr(self, part), self.task_of, self.pool is None
+        function, alone = getattr(self, part), self.pool is None
+        task_of = self.task_of[part] if isinstance(self.task_of, Mapping) else self.task_of
         own = isinstance(self.pool, Mapping) and set(self.pool) == set(PARTS)
         pool = () if self.pool is None else self.pool[part] if own else self.pool
 
-        def sample(pool: Any, key: jax.Array) -> Episode:
-            return _as_episode(function(key) if alone else function(pool, key), part)
+        # Both are drawn with the same keys: the episodes to choose by are not those to be judged on.
+        apart = part == "validation" and not own and self.validation is self.test
 
-        if task_of is None:
-            return pool, sample
-        return pool, OfCountedTasks(sample, lambda pool, key: task_of(key) if alone else task_of(pool, key))
+        def key_of(key: jax.Array) -> jax.Array:
+            return jax.random.fold_in(second_key(key), VALIDATION) if apart else key
+
+        def sample(pool: Any, key: jax.Array) -> Episode:
+            return _as_episode(function(key_of(key)) if alone else function(pool, key_of(key)), part)
+
+        def counted(pool: Any, key: jax.Array) -> jax.Array:
+            assert task_of is not None
+            return task_of(key_of(key)) if alone else task_of(pool, key_of(key))
+
+        return Part(pool, sample if task_of is None else OfCountedTasks(sample, counted))
 
     @property
     def sha256(self) -> str:
@@ -116,6 +132,7 @@ class Tasks:
         losses: dict[str, float] = {}
         for part in PARTS:
             first, again, other = _three_drawn(self, part)
+            _check_counted(self, part)
             _check_repeated(part, first, again, other)
             _check_lengths(part, first)
             _check_apart(part, first)
@@ -235,13 +252,13 @@ class Tasks:
         dataset = load(str(images)) if isinstance(images, str | Path) else images
         splits = make_splits(dataset, family, seed, turns=turns)
         made = make_samplers(splits, way, shot, query, distort=distort, label_noise=label_noise)
-        (train, train_of), (validation, validation_of), (test, test_of) = (made[split.part] for split in splits)
         facts = {
             "data": dataset.name, "sha256": dataset.sha256, "split_sha256": splits.sha256, "family": family,
             "way": way, "shot": shot, "query": query, "distort": distort, "label_noise": label_noise,
         }  # fmt: skip
-        pool = {"train": train, "validation": validation, "test": test}
-        return cls(train_of, validation_of, test_of, pool, f"{dataset.name} {family}", facts)
+        pool = {name: part.pool for name, part in made._asdict().items()}
+        train, validation, test = (part.sample for part in made)
+        return cls(train, validation, test, pool, f"{dataset.name} {family}", facts)
 
     @classmethod
     def from_host(
@@ -386,6 +403,19 @@ def _loss_of_init(part: str, model: Model, objective: Objective, episode: Episod
     if not np.isfinite(loss):
         raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {loss}")
     return loss
+
+
+def _check_counted(tasks: Tasks, part: str) -> None:
+    """Raises DataError unless task_of, if there is one, gives an integer."""
+    pool, sample = tasks.sampler(part)
+    if not isinstance(sample, OfCountedTasks):
+        return
+    try:
+        found = jax.eval_shape(sample.task_of, pool, jax.random.key(0))
+    except Exception as error:  # whatever a function of the user's own raises
+        raise DataError(f"tasks.{part}: task_of: {type(error).__name__}: {one_line(error)}") from error
+    if getattr(found, "shape", None) != () or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise DataError(f"tasks.{part}: task_of: expected an integer, shape [], got {found}")
 
 
 class Checked(NamedTuple):
@@ -547,15 +577,20 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
         own = jax.random.fold_in(second_key(key), zlib.crc32(name.encode()))  # a mixture of mixtures draws twice
         return jax.random.categorical(own, jnp.asarray(log_shares))
 
-    def task_of(pools: Any, key: jax.Array) -> jax.Array:
-        def of_part(each: Tasks, pool: Any) -> jax.Array:
-            if each.task_of is None:  # no task comes twice
-                return (jax.random.bits(key) >> 8).astype(jnp.int32)
-            return each.task_of(key) if each.pool is None else each.task_of(pool, key)
+    def task_of(part: str) -> Callable[[Any, jax.Array], jax.Array]:
+        samplers = [each.sampler(part).sample for each in parts]
 
-        which = drawn(key)
-        branches = [lambda pools, i=i, each=each: of_part(each, pools[i]) for i, each in enumerate(parts)]
-        return which + len(parts) * jax.lax.switch(which, branches, pools)
+        def of(sample: Sampler, pool: Any, key: jax.Array) -> jax.Array:
+            if isinstance(sample, OfCountedTasks):
+                return sample.task_of(pool, key).astype(jnp.int32)
+            return (jax.random.bits(key) >> 8).astype(jnp.int32)  # no task comes twice
+
+        def counted(pools: Any, key: jax.Array) -> jax.Array:
+            which = drawn(key)
+            branches = [lambda pools, i=i, one=one: of(one, pools[i], key) for i, one in enumerate(samplers)]
+            return which + len(parts) * jax.lax.switch(which, branches, pools)
+
+        return counted
 
     def of(part: str) -> Sample:
         samplers = [each.sampler(part)[1] for each in parts]
@@ -575,5 +610,5 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     ahead = prefetch if any(each.prefetch is not None for each in parts) else None
     pool = {part: [each.sampler(part)[0] for each in parts] for part in PARTS}
     facts = {"of": [{"name": each.name, **each.facts} for each in parts], "weights": shares.tolist()}
-    counted = task_of if any(each.task_of is not None for each in parts) else None
+    counted = {part: task_of(part) for part in PARTS} if any(each.task_of is not None for each in parts) else None
     return Tasks(of("train"), of("validation"), of("test"), pool, name, facts, first, ahead, counted)

@@ -112,11 +112,9 @@ def test_long_schedules_and_show(blobs_npz, tmp_path, capsys):
         call("evaluate", tmp_path / "run", "--steps", steps, "--episodes", "4", "--json")
         curves[steps] = json.loads(capsys.readouterr().out)["curve"]
     parts = setup.set_up(files.read_config(tmp_path / "run"))
-    evaluator = protocol.make_evaluator(
-        learned.model, learned.spec, parts.samplers["test"][1], 24, of_steps=24, at=[24]
-    )
+    evaluator = protocol.make_evaluator(learned.model, learned.spec, parts.parts.test[1], 24, of_steps=24, at=[24])
     keys = protocol.episode_keys(0, 4)
-    expected = evaluator(parts.samplers["test"][0], learned.init, learned.rates, keys).mean[0]
+    expected = evaluator(parts.parts.test[0], learned.init, learned.rates, keys).mean[0]
     assert curves[24][-1]["accuracy"] == pytest.approx(float(expected), abs=1e-6)
     assert curves[12][-1]["steps"] == 12
 

@@ -95,4 +95,4 @@ def test_two_real_runs(blobs_npz, tmp_path, capsys, monkeypatch):
     assert "this sweep is finished" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["sweep", "--resume", "s", "--timeout", "5", "--outer.steps", "3"])
-    assert "expected --workers alone beside it" in capsys.readouterr().err
+    assert "expected nothing beside it but --workers" in capsys.readouterr().err

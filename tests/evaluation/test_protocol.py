@@ -1,6 +1,9 @@
 """The held-out protocol."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -35,6 +38,30 @@ def test_curve_is_the_mean_of_single_episodes(blobs, model):
     np.testing.assert_allclose(curve.tasks, one_by_one, atol=0.034)  # one prediction of 30 may round over
     np.testing.assert_allclose(curve.mean, curve.tasks.mean(0))
     np.testing.assert_allclose(curve.ci95, 2.5705818 * curve.tasks.std(0, ddof=1) / np.sqrt(6))  # t, 5 degrees
+
+
+@pytest.mark.parametrize(
+    "options", [{"knots": 3}, {"horizon_power": 0.4, "base": "adam", "batch_size": 7}, {"per_step": True}]
+)
+def test_fine_tunes_of_several_lengths_are_each_what_it_is_alone(blobs, options):
+    """By one program, in which the length is traced: a schedule is stretched over it, rates go with its power."""
+    pool, sample = tasks.make_sampler(tasks.make_splits(blobs, "rotated").test, 10, 2, 3)
+    model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.0)
+    spec = RatesSpec("layer", initial=0.05, steps=5, **options)
+    init = model.init(jax.random.key(0))
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init))
+    falling = jnp.array([4.0, 1.0, 0.2, 2.0, 1.0])[: max(1, spec.times)]
+    rates = {k: v if hyperparameters.kind_of(k) != "rate" or not spec.times else v * falling for k, v in rates.items()}
+    keys, loss = protocol.episode_keys(3, 4), dataclasses.replace(inner.CROSS_ENTROPY, choose_by="loss", maximise=False)
+    together = protocol.make_evaluator(model, spec, sample, 11, at=[1, 3, 11], separate=True, objective=loss)
+    found = together(pool, init, rates, keys)
+    for steps, curve in found.each_point():
+        alone = protocol.make_evaluator(model, spec, sample, steps, at=[steps], of_steps=steps, objective=loss)
+        np.testing.assert_allclose(curve.tasks, alone(pool, init, rates, keys).tasks, rtol=2e-4)
+        assert curve.steps.tolist() == [steps]
+    assert together._program(4)._cache_size() == 1
+    with pytest.raises(ConfigError, match="of_steps: expected None with separate, got 3"):
+        protocol.make_evaluator(model, spec, sample, 3, of_steps=3, separate=True)
 
 
 @pytest.mark.parametrize(("family", "way"), [("digits", 4), ("relabeled", 10), ("classes", 3)])

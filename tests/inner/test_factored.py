@@ -47,6 +47,26 @@ def test_same_gradients_as_the_plain_form(granularity, per_step, first_order, ad
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), ours, oracle)
 
 
+@pytest.mark.parametrize(("dtype", "rate"), [(np.uint8, 1e-5), (np.int32, 1e-5), (bool, 0.1)])
+def test_integer_inputs_are_numbers_and_leave_targets_as_they_are(dtype, rate):
+    """Columns of counts, or of zeros and ones: products of theirs neither wrap around nor round targets."""
+    model = models.mlp(1, (6,), widths=(5,), dropout=0.0)
+    params = model.init(jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (7, 6))
+    x = x > 0.5 if dtype is bool else (200 * x).astype(dtype)
+    y = jnp.linspace(-0.9, 0.9, 7)[:, None]
+    spec = RatesSpec("layer", initial=rate)
+    values, loss = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, params)), inner.squared_error
+    ours = factored.query_logits(params, values, spec, x[:3], y[:3], x[3:], 3, loss=loss)
+    optimizer = descent.optimizer(spec, values)
+    plain, _ = inner.adapt(model.apply, params, x[:3].astype(jnp.float32), y[:3], optimizer, 3, loss=loss)
+    expected = model.apply(plain, x[3:].astype(jnp.float32))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    found = factored.factors(params, values, spec, x[:3], y[:3], 3, loss)
+    np.testing.assert_allclose(factored.outputs(params, found, x[3:]), expected, rtol=1e-4)
+    assert not np.allclose(expected, model.apply(params, x[3:].astype(jnp.float32)), rtol=1e-2)
+
+
 @pytest.mark.parametrize("share", [0.0, 1e9])  # all later layers as formed kernels, all as low-rank
 @pytest.mark.parametrize("widths", [(), (7,), (20, 9)])
 def test_both_ways_to_keep_a_layer_and_every_step(share, widths, monkeypatch):

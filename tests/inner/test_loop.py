@@ -1,5 +1,7 @@
 """The inner loop against closed forms, and all its options against each other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 
 from metalr import inner, models
 from metalr.errors import ConfigError
-from metalr.inner import descent, hyperparameters
+from metalr.inner import descent, hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.types import Episode
 
 pytestmark = pytest.mark.smoke
 MODEL = models.mlp(3, (4, 4, 1), widths=(5,), dropout=0.0)
@@ -68,6 +71,25 @@ def test_observing_some_steps(unrolled, at, monkeypatch):
     assert every.shape == (6,)
     np.testing.assert_allclose(some, every[np.array(at)], rtol=1e-6)
     assert every[-1] < every[0]
+
+
+@pytest.mark.parametrize("name", ["adam", "momo_adam", "schedule_free_sgd"])
+def test_scores_after_traced_numbers_of_steps_are_those_of_the_curve(name):
+    """Also of an optimizer that looks at the loss, and of one that predicts with other params; in minibatches."""
+    row = optimizers.WITHOUT_SEARCH.get(name)
+    tx = optax.adam(1e-2) if row is None else row.make(12)
+    options = {"batch_size": 2, "key": jax.random.key(3), "evaluated": row and row.evaluated}
+    episode = Episode(X, Y, X[:4], Y[:4])
+    score = dataclasses.replace(inner.CROSS_ENTROPY, choose_by="loss", maximise=False)
+    curve = inner.adaptation_curve(MODEL.apply, PARAMS, episode, tx, 12, objective=score, **options)
+
+    @jax.jit
+    def after(stops):
+        return inner.scores_after(MODEL.apply, PARAMS, episode, tx, stops, 12, objective=score, **options)
+
+    for stops in ([0, 3, 4, 12], [1, 2, 9, 10]):
+        np.testing.assert_allclose(after(jnp.array(stops)), curve[np.array(stops)], rtol=1e-5)
+    assert after._cache_size() == 1
 
 
 def test_minibatches_cover_each_epoch_once():

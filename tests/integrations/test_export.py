@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import metalr
 from metalr import Learner, cli, models, outer, trees
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, StorageError
 from metalr.inner import OBJECTIVES, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.integrations.export import export
@@ -146,6 +146,11 @@ def test_refusals(tmp_path):
     (tmp_path / "full" / "README.md").write_text("# Mine")
     with pytest.raises(ConfigError, match="found other files"):
         export(tmp_path / "a", "hub-folder", tmp_path / "full")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out: .*file: expected a new folder or an export to replace, found a file"):
+        export(tmp_path / "a", "torch", tmp_path / "file")
+    with pytest.raises(StorageError, match="cannot be written"):
+        export(tmp_path / "a", "torch", tmp_path / "file" / "inside")
     Path(tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="found other files"):
         export(tmp_path / "a", "torch", tmp_path / "full")

@@ -102,8 +102,12 @@ def test_a_fitted_one_is_kept_without_pickle_and_with_it(learned, tmp_path):
     assert back.get_params() == classes.get_params()  # nothing was learned: an ordinary network again
     refitted = clone(back).fit(np.tile(x, 2), np.arange(len(x)) % 3)
     assert refitted.predict_proba(np.tile(x, 2)).shape == (len(x), 3)
-    with pytest.raises(ConfigError, match="path: .*: expected a new folder"):
+    with pytest.raises(ConfigError, match="path: .*: exists already"):
         classes.save(tmp_path / "classes")
+    (tmp_path / "classes" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"path: .*: expected a new folder or .*, found other files: \['notes.txt'\]"):
+        classes.save(tmp_path / "classes", overwrite=True)
+    (tmp_path / "classes" / "notes.txt").unlink()
     MetaClassifier(steps=np.int64(5)).fit(x, labels).save(tmp_path / "classes", overwrite=True)
     with pytest.raises(ConfigError, match="expected a MetaRegressor, found a MetaClassifier"):
         MetaRegressor.load(tmp_path / "classes")

@@ -101,6 +101,21 @@ def test_a_table_is_judged_over_its_tasks_and_not_over_episodes():
     np.testing.assert_allclose(many.ci95[1], metalr.evaluation.protocol.half_width(np.array(by_task)), rtol=0.15)
 
 
+def test_a_learner_that_standardises_is_judged_over_tasks_too():
+    rng = np.random.default_rng(0)
+    x, task = rng.normal(size=(400, 6)), np.repeat(np.arange(20), 20)
+    y = x[:, :1] * np.linspace(1, 9, 20)[task][:, None]
+    plain, own = (
+        metalr.Tasks.from_arrays(x, y, task, shot=5, query=5, test=0.3, standardise=choice)
+        for choice in ("none", "both")
+    )
+    learned = dataclasses.replace(learner(), standardisation=own.standardisation)
+    curves = [learned.evaluate(tasks, episodes=60, steps=1) for tasks in (plain, own)]
+    np.testing.assert_allclose(curves[0].tasks, curves[1].tasks, rtol=1e-4)
+    np.testing.assert_allclose(curves[0].ci95, curves[1].ci95, rtol=1e-3)
+    np.testing.assert_array_equal(curves[0].groups, curves[1].groups)
+
+
 def test_nothing_is_no_support_set():
     learned = learner()
     with pytest.raises(DataError, match="support_x: expected one example or more, got none"):

@@ -199,6 +199,7 @@ def test_what_is_said_twice_or_has_no_folder_is_refused(tmp_path):
         ({"inner": InnerConfig(steps=20)}, r"steps: expected it in one place, got 3, and 20 in InnerConfig.steps"),
         ({"out": None, "resume": True}, r"resume: expected the run folder as out, .* got out=None"),
         ({"resume": True, "overwrite": True}, r"resume: expected .* overwrite False"),
+        ({"seed": [0.5]}, r"seed: expected an integer, or several, got \(0.5,\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             train(changes.pop("out", tmp_path / "run"), **changes)
@@ -213,6 +214,13 @@ def test_what_is_said_twice_or_has_no_folder_is_refused(tmp_path):
 def test_a_finished_run_is_given_back_only_to_the_same_call(tmp_path):
     train(tmp_path / "run", outer_steps=2)
     assert train(tmp_path / "run", outer_steps=2, resume=True).spec.steps == 3
+    with pytest.raises(ConfigError, match="evaluation.episodes: expected 100 as in .*, which is finished, got 700"):
+        train(
+            tmp_path / "run",
+            outer_steps=2,
+            evaluation=EvaluationConfig(episodes=700, validation_episodes=50),
+            resume=True,
+        )
     with pytest.raises(ConfigError, match="outer.steps: expected 2 as in .*, got 50"):
         train(tmp_path / "run", outer_steps=50, resume=True)
     with pytest.raises(ConfigError, match=r"tasks: expected those that .* was begun with, got others \('sinusoid'"):

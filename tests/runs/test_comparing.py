@@ -21,10 +21,12 @@ from metalr.config import (
     TrainConfig,
 )
 from metalr.errors import ConfigError
+from metalr.evaluation import protocol
 from metalr.inner import CROSS_ENTROPY, OBJECTIVES
 from metalr.runs import comparing
 from metalr.runs.progress import ConsoleReporter
 from metalr.search import trials
+from metalr.tasks import Tasks
 
 QUIET = ConsoleReporter(quiet=True)
 
@@ -198,6 +200,7 @@ def test_runs_of_one_comparison_differ_in_their_seed_alone(trained, tmp_path, se
     shutil.copytree(trained[0], other)
     config = json.loads((other / "config.json").read_text())
     at, *name = setting.split(".")
+    config["seed"] = 7
     config[at] = config[at] | {name[0]: value} if name else value
     (other / "config.json").write_text(json.dumps(config))
     if same:
@@ -238,7 +241,8 @@ def test_budgets_in_any_order_end_with_the_largest(trained, tmp_path, few_rates)
 
 def test_refusals(trained, tmp_path):
     a, b, joint = trained
-    config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
+    config, copy = dataclasses.replace(CONFIG, out=tmp_path / "compared"), tmp_path / "copy"
+    shutil.copytree(a, copy)
     for runs_, change, message in (
         ([], {}, "runs: expected at least one"),
         ([a, joint], {}, "runs: expected runs that differ in their seed only, .* also in .*inner.algorithm"),
@@ -255,6 +259,7 @@ def test_refusals(trained, tmp_path):
         ([a, a], {}, "runs: expected different run folders"),
         ([a], {"shot": 99}, "tasks.shot"),
         ([a], {"data": "mnist12k"}, "data: expected images of shape"),
+        ([a, copy], {}, "runs: expected runs of different seeds, because each counts as one more, got 0 twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             comparing.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
@@ -264,11 +269,50 @@ def test_refusals(trained, tmp_path):
     assert not config.out.exists()
     with pytest.raises(ConfigError, match="resume: .*: expected a comparison, found none"):
         comparing.resume(tmp_path / "nothing", reporter=QUIET)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match="choosing: .*search: expected a run of metalr train, found results of"):
+        comparing.run([a], config, choosing=[tmp_path / "search"], reporter=QUIET)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "drawn.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="choosing: .*sweep: expected a sweep with finished runs, found none"):
+        comparing.run([a], config, choosing=[tmp_path / "sweep"], reporter=QUIET)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(a, unfinished)
     (unfinished / "results.json").unlink()
     with pytest.raises(ConfigError, match="expected a finished run"):
         comparing.run([unfinished], config, reporter=QUIET)
+
+
+def test_searchers_that_cannot_be_asked(trained):
+    """Learned rates that scale no step of Adam's are no first trial of a search of Adam's rate."""
+    learner = comparing.load_runs(trained[:1], comparing.Own())[0][0]
+    assert comparing._fitting_searchers(CONFIG, learner) == [*CONFIG.searchers]
+    sgd = dataclasses.replace(learner, spec=dataclasses.replace(learner.spec, base="sgd"))
+    assert "tpe+" not in comparing._fitting_searchers(CONFIG, sgd)
+    only = dataclasses.replace(CONFIG, searchers=("tpe+",))
+    with pytest.raises(ConfigError, match="searchers: expected others with inner.base sgd"):
+        comparing._fitting_searchers(only, sgd)
+    assert comparing._fitting_searchers(dataclasses.replace(only, searched=0), sgd) == []
+    support = dataclasses.replace(learner, model=dataclasses.replace(learner.model, uses_support=True))
+    with pytest.raises(ConfigError, match="searched: expected 0 with model.norm support"):
+        comparing._fitting_searchers(CONFIG, support)
+
+
+def test_meta_validation_tasks_to_tune_on_are_others_than_those_to_be_judged_on():
+    """Of a table, whose few tasks come again and again under other keys."""
+    y = np.arange(120.0)
+    table = Tasks.from_arrays(y[:, None], y, np.repeat(np.arange(12), 10), shot=3, query=3, validation=0.4)
+    pool, sample = table.sampler("validation")
+    config = dataclasses.replace(CONFIG, tasks=9, tuning_tasks=7)
+    judged, tuning = comparing._two_parts(config, pool, sample)
+    assert (len(judged), len(tuning)) == (9, 7)
+    of_judged, of_tuning = (set(protocol.groups_of(sample, pool, keys).tolist()) for keys in (judged, tuning))
+    assert of_judged.isdisjoint(of_tuning)
+    assert of_judged | of_tuning == set(range(len(of_judged | of_tuning)))
+    one = Tasks.from_arrays(y[:, None], y, np.repeat(np.arange(12), 10), shot=3, query=3, validation=1 / 12)
+    with pytest.raises(ConfigError, match="part: expected test, because there is one meta-validation task alone"):
+        comparing._two_parts(config, *one.sampler("validation"))
 
 
 def test_an_init_pretrained_on_other_tasks_is_refused():
@@ -356,7 +400,7 @@ def test_a_sweep_stands_for_its_runs_and_nothing_is_charged_twice(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "results.json").write_text("{}")
     (tmp_path / "runs" / "failed").mkdir()
-    (tmp_path / "sweep.jsonl").write_text("")
+    (tmp_path / "drawn.jsonl").write_text("")
     a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
     assert comparing._tried([tmp_path, a], [b]) == [a]
     assert comparing._tried([a, b], []) == [a, b]
@@ -367,7 +411,7 @@ def test_a_tuned_rate_at_an_end_of_its_range_widens_the_range():
     targets = np.log10([0.3, 1e-5])
     seen = []
 
-    def runs(optimizer, random_init, val):
+    def runs(optimizer, val):
         def run(init, rates):
             seen.extend((optimizer, rate) for rate in rates) if val else None
             of_rates = -np.abs(np.log10(rates)[:, None] - targets) - (optimizer != "adam")  # [rates, lengths]

@@ -18,11 +18,12 @@ import pytest
 from metalr import report
 from metalr.config import OuterConfig, SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import read_settings
-from metalr.errors import ConfigError, StoppedError
+from metalr.errors import ConfigError, LockedError, StoppedError
 from metalr.report import runs as listed
 from metalr.runs import launchers, sweeping, workers
 from metalr.runs.progress import ConsoleReporter
 from metalr.runs.sweeping import Range, Sweep
+from metalr.storage import folders
 
 QUIET = ConsoleReporter(quiet=True)
 BASE = TrainConfig(outer=OuterConfig(steps=7))
@@ -46,6 +47,8 @@ if meta_batch == 3:
 time.sleep(60 if meta_batch == 4 else float(os.environ.get("SLEEP", 0)))
 score = 1 - abs(config["outer"]["init_rate"] - 0.01) - 0.001 * config["seed"]
 training = {"validation_accuracy": score, "example_gradients": 10, "seconds": 1.0, "compile_seconds": 0.5}
+if meta_batch == 5:
+    training["validation_accuracy"] = None
 results = {"metric": {"name": "accuracy", "maximise": True}, "training": training, "config": config,
            "curve": [{"steps": config["inner"]["steps"], "accuracy": score - 0.1}]}
 (out / "results.json").write_text(json.dumps(results))
@@ -102,6 +105,38 @@ def test_a_killed_run_goes_on_and_a_failed_one_does_not_stop_the_others(stand_in
     assert "1 failed" in report.tables.sweep_text(results)
     ended = [json.loads(line) for line in (tmp_path / "s" / "sweep.jsonl").read_text().splitlines()]
     assert sorted(row["attempts"] for row in ended) == [1, 1, 2]
+
+
+def test_runs_that_failed_are_taken_up_again_when_asked(stand_in, tmp_path):
+    sweep, place = Sweep(BASE, {"outer.meta_batch": [1, 3]}), tmp_path / "s"
+    first = sweeping.run(sweep, SweepConfig(out=place), reporter=QUIET)
+    assert [row["failed"] for row in first["rows"]] == [0, 1]
+    with pytest.raises(ConfigError, match="this sweep is finished .*--retry-failed"):
+        sweeping.resume(place, reporter=QUIET)
+    script = tmp_path / "train.py"
+    script.write_text(STAND_IN.replace("if meta_batch == 3", "if False"))  # what was in the way is gone
+    again = sweeping.resume(place, retry_failed=True, reporter=QUIET)
+    assert [row["failed"] for row in again["rows"]] == [0, 0]
+    assert len(stand_in()) == 3  # the one that had finished was not run again
+    with pytest.raises(ConfigError, match="retry_failed: .*: expected a run that failed, found none"):
+        sweeping.resume(place, retry_failed=True, reporter=QUIET)
+
+
+def test_a_run_without_a_finite_score_does_not_stop_the_others(stand_in, tmp_path):
+    sweep = Sweep(BASE, {"outer.meta_batch": [5, 1]})
+    results = sweeping.run(sweep, SweepConfig(out=tmp_path / "s"), reporter=QUIET)
+    assert [row["failed"] for row in results["rows"]] == [1, 0]
+    assert results["best"]["point"] == {"outer.meta_batch": 1}
+    assert [*results["failed"].values()] == ["no validation gave a finite accuracy"]
+
+
+def test_a_sweep_is_not_overwritten_while_one_of_its_runs_goes_on(tmp_path):
+    run = tmp_path / "s" / "runs" / "one"
+    run.mkdir(parents=True)
+    (tmp_path / "s" / "config.json").write_text("{}")
+    with folders.locked(run), pytest.raises(LockedError, match="in use by the run with pid"):
+        sweeping.run(Sweep(BASE, {}, (0, 1)), SweepConfig(out=tmp_path / "s", overwrite=True), reporter=QUIET)
+    assert run.is_dir()
 
 
 def test_a_run_that_takes_too_long_is_stopped(stand_in, tmp_path):

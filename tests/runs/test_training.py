@@ -354,7 +354,7 @@ def test_rates_are_learned_for_an_init_that_stays_as_it_is(small, tmp_path):
     config = dataclasses.replace(small, init=tmp_path / "joint", outer=outer)
     start, given = metalr.load(tmp_path / "joint"), data.load(small.data)
     parts = set_up(config, given=given)
-    assert parts.samplers["train"] is parts.samplers["val"]
+    assert parts.parts.train is parts.parts.validation
     warm = meta_training.warm_start(config, parts)
     begun = jax.tree.map(np.array, warm.meta.rates)  # what is trained is donated
     folder = tmp_path / "state"
@@ -448,7 +448,7 @@ def test_the_grid_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
 
 def poisoned(setup, chance):
     """The same setup with a training sampler that now and then gives an episode of NaNs."""
-    pool, sample = setup.samplers["train"]
+    pool, sample = setup.parts.train
 
     def sampler(pool, key):
         import jax
@@ -457,7 +457,7 @@ def poisoned(setup, chance):
         episode = sample(pool, key)
         return episode._replace(support_x=jnp.where(bad, jnp.nan, episode.support_x))
 
-    return setup._replace(samplers=setup.samplers | {"train": (pool, sampler)})
+    return setup._replace(parts=setup.parts._replace(train=tasks.Part(pool, sampler)))
 
 
 def test_divergence_stops_with_step_task_and_rates_and_saves_the_last_finite_state(longer, tmp_path):
@@ -566,7 +566,7 @@ def test_tasks_of_several_sizes(small, tmp_path):
         _, sample = tasks.make_sampler(tasks.make_splits(data.load(config.data), "permuted").val, 10, shot, 3)
         steps = config.inner.steps
         of = protocol.make_evaluator(setup.model, setup.spec, sample, steps, of_steps=steps, at=[steps])
-        scores.append(of(setup.samplers["val"][0], learned.init, learned.rates, keys).mean[-1])
+        scores.append(of(setup.parts.validation[0], learned.init, learned.rates, keys).mean[-1])
     assert results["training"]["validation_accuracy"] == pytest.approx(float(np.mean(scores)), abs=1e-5)
     assert config.tasks.shot == 2
     assert setup.support == 20

@@ -198,10 +198,10 @@ def test_label_noise_changes_support_labels_only_and_as_many_as_asked(blobs):
 def test_label_noise_is_in_every_split(blobs_npz):
     config = TrainConfig(data=str(blobs_npz), tasks=TaskConfig("rotated", 10, 2, 2))
     noisy = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, label_noise=1.0))
-    for part in ("train", "val", "test"):
+    for part in ("train", "validation", "test"):
         one, other = (
             np.asarray(sample(pool, jax.random.key(0)).support_y)
-            for pool, sample in (set_up(c).samplers[part] for c in (config, noisy))
+            for pool, sample in (getattr(set_up(c).parts, part) for c in (config, noisy))
         )
         assert not np.array_equal(one, other), part
 
@@ -209,10 +209,10 @@ def test_label_noise_is_in_every_split(blobs_npz):
 def test_only_meta_training_is_distorted(blobs_npz):
     config = TrainConfig(data=str(blobs_npz), tasks=TaskConfig("classes", 2, 2, 2))
     distorted = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, distort=0.3))
-    for part, same in (("train", False), ("val", True), ("test", True)):
+    for part, same in (("train", False), ("validation", True), ("test", True)):
         one, other = (
             np.asarray(sample(pool, jax.random.key(0)).support_x)
-            for pool, sample in (set_up(c).samplers[part] for c in (config, distorted))
+            for pool, sample in (getattr(set_up(c).parts, part) for c in (config, distorted))
         )
         assert np.array_equal(one, other) == same, part
 

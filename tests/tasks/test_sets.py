@@ -1,5 +1,7 @@
 """Tasks of any kind: splits by task id, small tasks, samplers that cannot work, and what the check says of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,6 +241,45 @@ def test_a_mixture_draws_from_all_by_weight():
     larger = Tasks(*[lambda key: draw(key, n=5)] * 3, name="larger")
     with pytest.raises(ConfigError, match="mixture: expected task sets of the same shapes .* of larger"):
         tasks.mixture(zeros, larger)
+
+
+def test_one_function_for_validation_and_test_gives_each_other_episodes():
+    """Both are drawn with the same keys: what is chosen by would be what is judged on."""
+
+    def sample(key):
+        x = jax.random.normal(key, (4, 2))
+        return Episode(x[:2], x[:2, :1], x[2:], x[2:, :1])
+
+    def number(key):
+        return jax.random.randint(key, (), 0, 1000)
+
+    shared = Tasks(sample, sample, sample, task_of=number)
+    apart = Tasks(sample, lambda key: sample(key), sample)
+    key = jax.random.key(3)
+    drawn = {part: shared.sampler(part).sample((), key).support_x for part in ("train", "validation", "test")}
+    assert not np.array_equal(drawn["validation"], drawn["test"])
+    np.testing.assert_array_equal(drawn["test"], sample(key).support_x)
+    np.testing.assert_array_equal(drawn["train"], drawn["test"])
+    np.testing.assert_array_equal(apart.sampler("validation").sample((), key).support_x, drawn["test"])
+    counted = [shared.sampler(part).sample.task_of((), key) for part in ("validation", "test")]
+    assert counted[0] != counted[1] == number(key)
+    mixed = tasks.mixture(shared, Tasks(*[lambda key: sample(jax.random.fold_in(key, 1))] * 3, name="b"))
+    for part in ("validation", "test"):  # a task has one number there too
+        pool, sampler = mixed.sampler(part)
+        keys = jax.random.split(jax.random.key(0), 40)
+        numbers = np.asarray(sampler.tasks_of(pool, keys))
+        own = np.asarray([shared.sampler(part).sample.task_of((), key) for key in keys])
+        assert (numbers[numbers % 2 == 0] == 2 * own[numbers % 2 == 0]).all()
+        assert 5 < (numbers % 2 == 0).sum() < 35
+
+
+@pytest.mark.parametrize("task_of", [lambda key: jnp.zeros(()), lambda key: jnp.zeros(2, int), lambda key: 1 / 0])
+def test_a_number_of_a_task_is_tried_before_training(task_of):
+    x, y, ids = table()
+    made = Tasks.from_arrays(x, y, ids, shot=5, query=5)
+    wrong = dataclasses.replace(made, task_of=lambda pool, key: task_of(key))
+    with pytest.raises(DataError, match="tasks.train: task_of: (expected an integer|ZeroDivisionError)"):
+        wrong.check(LINE, ERROR)
 
 
 def test_which_task_a_key_draws_is_known_where_tasks_can_be_counted():
