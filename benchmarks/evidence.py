@@ -47,6 +47,7 @@ LEAST = {
     "relabeled 10-way 5-shot, several horizons": 0.4,
     "mixed 10-way 5-shot, several horizons": 0.4,
     "rates alone, two layers of 64": 0.4,
+    "rates alone, two layers of 64, longer": 0.88,
     "rates alone, one layer of 256": 0.6,
     "rates alone, two layers of 256": 0.6,
     "rates alone, four layers of 128": 0.5,

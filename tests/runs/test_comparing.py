@@ -294,7 +294,7 @@ def test_searchers_that_cannot_be_asked(trained):
     with pytest.raises(ConfigError, match="searchers: expected others with inner.base sgd"):
         comparing._fitting_searchers(only, sgd)
     assert comparing._fitting_searchers(dataclasses.replace(only, searched=0), sgd) == []
-    support = dataclasses.replace(learner, model=dataclasses.replace(learner.model, uses_support=True))
+    support = dataclasses.replace(learner, model=models.conv4(10, (8, 8, 1), channels=2, layers=2, norm="support"))
     with pytest.raises(ConfigError, match="searched: expected 0 with model.norm support"):
         comparing._fitting_searchers(CONFIG, support)
 
