@@ -268,10 +268,7 @@ def make_evaluator(
         if separate:
             return _each_alone(apply, init, episode, tuned, at, objective=objective, key=key)
         optimizer, more = tuned(of_steps)
-        options: dict[str, Any] = {"objective": objective, "key": key} | more
-        if steps <= inner.UNROLLED_STEPS or len(at) == steps + 1:
-            return inner.adaptation_curve(apply, init, episode, optimizer, steps, observe_at=at, **options)
-        return inner.scores_after(apply, init, episode, optimizer, jnp.asarray(at, jnp.int32), steps, **options)
+        return _of_one(apply, init, episode, optimizer, at, objective=objective, key=key, **more)
 
     def fast(episode: Episode, init: Params, rates: Rates) -> jax.Array:
         data = episode.support_x, episode.support_y, episode.query_x
@@ -289,6 +286,23 @@ def make_evaluator(
         return factored.pays(model, spec, objective.loss, support, steps)
 
     return _compiled(model, sample, plain, at, random_init, fast, fits, layout)
+
+
+def _of_one(
+    apply: Apply,
+    init: Params,
+    episode: Episode,
+    optimizer: optax.GradientTransformation,
+    at: Sequence[int],
+    **options: Any,
+) -> jax.Array:
+    """The scores after these numbers of steps of one fine-tune: [points] float32.
+
+    A few steps are unrolled, which is faster; more are a loop with one copy of the step, which compiles sooner.
+    """
+    if at[-1] <= inner.UNROLLED_STEPS or len(at) == at[-1] + 1:
+        return inner.adaptation_curve(apply, init, episode, optimizer, at[-1], observe_at=at, **options)
+    return inner.scores_after(apply, init, episode, optimizer, jnp.asarray(at, jnp.int32), at[-1], **options)
 
 
 def _each_alone(
@@ -347,8 +361,7 @@ def make_baseline(
                 return _each_alone(
                     apply, init, episode, lambda steps: descent.FineTune(optimizer(rate, steps), more), at, **options
                 )
-            stops = jnp.asarray(at, jnp.int32)
-            return inner.scores_after(apply, init, episode, optimizer(rate), stops, max(at), **options, **more)
+            return _of_one(apply, init, episode, optimizer(rate), at, **options, **more)
 
         return devices.vmap_group(of_rate, learning_rate) if learning_rate.ndim else of_rate(learning_rate)
 
