@@ -99,13 +99,13 @@ def import_images(
     if called in (data.BUNDLED, "mnist"):
         raise ConfigError(f"--name: expected another name than {data.BUNDLED} and mnist, got {called!r}")
     if source.is_dir() and not sources.holds_idx(source):
-        dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=name)
+        dataset = sources.read_folder(source, size=size, gray=gray, min_per_class=min_per_class, name=called)
     elif size is not None or gray:
         raise ConfigError(f"size, gray: expected a folder of pictures with them, got {source}")
     elif source.is_dir():
-        dataset = sources.read_idx(source, min_per_class=min_per_class, name=name)
+        dataset = sources.read_idx(source, min_per_class=min_per_class, name=called)
     else:
-        dataset = data.from_npz(source, name, min_per_class=min_per_class)
+        dataset = data.from_npz(source, called, min_per_class=min_per_class)
     data.write_cache(dataset)
     print(dataset)
 

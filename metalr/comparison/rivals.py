@@ -189,6 +189,27 @@ def learned(learners: Sequence[Learner], field: Field, runs: LearnedRuns, *, ran
     return [row._replace(paid_once=float(paid)) for row in _stopped_early(rows, scores.tolist(), field)]
 
 
+def _one_program(
+    model: Model,
+    field: Field,
+    optimizer: Callable[..., Any],
+    *,
+    separate: bool,
+    val: bool = False,
+    evaluated: Any = None,
+) -> Callable[[Params | None, Any], np.ndarray]:
+    """(init, rate or rates) -> [tasks, (rates,) lengths], with an optimizer as of protocol.make_baseline.
+
+    An init of None: random ones. val: on meta-validation tasks.
+    """
+    (pool, sample), keys = (field.val_sampler, field.val_keys) if val else (field.sampler, field.keys)
+    evaluate = protocol.make_baseline(
+        model, sample, optimizer, field.lengths, separate=separate, batch_size=field.minibatch, random_init=None,
+        objective=field.objective, evaluated=evaluated,
+    )  # fmt: skip
+    return lambda init, rates: evaluate(pool, init, np.asarray(rates, np.float32), keys).tasks
+
+
 Baselines = Callable[[str, bool], Callable[[Params | None, Sequence[float]], np.ndarray]]
 
 
@@ -198,29 +219,23 @@ def baselines(model: Model, field: Field) -> Baselines:
     Runs with fixed rates. Each is compiled once for all lengths and inits (and, on accelerators, for each number of
     rates side by side); share it between those of one network.
     """
-    unused = jax.jit(model.init)(jax.random.key(0))
 
     @functools.cache
-    def evaluator(optimizer: str, val: bool) -> Callable[[Params | None, Sequence[float]], np.ndarray]:
-        pool, sample = field.val_sampler if val else field.sampler
-        keys = field.val_keys if val else field.keys
+    def of(optimizer: str, val: bool) -> Callable[[Params | None, Sequence[float]], np.ndarray]:
         separate = optimizer == "adam_cosine"
-        evaluate = protocol.make_baseline(
-            model, sample, optimizers.adam_cosine if separate else optimizers.by_name(optimizer), field.lengths,
-            separate=separate, batch_size=field.minibatch, random_init=None, objective=field.objective,
-        )  # fmt: skip
+        make = optimizers.adam_cosine if separate else optimizers.by_name(optimizer)
+        evaluate = _one_program(model, field, make, separate=separate, val=val)
 
         def run(init: Params | None, rates: Sequence[float]) -> np.ndarray:
-            start, found = unused if init is None else init, []
+            found = []
             for few in devices.at_once(rates):
-                given = np.asarray(few[0] if len(few) == 1 else few, np.float32)
-                curves = evaluate(pool, start, given, keys, fresh=init is None).tasks
-                found.append(curves.reshape(len(keys), len(few), -1))
+                curves = evaluate(init, few[0] if len(few) == 1 else few)
+                found.append(curves.reshape(len(curves), len(few), -1))
             return np.concatenate(found, axis=1).swapaxes(0, 1)
 
         return run
 
-    return evaluator
+    return of
 
 
 def unsearched(name: str, inits: Inits, field: Field, runs: Baselines) -> list[Scores]:
@@ -235,25 +250,16 @@ RateFree = Callable[[str], Callable[[Params | None], np.ndarray]]
 
 def rate_free_runs(model: Model, field: Field) -> RateFree:
     """Name of a row of optimizers.WITHOUT_SEARCH -> init -> [tasks, lengths]. As `baselines`, with no rate to give."""
-    pool, sample = field.sampler
-    unused = jax.jit(model.init)(jax.random.key(0))
 
     @functools.cache
-    def evaluator(optimizer: str) -> Callable[[Params | None], np.ndarray]:
-        row = optimizers.without_search(optimizer)
-        most = field.lengths[-1]
-        evaluate = protocol.make_baseline(
-            model, sample, lambda _, steps=most: row.make(steps), field.lengths, separate=row.of_length,
-            batch_size=field.minibatch, random_init=None, objective=field.objective, evaluated=row.evaluated,
-        )  # fmt: skip
+    def of(optimizer: str) -> Callable[[Params | None], np.ndarray]:
+        row, most = optimizers.without_search(optimizer), field.lengths[-1]
+        evaluate = _one_program(
+            model, field, lambda _, steps=most: row.make(steps), separate=row.of_length, evaluated=row.evaluated
+        )
+        return lambda init: evaluate(init, 0.0)
 
-        def run(init: Params | None) -> np.ndarray:
-            start = unused if init is None else init
-            return evaluate(pool, start, np.float32(0), field.keys, fresh=init is None).tasks
-
-        return run
-
-    return evaluator
+    return of
 
 
 def without_search(name: str, inits: Inits, field: Field, runs: RateFree, optimizer: str) -> list[Scores]:

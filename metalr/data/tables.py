@@ -179,12 +179,13 @@ def _targets(
         )
     values = present.astype(str).to_numpy(str).tolist()
     if classes is True:
-        several = sorted({type(value).__name__ for value in set(present.to_numpy().tolist())})
+        shown = set(present.to_numpy().tolist())
+        several = sorted({type(value).__name__ for value in shown})
         if len(several) > 1:
             raise DataError(
                 f"data.target: {path}: expected classes of one kind in {target[0]!r}, got {' and '.join(several)}"
             )
-        found = sorted(set(present.to_numpy().tolist()))
+        found = sorted(shown)
         names = tuple(str(name) for name in found)
     else:
         names = tuple(classes)

@@ -31,7 +31,7 @@ class Evaluator:
       curves: (pool, init, rates, fresh, keys) -> [tasks, ..., points]; fresh: bool [], see __call__.
       at: after which numbers of steps the curve has a point.
       layout: of tasks and params over this process's devices.
-      either: whether `curves` heeds `fresh`.
+      stand_in: what goes in place of an init of None, where inits may be random; None: they may not.
       sample: what draws the episodes.
     """
 
@@ -41,10 +41,10 @@ class Evaluator:
         at: Sequence[int],
         layout: devices.Layout,
         *,
-        either: bool,
+        stand_in: Callable[[], Any] | None,
         sample: Sampler,
     ) -> None:
-        self._curves, self._at, self._layout, self._either, self._sample = curves, at, layout, either, sample
+        self._curves, self._at, self._layout, self._stand_in, self._sample = curves, at, layout, stand_in, sample
         self._programs: dict[int, Callable[..., jax.Array]] = {}
 
     def _program(self, tasks: int) -> Any:
@@ -53,13 +53,15 @@ class Evaluator:
             self._programs[tasks] = jax.jit(devices.split_tasks(self._curves, mesh, replicated=4, mean=False))
         return self._programs[tasks]
 
-    def __call__(self, pool: Any, init: Params, rates: Any, keys: jax.Array, *, fresh: bool = False) -> Curve:
-        """fresh: a new random init for every task in place of `init`.
-
-        Raises ConfigError unless the evaluator was made for either.
-        """
-        if fresh and not self._either:
-            raise ConfigError("fresh: expected an evaluator that was made with random_init None")
+    def __call__(self, pool: Any, init: Params | None, rates: Any, keys: jax.Array) -> Curve:
+        """init: None: a new random one for every task. Raises ConfigError unless the evaluator was made for that."""
+        fresh = init is None
+        if init is None:
+            if self._stand_in is None:
+                raise ConfigError(
+                    "init: expected params, got None; for random ones: an evaluator made with random_init None or True"
+                )
+            init = self._stand_in()
         if self._layout.params > 1:
             init, rates = devices.place((init, rates), devices.task_mesh(len(keys), layout=self._layout))
         scores = self._program(len(keys))(pool, init, rates, np.bool_(fresh), keys)
@@ -344,7 +346,7 @@ def make_baseline(
     rates before that of points.
     at: after which numbers of steps, ascending, the curve has an entry.
     separate: each entry is the end of a fine-tune of its own; otherwise all are of one.
-    random_init: ignore `init` and draw a new one for every task; None: as each call says (`fresh`), by one program.
+    random_init: ignore `init` and draw a new one for every task; None: where a call's init is None, by one program.
     Dropout is active in training if the model has it.
     evaluated: as in inner.adapt.
 
@@ -402,4 +404,9 @@ def _compiled(
         group = functools.partial(devices.fitting_group, alone, keys)
         return devices.by_platform(model, by_tasks, keys, accelerator_group=group)
 
-    return Evaluator(curves, at, layout, either=random_init is None, sample=sample)
+    stand_in: Callable[[], Any] | None = None
+    if random_init is None:
+        stand_in = functools.cache(lambda: jax.jit(model.init)(jax.random.key(0)))
+    elif random_init:
+        stand_in = lambda: None  # noqa: E731 - params are not looked at
+    return Evaluator(curves, at, layout, stand_in=stand_in, sample=sample)

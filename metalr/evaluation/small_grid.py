@@ -69,7 +69,7 @@ def programs_of(
     support: int,
     objective: Objective = CROSS_ENTROPY,
 ) -> Programs:
-    """The programs of a grid: `evaluate(pool, init, rate or rates, keys)`, or with `fresh`, from random inits."""
+    """The programs of a grid: `evaluate(pool, init or None, rate or rates, keys)`; None: from random inits."""
     check(grid)
     batch_sizes = sorted({min(size, support) for size in grid.batch_sizes})
     return {
@@ -123,14 +123,14 @@ def run_grid(
     began = time.perf_counter()
     origin, steps = "random" if init is None else "learned", sorted(grid.steps)
     found = {cell[:5]: cell for cell in known}
-    start = jax.jit(model.init)(jax.random.key(0)) if init is None else jax.tree.map(jnp.asarray, init)
+    start = None if init is None else jax.tree.map(jnp.asarray, init)
     programs = programs_of(grid, model, sample, support, objective) if programs is None else programs
     for (name, batch_size), evaluator in programs.items():
         wanted = {rate: [(origin, name, rate, batch_size, n) for n in steps] for rate in grid.learning_rates}
         missing = [rate for rate, cells_of in wanted.items() if not all(key in found for key in cells_of)]
         for rates in devices.at_once(missing):
             given = np.asarray(rates[0] if len(rates) == 1 else rates, np.float32)
-            curve = evaluator(pool, start, given, keys, fresh=init is None)
+            curve = evaluator(pool, start, given, keys)
             tasks = curve.tasks.reshape(len(keys), len(rates), len(steps))
             fresh = [
                 Cell(*key, tasks[:, i, j], key[4] * batch_size)
