@@ -1,6 +1,7 @@
 """The errors that metalr raises on purpose. Each message names the thing, what was expected, what came."""
 
 from collections.abc import Collection
+from numbers import Integral
 
 
 class MetalrError(Exception):
@@ -45,6 +46,20 @@ def check_choices(setting: str, values: Collection[object], *, empty: bool = Fal
         raise ConfigError(f"{setting}: expected at least one value, got none")
     if len(set(values)) < len(values):
         raise ConfigError(f"{setting}: expected different values, got {values}")
+
+
+def check_whole(setting: str, value: object, least: int = 1, note: str = "") -> None:
+    """Raises ConfigError unless a setting is a whole number of at least `least`; note: what else it may be."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{setting}: expected a whole number of at least {least}{note}, got {value!r}")
+    if int(value) < least:
+        raise ConfigError(f"{setting}: expected at least {least}{note}, got {value}")
+
+
+def check_seed(setting: str, value: object) -> None:
+    """Raises ConfigError unless a seed is one that random keys tell apart: they hold 32 bits of it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
+        raise ConfigError(f"{setting}: expected a whole number from 0 to 2^32 - 1, got {value!r}")
 
 
 def one_line(error: BaseException) -> str:

@@ -34,7 +34,14 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
 
     Raises DataError for anything that is no number, and for integers beyond 32 bits.
     """
-    value = np.asarray(value)
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise DataError(f"{what}: expected numbers everywhere, got masked ones; leave these rows out, or fill them")
+    given, value = value, np.asarray(value)
+    if value.dtype.kind == "O" and hasattr(given, "columns"):  # a DataFrame with columns of several dtypes
+        named = [(f"{what}: column {str(name)!r}", given.iloc[:, at]) for at, name in enumerate(given.columns)]
+        return np.stack([as_numbers(_of_column(column, name), name).astype(np.float32) for name, column in named], 1)
+    if value.dtype.kind == "O" and hasattr(given, "isna"):
+        value = _of_column(given, what)
     if value.dtype.kind == "f":
         return value.astype(np.float32)
     if value.dtype.kind in "iu" and value.dtype != np.uint8:
@@ -46,6 +53,21 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
     if value.dtype.kind in "bu":
         return value
     raise DataError(f"{what}: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
+
+
+def _of_column(column: Any, what: str) -> np.ndarray:
+    """A column of pandas as numpy has it, of a nullable dtype too. Raises DataError where a value is missing."""
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise DataError(f"{what}: expected a number in every row, row {missing.argmax()} has none")
+    kinds = {"f": np.float64, "i": np.int64, "u": np.int64, "b": np.bool_}
+    return column.to_numpy(kinds.get(getattr(column.dtype, "kind", "O")))
+
+
+def whole_numbers(values: Any) -> bool:
+    """Whether floats are integers that have not lost digits: below 2^53, and none missing or infinite."""
+    values = np.asarray(values, np.float64)
+    return bool(np.isfinite(values).all() and (np.abs(values) < 2.0**53).all() and (values == np.round(values)).all())
 
 
 def check_digits(values: np.ndarray, what: str) -> None:
@@ -70,6 +92,14 @@ def check_digits(values: np.ndarray, what: str) -> None:
         )
 
 
+def check_names(tree: Any) -> None:
+    """Raises ConfigError if two leaves have the same name, as those of {"a/b": x, "a": {"b": y}} have."""
+    names = leaf_names(tree)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"params: expected path names that differ, got two of the name {twice[0]!r}")
+
+
 def count(tree: Any) -> int:
     """How many examples there are: the length of the leading axis of the tree's leaves."""
     return np.shape(jax.tree.leaves(tree)[0])[0]
@@ -82,9 +112,8 @@ def named_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
       ConfigError: two leaves have the same name. ArtifactError: a dtype that could be written and not read back.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
+    check_names(tree)
     named = {f"{prefix}/{path_name(path)}": np.asarray(leaf, order="C") for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ConfigError("params: expected path names that differ, got two of the same")
     for name, value in named.items():
         if value.dtype.kind not in "fiub":  # safetensors writes bfloat16, and its reader for numpy cannot read it
             raise ArtifactError(f"{name}: expected numbers of a dtype that numpy has, got {value.dtype}")

@@ -29,7 +29,7 @@ from metalr.data.arrays import (
     stored_bytes,
     write_cache,
 )
-from metalr.data.tables import Table, import_pandas, is_table, read_table, table_columns
+from metalr.data.tables import Table, import_pandas, is_table, output_of, read_table, table_columns
 
 __all__ = [
     "BUNDLED",
@@ -57,6 +57,7 @@ __all__ = [
     "load_recorded",
     "names",
     "number_classes",
+    "output_of",
     "read_cache",
     "read_npz",
     "read_table",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalr.errors import ConfigError, DataError, one_line
-from metalr.trees import check_digits
+from metalr.trees import check_digits, whole_numbers
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -122,6 +122,18 @@ def read_table(
     return Table(x, y, ids, tuple(chosen), known)
 
 
+def output_of(value: Any, classes: Sequence[str], what: str) -> int:
+    """The output that stands for a class as a table's file, pandas or numpy has it: names, or numbers.
+
+    Raises ConfigError for one that is not among the table's classes.
+    """
+    whole = isinstance(value, float) and whole_numbers(value)  # as pandas has integers, once some were missing
+    name = str(int(value)) if whole else str(value)
+    if name not in classes:
+        raise ConfigError(f"{what}: expected one of the classes {list(classes)}, got {name!r}")
+    return classes.index(name)
+
+
 NA_WORDS = " (words such as NA and None in a .csv are missing values; in a .parquet they are words)"
 
 
@@ -142,12 +154,17 @@ def table_columns(path: Path | str) -> list[str]:
     return [str(name) for name in _frame(import_pandas(), Path(path), rows=0).columns]
 
 
-def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False) -> np.ndarray:
-    """[rows] float32."""
+def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False, target: bool = False) -> np.ndarray:
+    """[rows] float32. target: it is to be predicted; may_lack: values may be missing."""
     if column.dtype.kind not in "fiub":
+        what_to_do = (
+            "for classes leave --objective out, or take binary_cross_entropy for two of them"
+            if target
+            else "name the columns to predict from with --data.features, or turn categories into columns of 0 and 1"
+        )
         raise DataError(
-            f"data: {path}: column {name!r}: expected numbers, got {column.dtype} such as {column.iloc[0]!r}; name the "
-            "columns to predict from with --data.features, or turn categories into columns of 0 and 1"
+            f"data: {path}: column {name!r}: expected numbers, got {column.dtype} such as {column.iloc[0]!r}; "
+            f"{what_to_do}"
         )
     check_digits(column.dropna().to_numpy(np.float64), f"data: {path}: column {name!r}")
     values = column.to_numpy(np.float32)
@@ -161,7 +178,7 @@ def _targets(
     frame: Any, target: list[str], path: Path, classes: bool | Sequence[str], may_lack: bool
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     if classes is False:
-        columns = [_numbers(frame[name], name, path, may_lack=may_lack) for name in target]
+        columns = [_numbers(frame[name], name, path, may_lack=may_lack, target=True) for name in target]
         return (columns[0] if len(columns) == 1 else np.stack(columns, axis=1)), ()
     column = frame[target[0]]
     missing = column.isna().to_numpy()
@@ -170,7 +187,7 @@ def _targets(
             f"data.target: {path}: expected a class in every row, row {np.argmax(missing) + 1} has none{NA_WORDS}"
         )
     present = column.dropna()
-    if present.dtype.kind == "f" and (present == present.round()).all():
+    if present.dtype.kind == "f" and whole_numbers(present):
         present = present.astype(np.int64)  # integers beside missing values
     if present.dtype.kind == "f":
         raise DataError(

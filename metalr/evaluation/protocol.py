@@ -13,7 +13,7 @@ import optax
 from scipy import special
 
 from metalr import inner
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_seed, check_whole
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
@@ -73,8 +73,8 @@ def episode_keys(seed: int, episodes: int) -> jax.Array:
 
     Raises ConfigError for fewer than 2 episodes.
     """
-    if episodes < 2:
-        raise ConfigError(f"evaluation episodes: expected at least 2 for a confidence interval, got {episodes}")
+    check_seed("evaluation seed", seed)
+    check_whole("evaluation episodes", episodes, 2, " for a confidence interval")
     root = jax.random.fold_in(jax.random.key(seed), 0x7E57)
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(episodes))
 
@@ -104,7 +104,7 @@ def curve_of(tasks: Any, steps: Sequence[int] | None = None, groups: np.ndarray 
     """Mean and 95 % half-width over tasks (Student's t).
 
     Args:
-      tasks: [episodes, ..., points] accuracies, 0..1.
+      tasks: [episodes, ..., points] scores.
       steps: after which numbers of steps; default 0, 1, 2, …
       groups: as of half_width.
     """
@@ -218,8 +218,9 @@ def difference_of(reference: np.ndarray, scores: np.ndarray, groups: np.ndarray 
     quadrature.
     """
     reference, scores = (np.atleast_2d(np.asarray(v, np.float64)) for v in (reference, scores))
-    reference = reference[:, : scores.shape[1]]
-    groups = None if groups is None else groups[: scores.shape[1]]
+    both = min(reference.shape[1], scores.shape[1])
+    reference, scores = reference[:, :both], scores[:, :both]
+    groups = None if groups is None else groups[:both]
     with np.errstate(invalid="ignore"):  # of runs that diverged
         if len(reference) == len(scores) or 1 in (len(reference), len(scores)):
             mean, ci95, _ = interval(reference - scores, groups)

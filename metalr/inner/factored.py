@@ -20,7 +20,7 @@ import numpy as np
 
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.inner.objective import Loss, cross_entropy, squared_error
+from metalr.inner.objective import Loss, alike, cross_entropy, squared_error
 from metalr.models import Model
 from metalr.types import Params, Rates
 
@@ -193,7 +193,8 @@ class _Stack:
         if self.classes:
             self.targets = jax.nn.one_hot(support_y, outputs, dtype=self.x.dtype)
         else:
-            self.targets = support_y.reshape(len(support_y), outputs).astype(self.x.dtype)
+            shape = len(self.x), outputs
+            self.targets = alike(jnp.zeros(shape, self.x.dtype), support_y)[1].reshape(shape)
         self.on_support = self.products(self.x)
 
     def products(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_whole
 from metalr.inner import optimizers
 from metalr.inner.registry import HYPERPARAMETERS, LOGARITHM, Raw
-from metalr.trees import path_name
+from metalr.trees import check_names, path_name
 from metalr.types import Params, Rates, RawRates
 
 GRANULARITIES = ("shared", "layer", "tensor", "channel", "parameter")
 EXTENDS = ("hold", "mean", "error")
 ADAPTS = ("all", "head", "body")
 MAX_RATE = 1e3
+PREDICT = "predict"
 DEAD = 1e-3  # a rate below this share of the one it started from no longer adapts anything
 
 
@@ -103,11 +105,15 @@ class RatesSpec:
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"rates.{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        if self.steps < 1:
-            raise ConfigError(f"inner.steps: expected at least 1, got {self.steps}")
+        check_whole("inner.steps", self.steps)
+        for name in ("initial", *HYPERPARAMETERS, "lowest", "highest"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                known = "rate" if name == "initial" else name
+                raise ConfigError(f"inner.{known}: expected a number, got {value!r}")
         if not 0 < self.initial <= MAX_RATE:
             raise ConfigError(f"inner.rate: expected 0 < rate <= {MAX_RATE:g}, got {self.initial}")
-        if self.knots not in range(1025) or self.knots == 1:
+        if not isinstance(self.knots, Integral) or self.knots not in range(1025) or self.knots == 1:
             raise ConfigError(f"inner.knots: expected 0 (no schedule) or 2..1024, got {self.knots}")
         if self.knots and self.per_step:
             raise ConfigError(
@@ -125,12 +131,14 @@ class RatesSpec:
                 if not np.isfinite(row.highest):
                     expected = "a positive number" if row.lowest == 0 else "a finite number"
                 raise ConfigError(f"inner.{name}: expected {expected} (or None for none), got {value}")
-        if (self.support is None) != (self.support_power is None) or (self.support is not None and self.support < 1):
+        if (self.support is None) != (self.support_power is None):
             raise ConfigError(
                 f"rates.support: expected a number of examples with support_power, and None without, got {self.support}"
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"inner.batch_size: expected at least 1 (or None for all), got {self.batch_size}")
+        if self.support is not None:
+            check_whole("rates.support", self.support)
+        if self.batch_size is not None:
+            check_whole("inner.batch_size", self.batch_size, note=" (or None for all)")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -166,12 +174,15 @@ class RatesSpec:
 def group_of(spec: RatesSpec, path: tuple[Any, ...]) -> str | None:
     """The group of the tensor at a pytree path, or None if it does not adapt."""
     tensor = path_name(path)
-    in_head = tensor == spec.head or tensor.startswith(f"{spec.head}/")
-    if (spec.adapts == "head" and not in_head) or (spec.adapts == "body" and in_head):
+    if spec.adapts != "all" and _in_head(spec, tensor) != (spec.adapts == "head"):
         return None
     if spec.granularity == "shared":
         return "all"
     return layer_name(tensor) if spec.granularity == "layer" else tensor
+
+
+def _in_head(spec: RatesSpec, tensor: str) -> bool:
+    return tensor == spec.head or tensor.startswith(f"{spec.head}/")
 
 
 def layer_name(tensor: str) -> str:
@@ -198,8 +209,10 @@ def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
     in front; float32 or the dtype of the parameters. A row of HYPERPARAMETERS is [] for each layer, or once.
 
     Raises:
-      ConfigError: nothing in `params` adapts (there is no layer of the name spec.head).
+      ConfigError: nothing in `params` adapts (there is no layer of the name spec.head), two tensors have one name, or
+        one is named like a learned hyperparameter ("clip:0").
     """
+    check_names(params)
     raw = RawRates({})
     paths = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in paths:
@@ -208,8 +221,14 @@ def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
             own = {"parameter": leaf.shape, "channel": leaf.shape[-1:]}.get(spec.granularity, ())
             start = np.log(spec.initial) if spec.positive else spec.initial
             raw[group] = jnp.full((spec.times,) * bool(spec.times) + own, start, leaf.dtype)
+    taken = [group for group in raw if kind_of(group) != "rate"]
+    if taken:
+        raise ConfigError(
+            f"params: expected names that do not begin as those of learned hyperparameters do "
+            f"({', '.join(f'{kind}:' for kind in HYPERPARAMETERS)} {PREDICT}:), got {taken[0]!r}"
+        )
     names = {path_name(path).split("/")[0] for path, _ in paths}
-    if not raw or (spec.adapts != "all" and not any(path_name(p).startswith(f"{spec.head}/") for p, _ in paths)):
+    if not raw or (spec.adapts != "all" and not any(_in_head(spec, path_name(p)) for p, _ in paths)):
         raise ConfigError(f"model.head: expected a layer {spec.head!r} for adapts={spec.adapts}, got {sorted(names)}")
     dtype, adapting = paths[0][1].dtype, layers(spec, params)
     for kind in spec.chosen:
@@ -232,9 +251,12 @@ def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
 
 
 def kind_of(name: str) -> str:
-    """What a value of the dict is: "rate", a row of HYPERPARAMETERS, or "predict"."""
+    """What a value of the dict is: "rate", a row of HYPERPARAMETERS, or "predict".
+
+    Tensors may have colons in their names too, as those of Keras have ("dense/kernel:0").
+    """
     kind, colon, _ = name.partition(":")
-    return kind if colon else "rate"
+    return kind if colon and (kind in HYPERPARAMETERS or kind == PREDICT) else "rate"
 
 
 def _raw_form(spec: RatesSpec, kind: str) -> Raw | None:
@@ -347,7 +369,7 @@ def summary(spec: RatesSpec, rates: Rates) -> dict[str, float | list[float]]:
     """Mean of each hyperparameter (a list over time if it has a time axis), for logs and for people."""
     found = {}
     for name, value in rates.items():
-        if kind_of(name) != "predict":
+        if kind_of(name) != PREDICT:
             timed = bool(spec.times) and (kind_of(name) == "rate" or HYPERPARAMETERS[kind_of(name)].timed)
             found[name] = np.asarray(value).mean(axis=tuple(range(timed, np.ndim(value)))).tolist()
     return found

@@ -13,6 +13,7 @@ import optax
 
 from metalr.errors import ConfigError
 
+TARGETS = ("numbers", "classes", "binary")
 Choice = TypeVar("Choice")
 Loss = Callable[[Any, Any], jax.Array]  # (outputs of the model, targets), each with a leading axis [n] -> [] float
 
@@ -41,6 +42,17 @@ class Objective:
     meta_loss: Loss | None = None
 
     def __post_init__(self) -> None:
+        if (
+            not callable(self.loss)
+            or not isinstance(self.metrics, Mapping)
+            or not all(map(callable, self.metrics.values()))
+        ):
+            raise ConfigError(
+                f"objective {self.name!r}: expected a function as loss, and metrics as name -> function, got "
+                f"{self.loss!r:.80} and {self.metrics!r:.80}"
+            )
+        if self.targets not in TARGETS:
+            raise ConfigError(f"objective {self.name!r}: targets: expected one of {TARGETS}, got {self.targets!r}")
         known = LOSSES.get(self.name)
         if known is not None and self.loss is not known:
             raise ConfigError(
@@ -126,11 +138,14 @@ def best_scale(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of correct predictions. logits: [n, way] float; labels: [n] int; result: [] float32, 0..1."""
-    return (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+    """Share of correct predictions; logits that are no numbers predict nothing, so they are wrong.
+
+    logits: [n, way] float; labels: [n] int; result: [] float32, 0..1.
+    """
+    return ((logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)).mean(dtype=jnp.float32)
 
 
-def _alike(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def alike(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Outputs in the shape of the targets, [n] or [n, d]. Raises ConfigError where broadcasting would pair wrongly."""
     targets = jnp.asarray(targets, outputs.dtype)
     if outputs.shape not in (targets.shape, (*targets.shape, 1)):
@@ -142,32 +157,38 @@ def _alike(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean squared error. outputs, targets: [n] or [n, d] float; outputs also [n, 1] for targets [n]; result: []."""
-    outputs, targets = _alike(outputs, targets)
+    outputs, targets = alike(outputs, targets)
     return jnp.square(outputs - targets).mean()
 
 
 def absolute_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean absolute error, which far-off targets pull at less. Shapes as of squared_error."""
-    outputs, targets = _alike(outputs, targets)
+    outputs, targets = alike(outputs, targets)
     return jnp.abs(outputs - targets).mean()
 
 
 def r2(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Share of the targets' variance that is explained, over this very set: at best 1; below 0 the mean is better."""
-    outputs, targets = _alike(outputs, targets)
-    spread = jnp.square(targets - targets.mean(0, keepdims=True)).mean()
-    return 1 - jnp.square(outputs - targets).mean() / jnp.maximum(spread, 1e-12)
+    """Share of the targets' variance that is explained, over this very set: at best 1; below 0 the mean is better.
+
+    Where all targets are the same there is none to explain: 1 if the outputs are they, 0 if not (as in scikit-learn).
+    """
+    outputs, targets = alike(outputs, targets)
+    mean = targets.mean(0, keepdims=True)
+    spread, error = jnp.square(targets - mean).mean(), jnp.square(outputs - targets).mean()
+    rounding = jnp.square(4 * jnp.finfo(outputs.dtype).eps * mean).mean()
+    some = spread > rounding
+    return jnp.where(some, 1 - error / jnp.where(some, spread, 1.0), jnp.where(error <= rounding, 1.0, 0.0))
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean sigmoid cross-entropy. logits: [n] or [n, d] float (also [n, 1] for labels [n]); labels: 0 or 1."""
-    return optax.sigmoid_binary_cross_entropy(*_alike(logits, labels)).mean()
+    return optax.sigmoid_binary_cross_entropy(*alike(logits, labels)).mean()
 
 
 def binary_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of logits on the right side of zero."""
-    logits, labels = _alike(logits, labels)
-    return ((logits > 0) == (labels > 0.5)).mean(dtype=jnp.float32)
+    """Share of logits on the right side of zero; those that are no numbers are on none."""
+    logits, labels = alike(logits, labels)
+    return (((logits > 0) == (labels > 0.5)) & ~jnp.isnan(logits)).mean(dtype=jnp.float32)
 
 
 LOSSES = {each.__name__: each for each in (cross_entropy, squared_error, absolute_error, binary_cross_entropy)}

@@ -125,7 +125,7 @@ def _smooth(directions: Params, velocity: Params, _: Params, now: Now) -> tuple[
 
     def smoothed(path: Path, v: jax.Array, d: jax.Array) -> jax.Array:
         momentum = now.value(path)
-        return d if momentum is None else momentum * v + d
+        return d if momentum is None else (momentum * v + d).astype(v.dtype)  # the state keeps its own
 
     velocity = jax.tree_util.tree_map_with_path(smoothed, velocity, directions)
     return velocity, velocity

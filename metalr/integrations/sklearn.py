@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import numbers
 import tempfile
@@ -11,8 +12,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from metalr import data, models, outer
 from metalr import learner as learners
-from metalr import models, outer
 from metalr.config import EvaluationConfig, OuterConfig
 from metalr.errors import ConfigError, DataError
 from metalr.inner import OBJECTIVES, hyperparameters
@@ -86,6 +87,7 @@ class _MetaEstimator(BaseEstimator):
 
         Raises MetalrError as `metalr.meta_train` does.
         """
+        names = getattr(X, "columns", None)
         X, y = check_array(X, dtype=np.float64), np.asarray(y)  # Tasks say what float32 cannot tell apart
         classes = cls._objective == "cross_entropy"
         if classes:
@@ -94,6 +96,8 @@ class _MetaEstimator(BaseEstimator):
             X, y.astype(np.int32) if classes else _columns(y), task, shot=shot, query=query,
             standardise="inputs" if classes else "both", name=Path(out).name,
         )  # fmt: skip
+        if names is not None:  # of a DataFrame: the columns of other tasks have to be in this order
+            tasks = dataclasses.replace(tasks, facts={**tasks.facts, "features": [str(name) for name in names]})
         outputs = int(y.max()) + 1 if classes else _columns(y).shape[1]
         model = models.mlp(outputs, (X.shape[1],), widths=tuple(hidden))
         every = max(1, min(250, outer_steps // 10))
@@ -117,6 +121,13 @@ class _MetaEstimator(BaseEstimator):
             if found.model.input_shape != X.shape[1:]:
                 shape = found.model.input_shape
                 raise DataError(f"X: expected rows of shape {shape}, as in {self.learned}, got {X.shape[1:]}")
+            known, names = found.facts.get("features"), getattr(self, "feature_names_in_", None)
+            if known is not None and names is not None and [str(name) for name in names] != known:
+                raise DataError(f"X: expected the columns {known}, in this order, got {[str(name) for name in names]}")
+            if self._objective != "cross_entropy" and found.model.way not in (None, outputs):
+                raise ConfigError(
+                    f"y: expected {found.model.way} columns, as {self.learned} was learned for, got {outputs}"
+                )
             ways = found.model.way if found.model.of_way is None else None
             if self._objective == "cross_entropy" and ways is not None and outputs > ways:
                 raise ConfigError(
@@ -246,10 +257,12 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] classes of any kind.
 
-        With `learned`, whole numbers that are those of its outputs (0 to its classes - 1) mean those outputs, as in
-        meta-training; other classes are numbered in their order.
+        With `learned` from a table, classes are those of its target's column. With another one, whole numbers that are
+        those of its outputs (0 to its classes - 1) mean those outputs, as in meta-training; other classes are numbered
+        in their order.
 
-        Raises ConfigError (a ValueError) for more classes than were learned for, and for one class.
+        Raises ConfigError (a ValueError) for more classes than were learned for, for one that the table did not have,
+        and for one class.
         """
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
@@ -262,8 +275,11 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         return self
 
     def _numbered(self) -> np.ndarray:
-        """The output of each class: [classes] int32."""
+        """The output of each class: [classes] int32. Raises ConfigError for one that a table did not have."""
         kept = self.learned is not None and self.learner_.model.of_way is None
+        of_table = self.learner_.facts.get("table", {}).get("classes")
+        if kept and of_table:
+            return np.array([data.output_of(value, of_table, "y") for value in self.classes_.tolist()], np.int32)
         whole = self.classes_.dtype.kind in "iu" or (  # pandas has integers as floats, once some were missing
             self.classes_.dtype.kind == "f" and bool((self.classes_ == np.round(self.classes_)).all())
         )

@@ -73,6 +73,7 @@ class Learned:
         return outputs if mean is None else outputs * deviation + mean
 
     def _less(self, what: str, value: torch.Tensor) -> torch.Tensor:
+        value = torch.as_tensor(value)  # arrays of numpy too
         value = value if value.is_floating_point() or f"{what}_mean" not in self.standardisation else value.float()
         mean, deviation = self._units(what, value)
         return value if mean is None else (value - mean) / deviation

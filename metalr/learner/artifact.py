@@ -22,7 +22,7 @@ from safetensors.numpy import save as tensor_bytes
 
 import metalr
 from metalr import models, trees
-from metalr.errors import ArtifactError, one_line
+from metalr.errors import ArtifactError, ConfigError, one_line
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, OBJECTIVES, Objective
@@ -159,8 +159,11 @@ def load(path: Path | str, model: Model | None = None, objective: Objective | No
       objective: needed for an objective of your own only.
 
     Raises:
-      ArtifactError: missing, damaged, of a newer format, or not fitting the model or the objective.
+      ArtifactError: missing, damaged, of a newer format, or not fitting the model or the objective. ConfigError: no
+        path.
     """
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"path: expected the path of an artifact or a run folder, got {path!r:.80}")
     return _load(folder_of(path), model, objective)
 
 

@@ -26,7 +26,7 @@ from metalr.learner.matching import Matching, Names, match, order_of, rates_for
 from metalr.learner.params import ClassNames
 from metalr.models import Model
 from metalr.outer import devices
-from metalr.tasks import OfCountedTasks, Standardisation, Tasks
+from metalr.tasks import OfCountedTasks, Standardisation, Tasks, check_labels
 from metalr.types import Curve, Episode, Params, Rates
 
 FEW_IMAGES_A_CLASS = 2  # below, a transductive network's statistics say too little
@@ -176,10 +176,12 @@ class Learner:
           ConfigError: episodes that the network or the objective cannot take. DataError: labels that the network has no
             output for, or images that are not float 0..1.
         """
+        if not isinstance(tasks, Tasks):
+            raise ConfigError(f"tasks: expected a metalr.Tasks, got {type(tasks).__name__}")
         length = hyperparameters.curve_steps(self.spec.steps, self.spec.extend) if steps is None else steps
         pool, sample = tasks.sampler("test")
         keys = protocol.episode_keys(seed, episodes)
-        model = self.model if self.model.of_way is None else self.model.of_way(_ways_in(tasks, keys))
+        model = self.model if self.model.of_way is None else self._of_way(_ways_in(tasks, keys)).model
         own = self.standardisation
         if tasks.standardisation is None and own is not None:
             given = sample
@@ -214,7 +216,7 @@ class Learner:
         except MetalrError:
             raise
         except Exception as error:  # whatever a network or a loss of the user's own makes of them
-            raise ConfigError(f"tasks: their episodes do not fit the learner's network: {error}") from error
+            raise ConfigError(f"tasks: their episodes do not fit the learner's network: {one_line(error)}") from error
         if self.classifies_images and episode.query_x.dtype == np.uint8:
             raise DataError("tasks: expected images as float 0..1, got uint8; divide them by 255")
         if self.objective.targets == "classes" and model.way is not None and model.of_way is None:
@@ -515,8 +517,12 @@ class Learner:
 
     @property
     def classifies_images(self) -> bool:
-        """Whether it takes images in all forms, uint8 too, and labels; others take what their sampler gave."""
-        return self.model.takes_images and self.objective.name == CROSS_ENTROPY.name
+        """Whether it takes images in all forms, uint8 too, and labels; others take what their sampler gave.
+
+        Tasks of your own whose images were standardised, or had values beyond 0..1 (`facts["pixels"]` false), are such.
+        """
+        of_classes = self.model.takes_images and self.objective.targets == "classes"
+        return of_classes and self.standardisation is None and self.facts.get("pixels", True)
 
     @property
     def kind_of_rates(self) -> str:
@@ -592,30 +598,14 @@ class Learner:
             raise DataError(f"{what}: expected shape [n, {', '.join(map(str, shape))}], got {got}")
         if self.standardisation is None:
             return x
-        wanted: Any = jax.tree.structure(self.standardisation.x_mean)
-        came: Any = jax.tree.structure(x)
-        if wanted != came:
-            raise DataError(f"{what}: expected the structure {wanted} as in training, got {came}")
-        return self.standardisation.inputs(x)
+        return self.standardisation.inputs(x, what)
 
     def _targets(self, y: Any) -> Any:
         """Targets of any kind, standardised as in training. Raises DataError for labels that the network lacks."""
         y = _examples(y, "support_y")
-        if self.objective.name == CROSS_ENTROPY.name and self.model.way is not None:
-            y = self._class_numbers(y)
-        return y if self.standardisation is None else self.standardisation.targets(y)
-
-    def _class_numbers(self, y: Any) -> Any:
-        if isinstance(y, jax.core.Tracer):
-            return y
-        y = np.asarray(y)
-        if not y.size:
-            raise DataError("support_y: expected one example or more, got none")
-        if not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < self.model.classes):
-            raise DataError(
-                f"support_y: expected integer labels 0..{self.model.classes - 1}, got {y.dtype} {y.min()}..{y.max()}"
-            )
-        return y
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(y)):
+            check_labels("support_y", y, self.objective, self.model.way)
+        return y if self.standardisation is None else self.standardisation.targets(y, "support_y")
 
     def _images(self, x: Any, what: str, batched: bool) -> Any:
         height, width, channels = self.model.image_shape

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, MetalrError, check_whole, one_line
 from metalr.models.model import CUSTOM, Apply, Model, check_dtypes
 from metalr.types import Params
 
@@ -52,9 +52,25 @@ def linen_init(module: nn.Module, example: Any) -> Callable[[jax.Array], Params]
 
 
 def network(
-    name: str, module: nn.Module, input_shape: tuple[int, ...], way: int, settings: dict[str, Any], **facts: Any
+    name: str,
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    way: int,
+    settings: dict[str, Any],
+    any_shape: bool = False,
+    **facts: Any,
 ) -> Model:
-    """A kind of this package: `module` over inputs [n, *input_shape] float32. facts: other fields of the Model."""
+    """A kind of this package: `module` over inputs [n, *input_shape] float32. facts: other fields of the Model.
+
+    Raises ConfigError for a shape that is none (of an mlp any, of others [height, width, channels]), or no outputs.
+    """
+    check_whole("way", way)
+    if not isinstance(input_shape, (tuple, list)) or (len(input_shape) != 3 and not any_shape) or not input_shape:
+        expected = "a tuple of numbers" if any_shape else "(height, width, channels)"
+        raise ConfigError(f"input_shape: expected {expected}, got {input_shape!r}")
+    for size in input_shape:
+        check_whole("input_shape", size)
+    input_shape = tuple(map(int, input_shape))
     init = linen_init(module, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
     apply = facts.pop("apply", linen_apply(module))
     return Model(name, init, apply, input_shape, way, settings=settings, **facts)
@@ -123,7 +139,8 @@ def from_nnx(module: Any, example_x: Any, *, head: str = "head", transductive: b
         kinds = sorted({type(v).__name__ for v in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))})
         raise ConfigError(
             f"{type(module).__name__}: expected nnx.Param only, got other state ({', '.join(kinds)}); use LayerNorm "
-            "or GroupNorm instead of running batch statistics, and leave dropout out"
+            "or GroupNorm instead of running batch statistics, and leave out what holds random numbers (dropout, "
+            "recurrent cells of NNX: take those of Linen)"
         )
     values = nnx.to_pure_dict(params)
 
@@ -163,12 +180,22 @@ def _examples(example_x: Any, count: int) -> Any:
 
 def _checked(model: Model, example_x: Any) -> Model:
     """The model with the shapes of its inputs and outputs, tried by abstract evaluation on 3 examples."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        params = jax.eval_shape(model.init, jax.random.key(0))
-    check_dtypes(params, "model")
     x = _examples(example_x, 3)
-    outputs = jax.eval_shape(model.apply, params, x)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            params = jax.eval_shape(model.init, jax.random.key(0))
+        check_dtypes(params, "model")
+        outputs = jax.eval_shape(model.apply, params, x)
+    except MetalrError:
+        raise
+    except Exception as error:  # whatever a module of the user's own raises
+        shapes = [list(leaf.shape) for leaf in jax.tree.leaves(x)]
+        raise ConfigError(
+            f"model, example_x: expected a module that is called with the inputs alone, and an example of them with a "
+            f"leading axis of examples; with inputs of shape {', '.join(map(str, shapes))} it says: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
     shapes = [leaf.shape for leaf in jax.tree.leaves(outputs)]
     if not shapes or any(len(shape) < 1 or shape[0] != 3 for shape in shapes):
         raise ConfigError(f"model: expected outputs with a leading axis of 3 for 3 examples, got shapes {shapes}")

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_whole
 from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.model import Model
 
@@ -28,18 +28,20 @@ def mlp(
 
     dtype, here and below: "bfloat16" computes layers in it, with params, rates, norms, logits and loss in float32.
     """
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise ConfigError(f"model.widths: expected a tuple of layer widths, such as (64,), got {widths!r}")
     widths = tuple(widths)
     if len(widths) > MOST_LAYERS:
         raise ConfigError(f"model.widths: expected at most {MOST_LAYERS} layers, got {len(widths)}")
-    if any(width < 1 for width in widths):
-        raise ConfigError(f"model.widths: expected positive layer widths, got {widths}")
+    for width in widths:
+        check_whole("model.widths", width)
     if not 0 <= dropout < 1:
         raise ConfigError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}")
     settings = {"widths": list(widths), "dropout": dropout} | dtype_setting(dtype)
     module = _Mlp(way, widths, dropout, dtype)
     return network(
         "mlp", module, input_shape, way, settings,
-        relu_stack=dtype == "float32", dropout=dropout > 0, learned_dropout=True,
+        any_shape=True, relu_stack=dtype == "float32", dropout=dropout > 0, learned_dropout=True,
     )  # fmt: skip
 
 

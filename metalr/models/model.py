@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, MetalrError, one_line
 from metalr.trees import path_name
 from metalr.types import Params
 
@@ -43,7 +43,7 @@ class Model:
 
     Attributes:
       name: a row of registry.MODELS, or "custom".
-      init: key -> params, a pytree of float32 arrays.
+      init: key -> params, a pytree of float32 (or float64) arrays.
       apply: (params, x, key=None) -> logits. x: [n, height, width, channels] float32, 0..1; logits: [n, way]
         float32. With a key, dropout is active; without one, apply is deterministic.
       input_shape: the shape of one input, (height, width, channels) of images; None for inputs that are not one array.
@@ -138,8 +138,18 @@ def from_function(
     def applied(params: Params, x: Any, key: jax.Array | None = None) -> Any:
         return apply(params, x)
 
-    check_dtypes(jax.eval_shape(init, jax.random.key(0)), "model")
-    return Model(name, init, applied, input_shape, None, head, relu_stack=relu_stack)
+    try:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    except MetalrError:
+        raise
+    except Exception as error:  # whatever a function of the user's own raises
+        raise ConfigError(
+            f"model: init: expected a function of a key that jax can trace; it says: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    check_dtypes(shapes, "model")
+    shape = None if input_shape is None else tuple(map(int, input_shape))
+    return Model(name, init, applied, shape, None, head, relu_stack=relu_stack)
 
 
 def starting_from(model: Model, params: Params) -> Model:
@@ -168,7 +178,13 @@ def starting_from(model: Model, params: Params) -> Model:
         # What is drawn says the order of the layers, which jax loses; a compiled program leaves out the numbers.
         return _filled(model.init(key), leaves)
 
-    return dataclasses.replace(model, name=CUSTOM, settings={}, init=fixed)
+    of_way = model.of_way
+
+    def of_ways(way: int) -> Model:
+        assert of_way is not None
+        return starting_from(of_way(way), params)
+
+    return dataclasses.replace(model, name=CUSTOM, settings={}, init=fixed, of_way=None if of_way is None else of_ways)
 
 
 def _filled(tree: Params, leaves: dict[str, jax.Array], prefix: str = "") -> Params:

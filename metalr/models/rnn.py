@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_whole
 from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.model import Model
 
@@ -26,8 +26,7 @@ def rnn(
     """A GRU or LSTM that reads the image row by row; the last state feeds a dense head."""
     if cell not in CELLS:
         raise ConfigError(f"model.cell: expected one of {CELLS}, got {cell!r}")
-    if width < 1:
-        raise ConfigError(f"model.width: expected a positive number, got {width}")
+    check_whole("model.width", width)
     settings = {"cell": cell, "width": width} | dtype_setting(dtype)
     module = _Rnn(way, cell, width, dtype)
     return network("rnn", module, input_shape, way, settings)

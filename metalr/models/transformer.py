@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_whole
 from metalr.models.flax import dtype_setting, layer_dtype, logits, network
 from metalr.models.mlp import MOST_LAYERS
 from metalr.models.model import Model
@@ -25,7 +26,9 @@ def transformer(
     Norms come first in each block, and the MLP is twice as wide as the tokens. Source: Dosovitskiy et al. 2021
     (section 3.1), with rows in place of square patches, and the mean in place of a class token.
     """
-    if width < 1 or attention_heads < 1 or width % attention_heads:
+    check_whole("model.width", width)
+    check_whole("model.attention_heads", attention_heads)
+    if width % attention_heads:
         raise ConfigError(
             f"model.width: expected a positive multiple of model.attention_heads, got {width} and {attention_heads}"
         )
@@ -48,7 +51,7 @@ class _Transformer(nn.Module):
         dtype = layer_dtype(self.dtype)
         rows = x.reshape(*x.shape[:2], -1)
         x = nn.Dense(self.width, dtype=dtype, name="embed")(rows)
-        x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:]).astype(x.dtype)[None]
+        x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:], jnp.float32).astype(x.dtype)[None]
         for i in range(self.layers):
             attend = nn.MultiHeadDotProductAttention(self.attention_heads, dtype=dtype, name=f"attention_{i}")
             x = x + attend(nn.LayerNorm(dtype=dtype, name=f"attention_norm_{i}")(x))

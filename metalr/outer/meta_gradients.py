@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 
 from metalr import models
-from metalr.errors import ConfigError
+from metalr.errors import ConfigError, check_whole
 from metalr.inner import factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, Model
 from metalr.outer import devices
-from metalr.outer.directions import Forward, Method, Problem, Reverse
+from metalr.outer.directions import Evolution, Forward, Implicit, Method, Problem, Reverse
 from metalr.types import Episode, MetaParams
 
 AT_ONCE_STEPS = 16  # up to here "auto" keeps every step's activations
@@ -62,6 +63,26 @@ def initial(model: Model, spec: RatesSpec, key: jax.Array) -> MetaParams:
     return MetaParams(init, hyperparameters.initial_raw(spec, init))
 
 
+def _check(model: Model, spec: RatesSpec, method: Method, steps: int, step_weights: jax.Array | None) -> None:
+    """Raises ConfigError as `meta_gradient` says."""
+    name = type(method).__name__
+    check_whole("horizon", steps)
+    if step_weights is not None:
+        if not isinstance(method, Reverse) or method.last is not None:
+            raise ConfigError(f"step_weights: expected None with {method}, which looks at the last step's loss alone")
+        if np.shape(step_weights) != (steps,):
+            raise ConfigError(
+                f"step_weights: expected one for each of {steps} steps, got shape {list(np.shape(step_weights))}"
+            )
+    if model.start is not None and not isinstance(method, (Reverse, Evolution)):
+        raise ConfigError(
+            f"inner.head_start: expected 'learned' with {name}, whose direction is that of a fine-tune's own start, "
+            "got a head that is made for each task"
+        )
+    if isinstance(method, Implicit) and spec.proximal is None:
+        raise ConfigError("inner.proximal: expected a start with Implicit, whose pull towards the init it is, got None")
+
+
 def meta_gradient(
     model: Model,
     spec: RatesSpec,
@@ -86,14 +107,19 @@ def meta_gradient(
       objective: its loss is that of the support set, and of the query set too unless it has a meta_loss.
       step_weights: [steps] float: the loss is the sum of these times the query losses after 1, 2, … steps, instead of
         that after the last one (Antoniou et al. 2019, section 4).
-      horizon: how many inner steps are taken; default: spec.steps.
+      horizon: how many inner steps are taken, at least 1; default: spec.steps.
       plain: never use the factored form (it gives the same gradients; tests compare).
 
     Returns:
       (gradients shaped like `meta`, what the objective measures: means over tasks of the query set after adaptation).
+
+    Raises:
+      ConfigError: step_weights of another length, or with a way that looks at the last step alone; a way that has no
+        answer for the model's head (inner.head_start) or needs a hyperparameter that the spec does not have.
     """
     support = jax.tree.leaves(episodes.support_y)[0].shape[1]
-    steps = horizon or spec.steps
+    steps = spec.steps if horizon is None else horizon
+    _check(model, spec, method, steps, step_weights)
     fast = isinstance(method, Reverse) and method.last is None and not plain
     fast = fast and factored.pays(model, spec, objective.loss, support, steps)
     loss, every = objective.of_query, step_weights is not None

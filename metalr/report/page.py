@@ -256,8 +256,9 @@ def _path(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 def _rates(name: str, results: dict[str, Any]) -> str:
     """Learned rates, a row a group and a column a step; what is negative or dead is said."""
-    rates = {k: v if isinstance(v, list) else [v] for k, v in results["rates"].items() if ":" not in k}
-    others = {k: v for k, v in results["rates"].items() if ":" in k}
+    named = results.get("rates_health", results["rates"])  # rates alone, which other hyperparameters stand beside
+    rates = {k: v if isinstance(v, list) else [v] for k, v in results["rates"].items() if k in named}
+    others = {k: v for k, v in results["rates"].items() if k not in named}
     longest = max((len(v) for v in rates.values()), default=0)
     rows = [(k, v) for k, v in rates.items() if len(v) == longest]
     columns = "knot" if results["config"]["inner"]["knots"] else "step"

@@ -94,6 +94,14 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
         raise ConfigError(
             f"resume: expected the run folder as out, and overwrite False, got out={out!r} and overwrite={overwrite}"
         )
+    for name, value, kind in (
+        ("inner", inner, InnerConfig), ("outer", outer, OuterConfig), ("evaluation", evaluation, EvaluationConfig),
+        ("grid", grid, GridConfig),
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name}: expected a metalr.config.{kind.__name__}, got {value!r:.80}")
+    if out is not None and not isinstance(out, (str, Path)):
+        raise ConfigError(f"out: expected the path of a folder, got {out!r:.80}")
     if isinstance(seed, (float, str)):
         raise ConfigError(f"seed: expected an integer, or several, got {seed!r}")
     if not isinstance(seed, (int, np.integer)):

@@ -48,17 +48,28 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
     if support_y.ndim != 1:
         raise ConfigError(f"{path}: support_y: expected one task, shape [support], got {support_y.shape}")
     support_y = data.check_labels(support_y, len(support_y), "support_y")
-    shown = np.unique(support_y)
-    renumbered = learner.classifies_images and not _knows_labels(learner, shown)
-    numbers = data.number_classes(support_y)[0] if renumbered else support_y
-    outputs = range(len(shown)) if renumbered else shown.tolist()
-    names = ClassNames(tuple(shown.tolist()), tuple(int(output) for output in outputs))
+    shown, place = np.unique(support_y, return_inverse=True)
+    outputs = _outputs_of(learner, shown, path)
+    numbers = np.asarray(outputs, np.int32)[place]
+    names = ClassNames(tuple(shown.tolist()), tuple(outputs))
     if query_y is not None:
         query_y = data.check_labels(query_y, len(given["query_x"]), "query_y")
         new = np.setdiff1d(query_y, shown)
         if new.size:
             raise ConfigError(f"{path}: query_y: expected labels of the support set, {shown.tolist()}, got {new[0]}")
     return TaskFile(given["support_x"], numbers, given["query_x"], query_y, names)
+
+
+def _outputs_of(learner: Learner, labels: np.ndarray, path: Path) -> list[int]:
+    """Which output stands for each label. Raises ConfigError for labels that say nothing of it."""
+    of_table = learner.facts.get("table", {}).get("classes")
+    if of_table:
+        return [data.output_of(label, of_table, f"{path}: support_y") for label in labels.tolist()]
+    if learner.classifies_images and not _knows_labels(learner, labels):
+        return list(range(len(labels)))
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(f"{path}: support_y: expected the numbers of the network's outputs, got {labels[0]!r}")
+    return [int(label) for label in labels]
 
 
 def _knows_labels(learner: Learner, labels: np.ndarray) -> bool:

@@ -29,6 +29,7 @@ class Source(NamedTuple):
       split_sha256: says whether two results are of the same splits; splits: what each part holds.
       text: the data in a line; tasks: what one task is, in a line.
       relabels: whether a task's labels are in an order that says nothing about the task.
+      pixels: whether inputs are images, 0..1.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source(NamedTuple):
     text: str
     tasks: str
     relabels: bool = False
+    pixels: bool = True
 
 
 def load(config: TrainConfig, folder: Path | None = None, where: str | None = None) -> data.Dataset | tasks.Tasks:
@@ -137,4 +139,5 @@ def of_tasks(given: tasks.Tasks, checked: tasks.Checked) -> tuple[Source, tasks.
     described = f"{given.name}, {support} support and {query} query examples"
     kind = TABLE if "table" in facts else folders.OWN_TASKS
     text = f"{given.name}: {kind}\n" + "\n".join(f"        {line}" for line in str(checked).splitlines())
-    return Source(given.name, kind, given.sha256, given.sha256, [facts], text, described), given.parts, support, query
+    source = Source(given.name, kind, given.sha256, given.sha256, [facts], text, described, pixels=checked.pixels)
+    return source, given.parts, support, query

@@ -368,6 +368,7 @@ def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -
         "tasks": dataclasses.asdict(config.tasks) if of_images else {"name": setup.source.tasks},
         **({} if table is None else {"table": table}),
         **({} if features is None else {"features": features}),
+        **({} if setup.source.pixels or not setup.model.takes_images else {"pixels": False}),
         "data": {"name": setup.source.name, "sha256": setup.source.sha256},
         "split_sha256": setup.source.split_sha256,
         "support": setup.support,

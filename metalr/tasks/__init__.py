@@ -17,7 +17,7 @@ from metalr.tasks.images import (
     make_splits,
     second_key,
 )
-from metalr.tasks.sets import Checked, OfCountedTasks, Tasks, mixture, sinusoid
+from metalr.tasks.sets import Checked, OfCountedTasks, Tasks, check_labels, mixture, sinusoid
 from metalr.tasks.standardisation import Standardisation
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Standardisation",
     "TaskSplit",
     "Tasks",
+    "check_labels",
     "make_sampler",
     "make_samplers",
     "make_splits",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalr.errors import DataError
+from metalr.errors import ConfigError, DataError, MetalrError, check_whole, one_line
 from metalr.trees import as_numbers
 from metalr.types import Episode
 
@@ -26,6 +26,10 @@ class Feed:
 
     def __init__(self, draw: Draw, part: int, workers: int, ahead: int) -> None:
         """part: sets the splits' random numbers apart. ahead: the most episodes that are kept waiting."""
+        if not callable(draw):
+            raise ConfigError(f"tasks: expected a function of a numpy.random.Generator, got {draw!r:.80}")
+        check_whole("workers", workers)
+        check_whole("ahead", ahead)
         self._draw, self._part, self._ahead = draw, part, ahead
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="metalr-episodes")
         self._waiting: dict[bytes, Future[Episode]] = {}
@@ -54,7 +58,14 @@ class Feed:
         return self._one(key) if waiting is None else waiting.result()
 
     def _one(self, key: np.ndarray) -> Episode:
-        drawn = self._draw(np.random.default_rng([self._part, *key.tolist()]))
+        try:
+            drawn = self._draw(np.random.default_rng([self._part, *key.tolist()]))
+        except MetalrError:
+            raise
+        except Exception as error:  # whatever a loader of the user's own raises
+            raise DataError(
+                f"tasks: a function that draws episodes on the host failed: {type(error).__name__}: {one_line(error)}"
+            ) from error
         if not isinstance(drawn, (tuple, list)) or len(drawn) != len(Episode._fields):
             raise DataError(f"tasks: expected a function that gives an Episode, got {type(drawn).__name__}")
         episode = jax.tree.map(functools.partial(as_numbers, what="tasks"), Episode(*drawn))

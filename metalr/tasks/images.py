@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr.data import Dataset, last_sixth
-from metalr.errors import ConfigError, DataError
+from metalr.errors import ConfigError, DataError, check_whole
 from metalr.tasks import transforms
 from metalr.types import Episode
 
@@ -306,8 +306,7 @@ def make_sampler(
         )
     kind = FAMILIES[split.family]
     for name, value, least in (("way", way, 2), ("shot", shot, 1), ("query", query, 1)):
-        if value < least:
-            raise ConfigError(f"tasks.{name}: expected at least {least}, got {value}")
+        check_whole(f"tasks.{name}", value, least)
     if kind.classes == "all" and way != split.classes:
         raise ConfigError(f"tasks.way: family {split.family!r} uses all {split.classes} classes, got {way}")
     if way > split.classes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalr.data import Dataset, load
-from metalr.errors import ConfigError, DataError, MetalrError, one_line
-from metalr.inner import Objective, objective_of
+from metalr.errors import ConfigError, DataError, MetalrError, check_seed, check_whole, one_line
+from metalr.inner import OBJECTIVES, Objective, objective_of
 from metalr.models import Model, predict
 from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import Part, Parts, Sampler, choose, make_samplers, make_splits, second_key
 from metalr.tasks.standardisation import Standardisation
-from metalr.trees import as_numbers, check_digits, count, path_name
+from metalr.trees import as_numbers, check_digits, count, path_name, whole_numbers
 from metalr.types import Episode
 
 PARTS = ("train", "validation", "test")
@@ -97,7 +100,7 @@ class Tasks:
         pool = () if self.pool is None else self.pool[part] if own else self.pool
 
         # Both are drawn with the same keys: the episodes to choose by are not those to be judged on.
-        apart = part == "validation" and not own and self.validation is self.test
+        apart = part == "validation" and not own and _same(self.validation, self.test)
 
         def key_of(key: jax.Array) -> jax.Array:
             return jax.random.fold_in(second_key(key), VALIDATION) if apart else key
@@ -130,8 +133,11 @@ class Tasks:
         objective = objective_of(objective)
         shapes: dict[str, Any] = {}
         losses: dict[str, float] = {}
+        drawn: dict[str, Episode] = {}
+        pixels = model.takes_images and objective.targets == "classes"
         for part in PARTS:
             first, again, other = _three_drawn(self, part)
+            drawn[part] = first
             _check_counted(self, part)
             _check_repeated(part, first, again, other)
             _check_lengths(part, first)
@@ -141,15 +147,20 @@ class Tasks:
                     f"tasks.{part}: support_x: expected images as float 0..1, got uint8; divide them by 255"
                 )
             own = self.pool.get(part) if isinstance(self.pool, Mapping) else None
-            of_table = own.y if isinstance(own, _Rows) else None  # all of them, and not of two episodes alone
+            table = own if isinstance(own, _Rows) else None  # all of its rows, and not of two episodes alone
+            way = _outputs_of(part, model, first) if objective.targets == "classes" else model.way
+            of_table = None if table is None else table.y
             for field, y in (("y", of_table), ("support_y", first.support_y), ("query_y", first.query_y)):
                 if y is not None:
-                    check_labels(f"tasks.{part}: {field}", y, objective, model.way)
+                    check_labels(f"tasks.{part}: {field}", y, objective, way)
+            seen = [first.support_x, first.query_x, other.support_x, other.query_x] if table is None else [table.x]
+            pixels = pixels and all(bool((v >= 0).all() & (v <= 1).all()) for v in jax.tree.leaves(seen))
             shapes[part] = jax.tree.map(lambda v: (v.shape, str(v.dtype)), first)
             losses[part] = _loss_of_init(part, model, objective, first)
         if not shapes["train"] == shapes["validation"] == shapes["test"]:
             raise DataError(f"tasks: expected the same shapes and dtypes in all splits, got {shapes}")
-        return Checked(shapes["train"], losses)
+        _check_judged_apart(drawn["validation"], drawn["test"])
+        return Checked(shapes["train"], losses, pixels)
 
     @classmethod
     def from_arrays(
@@ -185,9 +196,15 @@ class Tasks:
           DataError: lengths that differ, values that are not finite or no numbers, a task of one row, under 3 tasks.
           ConfigError: shot or query below 1, shares that leave nothing to train on, or another `standardise`.
         """
-        for what, value in (("shot", shot), ("query", query)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ConfigError(f"{what}: expected an integer of at least 1, got {value!r}")
+        check_whole("shot", shot)
+        check_whole("query", query)
+        check_seed("seed", seed)
+        for what, share in (("validation", validation), ("test", test)):
+            if not isinstance(share, Real):
+                raise ConfigError(f"{what}: expected a share of the tasks, got {share!r}")
+        for what, tree in (("x", x), ("y", y)):
+            if not jax.tree.leaves(tree):
+                raise DataError(f"{what}: expected arrays with a row an example, got {tree!r:.80}")
         ids = _task_ids(task)
         columns = getattr(x, "columns", None)  # of a DataFrame
         for what, tree in (("x", x), ("y", y)):
@@ -294,6 +311,17 @@ class Tasks:
         return cls(of_train, of_validation, of_test, name=name, facts=facts or {}, prefetch=prefetch)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions are one: also a method that was taken twice from an object, and equal partials."""
+    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+        return (
+            _same(one.func, other.func)
+            and [*map(id, one.args)] == [*map(id, other.args)]
+            and {k: id(v) for k, v in one.keywords.items()} == {k: id(v) for k, v in other.keywords.items()}
+        )
+    return one is other or (isinstance(one, types.MethodType) and one == other)
+
+
 def _as_episode(drawn: Any, part: str) -> Episode:
     if isinstance(drawn, (tuple, list)) and len(drawn) == len(Episode._fields):
         return Episode(*drawn)
@@ -315,17 +343,20 @@ def _three_drawn(tasks: Tasks, part: str) -> tuple[Episode, Episode, Episode]:
     except (ValueError, RuntimeError) as error:
         failed = host_failure(error)
         if failed is None:
-            raise
+            failed = DataError(f"tasks.{part}: the sampler failed: {type(error).__name__}: {one_line(error)}")
         raise failed from error
     except jax.errors.JAXTypeError as error:
         raise DataError(
-            f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): {error}"
+            f"tasks.{part}: expected a sampler that jax can trace (jax.numpy, no Python branches on values): "
+            f"{one_line(error)}"
         ) from error
     except TypeError as error:
         raise DataError(
             f"tasks.{part}: expected a function of {'a key' if tasks.pool is None else 'the pool and a key'} that "
-            f"gives an Episode of arrays of numbers: {error}"
+            f"gives an Episode of arrays of numbers: {one_line(error)}"
         ) from error
+    except Exception as error:  # whatever a sampler of the user's own raises
+        raise DataError(f"tasks.{part}: the sampler failed: {type(error).__name__}: {one_line(error)}") from error
     return first, again, other
 
 
@@ -367,35 +398,72 @@ def _check_apart(part: str, episode: Episode) -> None:
         raise DataError(f"tasks.{part}: expected a query set apart from the support set, got the same inputs")
 
 
+def _check_judged_apart(validation: Episode, test: Episode) -> None:
+    """Raises DataError for validation and test episodes of one key that are the same."""
+    if all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(validation), jax.tree.leaves(test), strict=True)):
+        raise DataError(
+            "tasks.validation: expected other episodes than tasks.test has, which judge what these choose, got the "
+            "same for the same key; hold other tasks out for it, or fold a number of its own into the key"
+        )
+
+
 def check_labels(where: str, y: Any, objective: Objective, way: int | None) -> None:
     """Raises DataError for targets that an objective of classes has no output for. way: outputs, if that is known."""
-    if objective.targets not in ("classes", "binary") or (objective.targets == "classes" and way is None):
+    if objective.targets not in ("classes", "binary"):
         return
-    most = 1 if objective.targets == "binary" else int(way or 0) - 1
+    binary = objective.targets == "binary"
+    most = 1 if binary else np.inf if way is None else way - 1
     for leaf in map(np.asarray, jax.tree.leaves(y)):
-        whole = leaf.dtype.kind in "biu" or (objective.targets == "binary" and bool((leaf == np.round(leaf)).all()))
+        if not binary and leaf.ndim != 1:
+            raise DataError(f"{where}: expected one label an example, shape [n], got {list(leaf.shape)}")
+        whole = leaf.dtype.kind in "iu" or (binary and (leaf.dtype.kind == "b" or bool((leaf == np.round(leaf)).all())))
         if not whole or (leaf.size and (leaf.min() < 0 or leaf.max() > most)):
+            upto = "0, 1, …" if most == np.inf else f"0..{most}"
             raise DataError(
-                f"{where}: expected integer labels 0..{most} with {objective.name}, got {leaf.dtype} "
+                f"{where}: expected integer labels {upto} with {objective.name}, got {leaf.dtype} "
                 f"{leaf.min()}..{leaf.max()}"
             )
+
+
+def _outputs_of(part: str, model: Model, episode: Episode) -> int | None:
+    """How many outputs a network has for an example, if those are one row; also of one that does not say it."""
+    if model.way is not None:
+        return model.way
+
+    def outputs(episode: Episode) -> Any:
+        init = model.init(jax.random.key(0))
+        start = model.begin(init, episode.support_x, episode.support_y)
+        return predict(model.apply, start, episode.support_x, episode.query_x)
+
+    with _said_of(part):
+        found = jax.tree.leaves(jax.eval_shape(outputs, episode))
+    return found[0].shape[1] if len(found) == 1 and found[0].ndim == 2 else None
+
+
+@contextlib.contextmanager
+def _said_of(part: str) -> Iterator[None]:
+    """What a network or a loss of the user's own raises when it is traced, as a ConfigError."""
+    try:
+        yield
+    except MetalrError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {one_line(error)}") from error
 
 
 def _loss_of_init(part: str, model: Model, objective: Objective, episode: Episode) -> float:
     """The query loss of a random init. Raises as Tasks.check says."""
 
-    def measured(episode: Episode) -> dict[str, Any]:
+    def measured(episode: Episode) -> tuple[dict[str, Any], Any]:
         init = model.init(jax.random.key(0))
         start = model.begin(init, episode.support_x, episode.support_y)
         outputs = predict(model.apply, start, episode.support_x, episode.query_x)
-        return objective.measure(outputs, episode.query_y) | {"the loss": objective.loss(outputs, episode.query_y)}
+        found = objective.measure(outputs, episode.query_y) | {"the loss": objective.loss(outputs, episode.query_y)}
+        return found, outputs
 
-    try:
-        found = jax.jit(measured)(episode)
-    except MetalrError:
-        raise
-    except Exception as error:  # whatever a network or a loss of the user's own makes of them
-        raise ConfigError(f"model, objective: do not fit the episodes of tasks.{part}: {error}") from error
+    with _said_of(part):
+        found, outputs = jax.jit(measured)(episode)
+    _check_pairs(objective, outputs, episode.query_y, found["the loss"])
     for name, value in found.items():
         if np.shape(value) != ():
             raise ConfigError(f"objective: expected {name} to be one number, got an array of {list(np.shape(value))}")
@@ -403,6 +471,29 @@ def _loss_of_init(part: str, model: Model, objective: Objective, episode: Episod
     if not np.isfinite(loss):
         raise DataError(f"tasks.{part}: expected a finite loss of a random init, got {loss}")
     return loss
+
+
+def _check_pairs(objective: Objective, outputs: Any, targets: Any, loss: jax.Array) -> None:
+    """Raises ConfigError for a loss of one's own that pairs every output of [n, 1] with every target of [n].
+
+    Such a loss is neither the mean over examples nor that of outputs in the targets' shape.
+    """
+    known = OBJECTIVES.get(objective.name)
+    if known is not None or not all(isinstance(v, jax.Array) for v in (outputs, targets)):
+        return
+    if len(targets) < 2 or outputs.shape != (*targets.shape, 1) or np.shape(loss) != ():
+        return
+    try:
+        flat = objective.loss(outputs[..., 0], targets)
+        each = [objective.loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
+    except Exception:  # it wants [n, 1], or several examples
+        return
+    if not any(np.allclose(loss, other, rtol=1e-3, atol=1e-6) for other in (flat, np.mean(each, axis=0))):
+        raise ConfigError(
+            f"objective {objective.name!r}: expected a loss of outputs {list(outputs.shape)} and targets "
+            f"{list(targets.shape)} that is a mean over examples, got one that pairs every output with every target; "
+            "in it, first outputs.reshape(targets.shape)"
+        )
 
 
 def _check_counted(tasks: Tasks, part: str) -> None:
@@ -419,10 +510,16 @@ def _check_counted(tasks: Tasks, part: str) -> None:
 
 
 class Checked(NamedTuple):
-    """What `Tasks.check` found. shapes: an Episode of (shape, dtype); losses: of a random init, by split."""
+    """What `Tasks.check` found.
+
+    Attributes:
+      shapes: an Episode of (shape, dtype). losses: of a random init, by split.
+      pixels: whether inputs are images with values 0..1, of which classes are to be told.
+    """
 
     shapes: Any
     losses: dict[str, float]
+    pixels: bool = False
 
     def __str__(self) -> str:
         rows = []
@@ -454,6 +551,8 @@ def _is_missing(value: Any) -> bool:
 def _task_ids(task: Any) -> np.ndarray:
     """[rows] integers or strings. Raises DataError for a row without one, and for ids of several kinds."""
     ids = np.asarray(task)
+    if ids.ndim != 1:
+        raise DataError(f"task: expected one id a row, shape [rows], got {list(ids.shape)}")
     if ids.dtype.kind in "iuUb":
         return ids
     values = ids.ravel().tolist()
@@ -461,7 +560,7 @@ def _task_ids(task: Any) -> np.ndarray:
     if without:
         raise DataError(f"task: expected an id in every row, got none in {len(without)}, first in row {without[0]}")
     kinds = {type(value).__name__ for value in values}
-    if ids.dtype.kind == "f" and (ids == np.round(ids)).all():
+    if ids.dtype.kind == "f" and whole_numbers(ids):
         return ids.astype(np.int64)  # as pandas has integers, once some were missing
     if kinds - {"str"} and kinds - {"int"}:
         raise DataError(f"task: expected integers or strings, got {', '.join(sorted(kinds))}")
@@ -533,16 +632,15 @@ def sinusoid(shot: int = 10, query: int = 10) -> Tasks:
 
     Inputs and targets are [n, 1] float32. The three splits draw from the same distribution with keys of their own.
     """
-    for what, value in (("shot", shot), ("query", query)):
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ConfigError(f"{what}: expected an integer of at least 1, got {value!r}")
+    check_whole("shot", shot)
+    check_whole("query", query)
 
     def of(part: int) -> Sample:
         def sample(key: jax.Array) -> Episode:
             amplitude_key, phase_key, x_key = jax.random.split(jax.random.fold_in(second_key(key), part), 3)
-            amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
-            phase = jax.random.uniform(phase_key, minval=0.0, maxval=jnp.pi)
-            x = jax.random.uniform(x_key, (shot + query, 1), minval=-5.0, maxval=5.0)
+            amplitude = jax.random.uniform(amplitude_key, dtype=jnp.float32, minval=0.1, maxval=5.0)
+            phase = jax.random.uniform(phase_key, dtype=jnp.float32, minval=0.0, maxval=jnp.pi)
+            x = jax.random.uniform(x_key, (shot + query, 1), jnp.float32, minval=-5.0, maxval=5.0)
             y = amplitude * jnp.sin(x - phase)
             return Episode(x[:shot], y[:shot], x[shot:], y[shot:])
 
@@ -556,8 +654,10 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
     """Tasks that each come from one of several task sets of the same shapes, drawn by `weights` (default: equal)."""
     if len(parts) < 2:
         raise ConfigError(f"mixture: expected at least 2 task sets, got {len(parts)}")
-    shares = np.ones(len(parts)) if weights is None else np.asarray(weights, float)
-    if len(shares) != len(parts) or not (shares > 0).all():
+    given = (1.0,) * len(parts) if weights is None else tuple(weights)
+    good = len(given) == len(parts) and all(isinstance(w, Real) and 0 < w < np.inf for w in given)
+    shares = np.asarray(given, float) if good else np.zeros(len(parts))
+    if not good:
         raise ConfigError(f"weights: expected a positive number for each of {len(parts)} task sets, got {weights}")
     first, *rest = (each.standardisation for each in parts)
     if any(other is not first and not (first and first.same_as(other)) for other in rest):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.errors import ConfigError
-from metalr.trees import named_arrays
+from metalr.errors import ConfigError, DataError
+from metalr.trees import named_arrays, path_name
 
 CHOICES = ("none", "inputs", "both")
 
@@ -48,6 +48,8 @@ class Standardisation:
                     raise ConfigError(
                         f"standardise: expected {name} as one array or nested dicts of arrays, got {path}"
                     )
+                if any("/" in key.key for key in path):  # files know them by path
+                    raise ConfigError(f'standardise: expected names of {name} without "/", got {path_name(path)!r}')
         if choice == "both" and any(not np.issubdtype(leaf.dtype, np.floating) for leaf in jax.tree.leaves(y)):
             raise ConfigError(
                 'standardise: expected float targets with "both", got integers; give y as floats if they are numbers, '
@@ -56,17 +58,17 @@ class Standardisation:
         parts = [_mean_and_deviation(tree) for tree in ((x, y) if choice == "both" else (x,))]
         return cls(*(value for part in parts for value in part))
 
-    def inputs(self, x: Any) -> Any:
-        """Inputs [n, …] in units of the deviation."""
-        return _towards(x, self.x_mean, self.x_deviation)
+    def inputs(self, x: Any, what: str = "inputs") -> Any:
+        """Inputs [n, …] in units of the deviation. Raises DataError, naming `what`, for rows of another shape."""
+        return _towards(x, self.x_mean, self.x_deviation, what)
 
     def own_inputs(self, x: Any) -> Any:
         """Standardised inputs [n, …] back in their own units."""
         return _back(x, self.x_mean, self.x_deviation)
 
-    def targets(self, y: Any) -> Any:
-        """Targets [n, …] in units of the deviation; as they are where they are not standardised."""
-        return y if self.y_mean is None else _towards(y, self.y_mean, self.y_deviation)
+    def targets(self, y: Any, what: str = "targets") -> Any:
+        """Targets [n, …] in units of the deviation; as they are where they are not standardised. Raises DataError."""
+        return y if self.y_mean is None else _towards(y, self.y_mean, self.y_deviation, what)
 
     def outputs(self, outputs: Any) -> Any:
         """Outputs (or targets) [n, …] back in the targets' own units."""
@@ -94,8 +96,18 @@ class Standardisation:
         return cls(**trees) if trees else None
 
 
-def _towards(tree: Any, mean: Any, deviation: Any) -> Any:
+def _towards(tree: Any, mean: Any, deviation: Any, what: str) -> Any:
+    wanted: Any = jax.tree.structure(mean)
+    came: Any = jax.tree.structure(tree)
+    if wanted != came:
+        raise DataError(f"{what}: expected the structure {wanted} as in training, got {came}")
+
     def of(value: Any, mean: Any, deviation: Any) -> Any:
+        row = value.shape[value.ndim - mean.ndim :] if value.ndim > mean.ndim else None
+        single = mean.size == 1 and (value.ndim == 1 or value.shape[1:] == (1,))  # [n] or [n, 1] of one column
+        if row != mean.shape and not single:  # broadcasting would make numbers of it
+            shape = ", ".join(map(str, ("n", *mean.shape)))
+            raise DataError(f"{what}: expected shape [{shape}] as in training, got {list(value.shape)}")
         value = value.astype(np.float32) if not jnp.issubdtype(value.dtype, jnp.floating) else value
         return (value - _beside(value, mean)) / _beside(value, deviation)
 
@@ -113,8 +125,10 @@ def _beside(value: Any, row: Any) -> Any:
 
 def _mean_and_deviation(tree: Any) -> tuple[Any, Any]:
     def deviation(leaf: np.ndarray) -> np.ndarray:
-        found = np.asarray(leaf, np.float64).std(0)
-        return np.where(found > 0, found, 1.0).astype(np.float32)
+        values = np.asarray(leaf, np.float64)
+        found = values.std(0)
+        rounding = 2.0**-40 * np.abs(values).max(0)  # of a constant
+        return np.where(found > rounding, found, 1.0).astype(np.float32)
 
     return jax.tree.map(lambda v: np.asarray(v, np.float64).mean(0).astype(np.float32), tree), jax.tree.map(
         deviation, tree

@@ -54,6 +54,54 @@ def test_only_adapting_layers_have_rates(adapts, groups):
     assert moved == groups
 
 
+def test_names_with_colons_are_names():
+    """Those of Keras have them: a rate is a rate, whatever its tensor is called."""
+    for granularity in ("layer", "tensor", "parameter"):
+        spec = RatesSpec(granularity, steps=2, initial=0.1, momentum=0.5)
+        raw = hyperparameters.initial_raw(spec, {"dense/kernel:0": jnp.ones((2, 2)), "w:0": jnp.ones(2)})
+        actual = hyperparameters.actual(spec, raw)
+        rates = {name: value for name, value in actual.items() if not name.startswith("momentum")}
+        assert len(rates) == 2
+        for value in rates.values():
+            np.testing.assert_allclose(value, 0.1, rtol=1e-6)
+        assert set(hyperparameters.summary(spec, actual)) == set(actual)
+        assert set(hyperparameters.health(spec, actual)) == set(rates)
+    with pytest.raises(ConfigError, match="expected names that do not begin as those of learned .*, got 'clip:0'"):
+        hyperparameters.initial_raw(RatesSpec("tensor"), {"clip:0": jnp.ones(2)})
+
+
+def test_two_tensors_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="expected path names that differ, got two of the name 'a/b'"):
+        hyperparameters.initial_raw(RatesSpec("tensor"), {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize(("adapts", "group"), [("head", "head"), ("body", "body")])
+def test_a_head_may_be_one_tensor(adapts, group):
+    raw = hyperparameters.initial_raw(RatesSpec("tensor", adapts=adapts), {"body": jnp.ones(3), "head": jnp.ones(2)})
+    assert list(raw) == [group]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 2.0}, {"steps": float("nan")}, {"knots": 2.0}, {"batch_size": 2.5}, {"initial": "0.1"},
+        {"momentum": "0.5"}, {"steps": True},
+    ],
+)  # fmt: skip
+def test_numbers_are_of_their_kind(settings):
+    with pytest.raises(ConfigError, match="expected"):
+        RatesSpec(**settings)
+
+
+def test_momentum_keeps_the_dtype_of_its_state():
+    params = {"head": jnp.ones(3, jnp.bfloat16)}
+    spec = RatesSpec("shared", momentum=0.5)
+    tx = descent.optimizer(spec, hyperparameters.actual(spec, hyperparameters.initial_raw(spec, PARAMS)))
+    state = tx.init(params)
+    _, later = tx.update(params, state, params)
+    assert jax.tree.map(lambda v: v.dtype, later) == jax.tree.map(lambda v: v.dtype, state)
+
+
 def test_unknown_head():
     with pytest.raises(ConfigError, match=r"model.head: expected a layer 'last'.*\['dense_0', 'head'\]"):
         hyperparameters.initial_raw(RatesSpec(adapts="body", head="last"), PARAMS)
@@ -98,7 +146,7 @@ def test_a_support_power_lets_rates_go_with_the_size_of_the_support_set(settings
 
 def test_a_support_power_needs_the_size_that_rates_are_for():
     for settings in ({"support_power": 0.1}, {"support": 5}, {"support": 0, "support_power": 0.1}):
-        with pytest.raises(ConfigError, match="rates.support: expected a number of examples with support_power"):
+        with pytest.raises(ConfigError, match="rates.support: expected"):
             RatesSpec(**settings)
     with pytest.raises(ConfigError, match="inner.support_power: expected a finite number .*got inf"):
         RatesSpec(support_power=np.inf, support=4)

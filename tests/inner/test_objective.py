@@ -28,6 +28,21 @@ def test_values_by_hand():
     assert float(inner.CROSS_ENTROPY.score(jnp.eye(3), jnp.array([0, 1, 0]))) == pytest.approx(2 / 3)
 
 
+def test_what_is_no_number_predicts_nothing():
+    logits = jnp.array([[jnp.nan, 0.0], [1.0, 0.0], [-jnp.inf, 0.0]])
+    assert float(inner.accuracy(logits, jnp.array([0, 0, 1]))) == pytest.approx(2 / 3)
+    binary = inner.OBJECTIVES["binary_cross_entropy"].metrics["accuracy"]
+    assert float(binary(jnp.array([jnp.nan, -1.0]), jnp.array([0, 0]))) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("outputs", "r2"), [([1.3], 0.0), ([1.0], 1.0), ([0.1, 0.1, 0.1], 1.0), ([0.1, 0.2, 0.1], 0.0)]
+)
+def test_no_variance_is_explained_where_there_is_none(outputs, r2):
+    targets = jnp.full(len(outputs), 1.0 if len(outputs) == 1 else 0.1)
+    assert float(inner.OBJECTIVES["squared_error"].metrics["r2"](jnp.array(outputs), targets)) == r2
+
+
 def test_better_is_more_or_less():
     assert inner.CROSS_ENTROPY.better(0.6, 0.5)
     error = inner.OBJECTIVES["squared_error"]
@@ -46,6 +61,12 @@ def test_targets_that_broadcasting_would_pair_wrongly_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: inner.Objective("x", 5), "expected a function as loss, and metrics as name -> function, got 5"),
+        (lambda: inner.Objective("x", inner.squared_error, [1]), r"metrics as name -> function, got .* and \[1\]"),
+        (
+            lambda: inner.Objective("x", inner.squared_error, targets="class"),
+            "targets: expected one of .*, got 'class'",
+        ),
         (lambda: inner.Objective("x", inner.squared_error, {}, "mse"), r"choose_by: expected one of \['loss'\]"),
         (lambda: inner.Objective("x", inner.squared_error, {"loss": inner.squared_error}), "expected other names"),
         (

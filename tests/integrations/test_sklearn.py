@@ -19,9 +19,12 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import metalr
 from metalr import models
+from metalr.config import EvaluationConfig, ModelConfig, OuterConfig, TableConfig, TrainConfig
 from metalr.errors import ConfigError, DataError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
+from metalr.runs import training
+from metalr.runs.progress import ConsoleReporter
 from metalr.sklearn import MetaClassifier, MetaRegressor
 
 
@@ -158,6 +161,44 @@ def test_classes_that_were_learned_keep_their_meaning(tmp_path):
     assert clone(made).fit(x[rows], y[rows].astype(float)).outputs_.tolist() == [1, 2]  # as pandas has integers, often
     again = clone(made).partial_fit(x[rows], y[rows], classes=[1, 2])
     assert again.outputs_.tolist() == [1, 2]
+
+
+def test_classes_of_a_table_are_its_outputs_in_every_task(tmp_path):
+    """A task that shows the last two of three classes: their outputs are those that learned them."""
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    x, store = rng.normal(size=(600, 2)), np.repeat(np.arange(30), 20)
+    for column, names in ((["high", "low", "mid"], ["low", "mid"]), ([1, 2, 3], [2, 3])):
+        y = np.array(column)[np.digitize(x[:, 0], [-0.5, 0.5])]
+        frame = pandas.DataFrame({"b": x[:, 0], "a": x[:, 1], "store": store, "y": y})
+        path = tmp_path / f"{names[0]}.csv"
+        frame.to_csv(path, index=False)
+        out = tmp_path / f"run {names[0]}"
+        config = TrainConfig(
+            str(path), model=ModelConfig(widths=(8,)), outer=OuterConfig(steps=4, meta_batch=2, validate_every=4),
+            table=TableConfig("store", ("y",)), evaluation=EvaluationConfig(4, 4, shown_tasks=0), out=out,
+        )  # fmt: skip
+        training.run(config, name="t", reporter=ConsoleReporter(quiet=True))
+        of = frame[frame.y.isin(names)][:12]
+        fitted = MetaClassifier(str(out), steps=1).fit(of[["b", "a"]], of["y"])
+        assert fitted.outputs_.tolist() == [1, 2]
+        assert fitted.classes_.tolist() == names
+        with pytest.raises(DataError, match=r"X: expected the columns \['b', 'a'\], in this order, got \['a', 'b'\]"):
+            MetaClassifier(str(out)).fit(of[["a", "b"]], of["y"])
+        with pytest.raises(ConfigError, match="y: expected one of the classes"):
+            MetaClassifier(str(out)).fit(of[["b", "a"]], np.where(of["y"] == names[0], "new", "other"))
+
+
+def test_columns_of_a_frame_are_those_of_meta_training(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    x, y, task = waves(6, seed=5)
+    frame = pandas.DataFrame(x, columns=["a", "b", "c"])
+    made = MetaRegressor.from_tasks(frame, y, task, out=tmp_path / "a", hidden=(4,), outer_steps=4)
+    clone(made).fit(frame[:10], y[:10])
+    with pytest.raises(DataError, match=r"X: expected the columns \['a', 'b', 'c'\], in this order"):
+        clone(made).fit(frame[["c", "b", "a"]][:10], y[:10])
+    with pytest.raises(ConfigError, match=r"y: expected 1 columns, as .* was learned for, got 2"):
+        clone(made).fit(frame[:10], np.stack([y, y], 1)[:10])
 
 
 def test_an_output_layer_that_each_fine_tune_makes_does_not_go_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import metalr
 from metalr import inner, models, outer
+from metalr.config import EvaluationConfig
 from metalr.errors import ConfigError, DataError
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -146,3 +148,74 @@ def test_columns_of_a_frame_are_those_of_training_in_their_order():
     learned.adapt(frame, np.ones((4, 1)))
     with pytest.raises(DataError, match=r"support_x: expected the columns \['a', .*, in this order, got \['b', 'a'"):
         learned.adapt(frame[list("bacdef")], np.ones((4, 1)))
+
+
+def spectra(low, high, standardise="none"):
+    """A learner of tasks of classes whose inputs have three axes, and the rows that it was made for."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(low, high, (120, 4, 5, 2)).astype(np.float32)
+    y, task = np.tile(np.arange(3), 40), np.repeat(np.arange(6), 20)
+    made = metalr.Tasks.from_arrays(x, y, task, shot=6, query=6, standardise=standardise)
+    model = models.from_linen(nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(3)]), x[:1], head="layers_1")
+    return made, model, x, y
+
+
+@pytest.mark.parametrize(("low", "high", "standardise"), [(-3, 3, "none"), (0, 1, "inputs"), (-3, 3, "inputs")])
+def test_inputs_of_three_axes_are_taken_as_training_had_them(low, high, standardise, tmp_path):
+    """Spectrograms and bands of satellites are no pixels: in their own units, standardised as in training."""
+    made, model, x, y = spectra(low, high, standardise)
+    learned = metalr.meta_train(
+        made, model, steps=1, outer_steps=2, meta_batch=2, out=tmp_path / "a", evaluation=EvaluationConfig(4, 4)
+    )
+    assert not learned.classifies_images
+    given = x if made.standardisation is None else np.asarray(made.standardisation.inputs(x))
+    by_hand = jax.tree.map(
+        lambda p, g: p - learned.rates["layers_1"] * g, learned.init,
+        jax.grad(lambda p: inner.cross_entropy(model.apply(p, given[:6]), y[:6]))(learned.init),
+    )  # fmt: skip
+    fast = learned.adapt(x[:6], y[:6], 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), fast, by_hand)
+    for outputs in (learned.apply(fast, x), learned.predictor(x[:6], y[:6], 1)(x)):
+        np.testing.assert_allclose(outputs, model.apply(by_hand, given), rtol=1e-3, atol=1e-5)
+
+
+def test_images_of_ones_own_are_taken_in_all_forms(tmp_path):
+    made, model, x, y = spectra(0, 1)
+    learned = metalr.meta_train(
+        made, model, steps=1, outer_steps=2, meta_batch=2, out=tmp_path / "a", evaluation=EvaluationConfig(4, 4)
+    )
+    assert learned.classifies_images
+    bytes_ = np.round(255 * x).astype(np.uint8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        learned.adapt(bytes_[:6], y[:6]), learned.adapt(bytes_[:6].astype(np.float32) / 255, y[:6]),
+    )  # fmt: skip
+
+
+def test_an_objective_of_ones_own_on_classes_has_the_checks_of_classes():
+    mine = inner.Objective("mine", lambda logits, labels: inner.cross_entropy(logits, labels), targets="classes")
+    model = models.mlp(3, (2, 2, 1), widths=(4,))
+    spec = RatesSpec("layer", steps=2)
+    init = model.init(jax.random.key(0))
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, init))
+    own, known = (metalr.Learner(model, spec, init, rates, objective=of) for of in (mine, inner.CROSS_ENTROPY))
+    x = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), np.uint8)
+    y = np.arange(6) % 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), own.adapt(x, y), known.adapt(x, y))
+    for wrong in (y - 1, y + 1):
+        with pytest.raises(DataError, match=r"support_y: expected labels 0..2"):
+            own.adapt(x, wrong)
+
+
+def test_targets_have_the_shape_of_the_outputs():
+    learned = learner()
+    x, y = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32), np.arange(4, dtype=np.float32)
+    jax.tree.map(np.testing.assert_array_equal, learned.adapt(x, y), learned.adapt(x, y[:, None]))
+    for wrong in (np.stack([y, y], 1), y[:, None, None]):
+        with pytest.raises((ConfigError, DataError), match="expected outputs of the targets' shape"):
+            learned.adapt(x, wrong)
+    with pytest.raises(ConfigError, match=r"tasks: expected a metalr.Tasks, got NoneType"):
+        learned.evaluate(None)
+    for seed in (1.5, -1, 2**32):
+        with pytest.raises(ConfigError, match="evaluation seed: expected a whole number from 0"):
+            learned.evaluate(lines(), 5, seed=seed)

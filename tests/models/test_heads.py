@@ -161,6 +161,27 @@ def test_a_learner_meets_more_and_fewer_classes_than_it_was_trained_with(name, t
         learned.adapt(x, y + 1)
 
 
+def test_another_start_holds_for_any_number_of_classes():
+    """Rates that were learned alone, for somebody's weights: evaluated from these, and not from random ones."""
+    net = models.build("mlp", 3, (6,), widths=(8,), head_start="prototypes")
+    start = net.init(jax.random.key(5))
+    model, spec = models.starting_from(net, start), RatesSpec("layer", steps=2, head=net.head)
+    for way in (3, 5):
+        fresh = model.of_way(way).init(jax.random.key(1))
+        assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (fresh, start)), strict=True))
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, start))
+    alone = metalr.Learner(model, spec, start, rates, {"outer": {"learns": "rates"}})
+    with_init = metalr.Learner(model, spec, start, rates)
+
+    def sample(key):
+        x = jax.random.normal(key, (8, 6))
+        y = jnp.arange(8) % 4
+        return metalr.Episode(x[:4], y[:4], x[4:], y[4:])
+
+    made = metalr.Tasks(sample, sample, sample)
+    np.testing.assert_allclose(alone.evaluate(made, 5).mean, with_init.evaluate(made, 5).mean, rtol=1e-6)
+
+
 def test_what_has_no_number_for_each_class_is_refused():
     net = model("shared")
     with pytest.raises(ConfigError, match="inner.granularity: expected shared, layer or tensor"):

@@ -73,7 +73,7 @@ def test_transductive_means_what_it_says(norm, transductive):
     ("name", "settings", "message"),
     [
         ("resnet", {}, r"model.name: expected one of \('mlp'"),
-        ("mlp", {"widths": (0,)}, "model.widths: expected positive"),
+        ("mlp", {"widths": (0,)}, "model.widths: expected at least 1, got 0"),
         ("mlp", {"dropout": 1.0}, "model.dropout: expected 0 <= dropout < 1"),
         ("mlp", {"depth": 3}, "model mlp: .*depth"),
         ("conv4", {"norm": "layer"}, "model.norm: expected one of"),
@@ -249,6 +249,44 @@ def test_bfloat16_computes_the_same_to_its_digits_with_float32_outside(name):
     assert "dtype" not in exact.settings
     with pytest.raises(ConfigError, match=r"model.dtype: expected one of"):
         models.build(name, 3, (28, 28, 1), dtype="float16")
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_params_are_float32_with_64_bits_too(name):
+    """So an artifact can be read whatever jax_enable_x64 is."""
+    with jax.enable_x64(True):
+        params = models.build(name, 3, (8, 8, 1)).init(jax.random.key(0))
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: models.mlp(0, (3,)), "way: expected at least 1, got 0"),
+        (lambda: models.mlp("3", (3,)), "way: expected a whole number"),
+        (lambda: models.mlp(3, 3), "input_shape: expected a tuple of numbers, got 3"),
+        (lambda: models.mlp(3, (3,), widths=64), r"model.widths: expected a tuple of layer widths, .*, got 64"),
+        (lambda: models.mlp(3, (3,), widths=(2.5,)), "model.widths: expected a whole number"),
+        (lambda: models.conv4(3, (28, 28)), r"input_shape: expected \(height, width, channels\), got \(28, 28\)"),
+        (lambda: models.rnn(3, (28,)), r"input_shape: expected \(height, width, channels\)"),
+        (lambda: models.transformer(3, (28, 28, 1), width=8.0), "model.width: expected a whole number"),
+        (lambda: models.from_function(lambda: 3, lambda p, x: x), "model: init: expected a function of a key"),
+        (
+            lambda: models.from_linen(nn.Dense(3), np.zeros((2,), np.float32)[:0].reshape(0)),
+            "model, example_x: expected a module that is called with the inputs alone",
+        ),
+        (lambda: models.from_linen(nn.Dropout(0.5), np.zeros((2, 3), np.float32)), "it says: .*deterministic"),
+    ],
+)
+def test_what_a_network_cannot_be_made_of(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_shape_may_be_a_list():
+    model = models.mlp(1, [3], widths=(2,))
+    assert model.input_shape == (3,)
+    assert model.apply(model.init(jax.random.key(0)), np.zeros((4, 3), np.float32)).shape == (4, 1)
 
 
 def test_another_start_keeps_the_order_of_the_layers():

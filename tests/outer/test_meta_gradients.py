@@ -12,7 +12,7 @@ from metalr.errors import ConfigError
 from metalr.evaluation import protocol
 from metalr.inner import hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.outer import Implicit, Joint, Reptile, Reverse, algorithms, loop
+from metalr.outer import Forward, Implicit, Joint, Reptile, Reverse, algorithms, loop
 from metalr.types import Episode, MetaParams
 
 pytestmark = pytest.mark.numerical
@@ -193,6 +193,32 @@ def test_contract_of_every_algorithm(name, blobs):
     ]
     assert abs(scores[0][0] - 0.1) < 0.06  # before adaptation: chance
     assert scores[1][-1] > scores[0][-1] + 0.05, (scores[0][-1], scores[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "message"),
+    [
+        ({}, {"horizon": 0}, "horizon: expected at least 1, got 0"),
+        ({}, {"method": Forward(), "step_weights": jnp.ones(2)}, "step_weights: expected None with Forward"),
+        ({}, {"method": Reverse(last=1), "step_weights": jnp.ones(2)}, "step_weights: expected None with Reverse"),
+        ({}, {"step_weights": jnp.ones(3)}, r"step_weights: expected one for each of 2 steps, got shape \[3\]"),
+        ({}, {"method": Implicit()}, "inner.proximal: expected a start with Implicit"),
+    ],
+)
+def test_what_a_way_cannot_do_is_refused_and_not_ignored(spec, settings, message):
+    spec = RatesSpec("layer", steps=2, **spec)
+    meta = outer.initial(SMOOTH, spec, jax.random.key(0))
+    with pytest.raises(ConfigError, match=message):
+        outer.meta_gradient(SMOOTH, spec, meta, toy_episodes(), jax.random.split(jax.random.key(0), 3), **settings)
+
+
+@pytest.mark.parametrize("method", [Forward(), Reptile(), Joint(), Implicit()])
+def test_a_head_that_is_made_for_each_task_takes_a_way_that_goes_through_it(method):
+    model = models.build("mlp", 2, (4, 4, 1), widths=(3,), head_start="zero")
+    spec = RatesSpec("layer", steps=2, proximal=0.5)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    with pytest.raises(ConfigError, match="inner.head_start: expected 'learned' with"):
+        outer.meta_gradient(model, spec, meta, toy_episodes(), jax.random.split(jax.random.key(0), 3), method)
 
 
 def test_dropout_is_active_in_meta_training():

@@ -1,6 +1,7 @@
 """Tasks of any kind: splits by task id, small tasks, samplers that cannot work, and what the check says of them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +93,9 @@ def test_trees_of_columns_of_any_kind():
         ({"task": np.arange(214)}, DataError, "expected at least 2 rows of each task, got one of 0, 1"),
         ({"task": np.zeros(214, int)}, DataError, "expected at least 3 tasks"),
         ({"x": np.array(["a"] * 214)}, DataError, "expected numbers, got <U1; turn categories into numbers"),
-        ({"shot": 0}, ConfigError, "shot: expected an integer of at least 1, got 0"),
-        ({"shot": 2.5}, ConfigError, "shot: expected an integer of at least 1, got 2.5"),
-        ({"query": "3"}, ConfigError, "query: expected an integer of at least 1, got '3'"),
+        ({"shot": 0}, ConfigError, "shot: expected at least 1, got 0"),
+        ({"shot": 2.5}, ConfigError, "shot: expected a whole number of at least 1, got 2.5"),
+        ({"query": "3"}, ConfigError, "query: expected a whole number of at least 1, got '3'"),
         (
             {"task": np.full(214, np.nan)},
             DataError,
@@ -227,6 +228,118 @@ def test_sinusoid_is_that_of_the_paper():
     assert tops.min() < 0.5
     assert tops.max() > 4.5
     assert not np.allclose(made.train(jax.random.key(1)).support_x, made.test(jax.random.key(1)).support_x)
+
+
+class Simulator:
+    """A sampler that is a method, which is a new object each time it is taken from its own."""
+
+    def draw(self, key):
+        return sample_line(key)
+
+
+def sample_line(key):
+    x = jax.random.normal(key, (8, 2))
+    return Episode(x[:4], x[:4, :1], x[4:], x[4:, :1])
+
+
+@pytest.mark.parametrize("draw", [Simulator().draw, functools.partial(sample_line)])
+def test_a_method_or_a_partial_given_twice_is_one_function(draw):
+    made = Tasks(draw, Simulator().draw, Simulator().draw)  # of two objects: their episodes say that they are the same
+    with pytest.raises(DataError, match=r"tasks.validation: expected other episodes than tasks.test has"):
+        made.check(LINE, "squared_error")
+    simulator = Simulator()
+    made = Tasks(draw, simulator.draw, simulator.draw)
+    made.check(LINE, "squared_error")
+    of = {part: made.sampler(part).sample((), jax.random.key(3)) for part in ("validation", "test")}
+    assert not np.array_equal(of["validation"].support_x, of["test"].support_x)
+    copied = functools.partial(draw)
+    Tasks(draw, functools.partial(copied.func), functools.partial(copied.func)).check(LINE, "squared_error")
+
+
+def test_labels_below_zero_or_of_two_axes_are_refused_without_a_known_number_of_outputs():
+    x, _, ids = table()
+    three = models.from_function(
+        lambda key: {"head": {"kernel": jax.random.normal(key, (2, 3))}}, lambda p, x: x @ p["head"]["kernel"]
+    )
+    of = np.arange(len(x)) % 3
+    for y, message in (
+        (of - 1, r"tasks.train: y: expected integer labels 0..2 with cross_entropy, got int32 -1..1"),
+        (of + 1, r"expected integer labels 0..2 with cross_entropy, got int32 1..3"),
+        (of[:, None], r"expected one label an example, shape \[n\], got"),
+        (of > 1, r"expected integer labels 0..2 with cross_entropy, got bool"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Tasks.from_arrays(x, y, ids).check(three, "cross_entropy")
+    Tasks.from_arrays(x, of, ids).check(three, "cross_entropy")
+
+
+def test_a_loss_of_ones_own_that_pairs_all_outputs_with_all_targets_is_refused():
+    x, y, ids = table()
+    made = Tasks.from_arrays(x / 100, y[:, 0] / 100, ids)
+    model = models.mlp(1, (2,), widths=(4,))
+    broadcast = Objective("mine", lambda outputs, targets: jnp.square(outputs - targets).mean())
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(ConfigError, match=r"pairs every output with every target; in it, first outputs.reshape"),
+    ):
+        made.check(model, broadcast)
+    for good in (
+        lambda outputs, targets: jnp.square(outputs[:, 0] - targets).mean(),
+        lambda outputs, targets: jnp.square(outputs.reshape(targets.shape) - targets).mean(),
+        lambda outputs, targets: jnp.square(outputs - targets[:, None]).mean(),
+    ):
+        made.check(model, Objective("mine", good))
+
+
+def test_frames_of_several_dtypes_are_numbers_and_columns_are_named():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"size": [1.5, 2.0, 3.0] * 6, "open": [True, False, True] * 6, "n": [1, 2, 3] * 6})
+    ids, y = np.repeat(np.arange(3), 6), np.arange(18.0)
+    for given in (frame, frame.convert_dtypes()):
+        pool = Tasks.from_arrays(given, y, ids, shot=2, query=2).pool["train"]
+        np.testing.assert_allclose(pool.x, frame.to_numpy(np.float32))
+        assert pool.x.dtype == np.float32
+    target = Tasks.from_arrays(frame, frame["n"].astype("Int64") - 1, ids, shot=2, query=2).pool["train"].y
+    assert target.dtype == np.int32
+    frame["day"] = pandas.date_range("2020", periods=18)
+    with pytest.raises(DataError, match="column 'day': expected numbers"):
+        Tasks.from_arrays(frame, y, ids)
+    frame["day"] = pandas.array([1, None, *range(16)], "Int64")
+    with pytest.raises(DataError, match="column 'day': expected a number in every row, row 1 has none"):
+        Tasks.from_arrays(frame, y, ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": np.ma.masked_less(np.arange(18.0), 3)}, "x, y: expected numbers everywhere, got masked ones"),
+        ({"task": np.zeros((18, 1), int)}, r"task: expected one id a row, shape \[rows\], got \[18, 1\]"),
+        ({"task": [0.0, np.inf] * 9}, "task: expected integers or strings, got float"),
+        ({"task": [0.0, 1e300] * 9}, "task: expected integers or strings, got float"),
+        ({"x": None}, "x: expected arrays with a row an example, got None"),
+        ({"validation": "a"}, "validation: expected a share of the tasks, got 'a'"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"shot": True}, "shot: expected a whole number of at least 1, got True"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(change, message):
+    given = {"x": np.arange(36.0).reshape(18, 2), "y": np.arange(18.0), "task": np.repeat(np.arange(3), 6)} | change
+    with pytest.raises((DataError, ConfigError), match=message):
+        Tasks.from_arrays(given.pop("x"), given.pop("y"), given.pop("task"), **given)
+
+
+def test_whatever_a_sampler_raises_is_said_of_it():
+    def broken(key):
+        return {}["a"]
+
+    with pytest.raises(DataError, match="tasks.train: the sampler failed: KeyError: 'a'"):
+        Tasks(broken, sample_line, sample_line).check(LINE, "squared_error")
+    with pytest.raises(DataError, match="failed: KeyError: 'a'"):
+        Tasks.from_host(broken, broken, broken)
+    with pytest.raises(ConfigError, match=r"tasks: expected a function of a numpy.random.Generator, got \[1\]"):
+        Tasks.from_host([1], [1], [1])
+    with pytest.raises(ConfigError, match="weights: expected a positive number"):
+        tasks.mixture(tasks.sinusoid(), tasks.sinusoid(), weights=(1.0, np.inf))
 
 
 def test_a_mixture_draws_from_all_by_weight():

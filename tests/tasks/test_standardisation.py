@@ -52,6 +52,26 @@ def test_means_are_of_the_meta_training_tasks_only():
     assert tasks("none").standardisation is None
 
 
+def test_rows_of_another_width_are_refused_and_not_broadcast():
+    wide = np.arange(24, dtype=np.float32).reshape(8, 3)
+    s = Standardisation.of(wide, wide[:, :2], "both")
+    for wrong in (wide[:, :1], wide[:, 0], wide[:3, 0]):
+        with pytest.raises(DataError, match=r"inputs: expected shape \[n, 3\] as in training, got"):
+            s.inputs(wrong)
+    for wrong in (wide[:, :1], wide[:2, 0]):
+        with pytest.raises(DataError, match=r"support_y: expected shape \[n, 2\] as in training, got"):
+            s.targets(wrong, "support_y")
+    one = Standardisation.of(wide, wide[:, :1], "both")
+    np.testing.assert_array_equal(one.targets(wide[:, 0]), one.targets(wide[:, :1])[:, 0])
+    flat = Standardisation.of(wide, wide[:, 0], "both")
+    np.testing.assert_array_equal(flat.targets(wide[:, 0]), flat.targets(wide[:, :1])[:, 0])
+
+
+def test_a_constant_of_float64_has_no_deviation():
+    s = Standardisation.of(np.full((10, 2), 0.1), np.ones(10), "inputs")
+    np.testing.assert_array_equal(s.x_deviation, [1, 1])
+
+
 def test_there_and_back():
     s = Standardisation.of(X, Y, "both")
     np.testing.assert_allclose(s.outputs(s.targets(Y)), Y, rtol=1e-6)
@@ -109,5 +129,7 @@ def test_what_does_not_fit_is_refused(learned):
         learned.evaluate(tasks(seed=5), episodes=5)
     with pytest.raises(ConfigError, match="mixture: expected task sets that are standardised alike"):
         metalr.tasks.mixture(tasks(), tasks("none"))
+    with pytest.raises(ConfigError, match=r'standardise: expected names of x without "/", got \'km/h\''):
+        Standardisation.of({"km/h": np.ones((4, 2))}, Y[:4], "inputs")
     with pytest.raises(DataError, match="x: expected the structure"):
         learned.apply(learned.init, X["size"])
