@@ -62,6 +62,8 @@ def diff(
     """
     from metalr.report import runs as listed
 
+    if not others:
+        raise ConfigError(f"others: expected another run beside {first}, got none")
     found = [listed.read(folder) for folder in (first, *others)]
     if json_:
         names = listed.differing(found)

@@ -294,18 +294,17 @@ def comparison(runs: Sequence[Run]) -> str:
     """The settings in which runs differ and what they found, a column a run."""
     names = differing(runs)
     rows: list[tuple[str, ...]] = [("", *(str(run.folder) for run in runs)), ("status", *(run.status for run in runs))]
-    if any(run.score is not None for run in runs):
-        metric = next(run.metric for run in runs if run.metric) or ""
+    for metric in dict.fromkeys(run.metric for run in runs if run.metric and run.score is not None):
         found = [
-            f"{shown(run.score, run.metric or metric)} {shown_interval(run.ci95, run.metric or metric)}".strip()
-            if run.score is not None
+            f"{shown(run.score, metric)} {shown_interval(run.ci95, metric)}".strip()
+            if run.score is not None and run.metric == metric
             else ""
             for run in runs
         ]
         rows.append((metric, *found))
     rows += [(name, *(plain(run.setting(name)) for run in runs)) for name in names]
     lines = aligned(rows, left=tuple(range(len(runs) + 1)))
-    return "\n".join(lines + ([] if names else ["", "their settings are the same"]))
+    return "\n".join(lines + ([] if names or len(runs) < 2 else ["", "their settings are the same"]))
 
 
 def details(run: Run, defaults: Settings) -> dict[str, Any]:

@@ -338,10 +338,19 @@ def test_a_table_of_classes_gives_their_names_back(tmp_path, capsys):
     capsys.readouterr()
     call("adapt", tmp_path / "run", tmp_path / "new.csv", "--json")
     assert set(json.loads(capsys.readouterr().out)["predictions"]) <= {"low", "high"}  # never one that it was not shown
+    given = frame[(frame.store == 4) & (frame.kind == "low")]
+    support = given.x.to_numpy(np.float32)[:4, None]
+    np.savez(tmp_path / "named.npz", support_x=support, support_y=given.kind.to_numpy(str)[:4], query_x=support[:2])
+    call("adapt", tmp_path / "run", tmp_path / "named.npz", "--json")
+    assert json.loads(capsys.readouterr().out)["predictions"] == ["low", "low"]
+    np.savez(tmp_path / "new.npz", support_x=support, support_y=np.array(["new"] * 4), query_x=support[:2])
+    assert "support_y: expected one of the classes ['high', 'low', 'odd'], got 'new'" in refused(
+        capsys, "adapt", tmp_path / "run", tmp_path / "new.npz"
+    )
     frame.to_csv(tmp_path / "index.csv")
     for change, message in (
         (["--data.target", "kinds"], "data.target: expected columns of t.csv"),
-        (["--objective", "squared_error"], "column 'kind': expected numbers"),
+        (["--objective", "squared_error"], "such as 'low'; for classes leave --objective out"),
         (["--data", tmp_path / "index.csv"], "expected a name for every column, got 'Unnamed: 0', such as the row"),
         (
             ["--data", tmp_path / "t.tsv"],

@@ -63,6 +63,18 @@ def test_what_differs(tmp_path):
     assert same.endswith("their settings are the same")
 
 
+def test_each_metric_has_a_row_of_its_own(tmp_path):
+    for name, metric in (("a", "accuracy"), ("b", "mse")):
+        folder = made(tmp_path / name)
+        curve = [{"steps": 5, metric: 0.25, "ci95": 0.1}]
+        facts = {"metric": {"name": metric}, "config": json.loads((folder / "config.json").read_text()), "curve": curve}
+        (folder / "results.json").write_text(json.dumps(facts))
+    lines = runs.comparison([runs.read(tmp_path / "a"), runs.read(tmp_path / "b")]).splitlines()
+    found = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert found["accuracy"] == ["25.00", "%", "±", "10.00"]
+    assert found["mse"][0] == "0.25"
+
+
 def test_the_newest_of_a_name(tmp_path):
     for name in ("mine", "mine-2", "mine-too"):
         made(tmp_path / name)
