@@ -99,7 +99,8 @@ def test_programs_are_traced_for_the_default_device(monkeypatch, device, platfor
 def with_devices(count, code, *arguments):
     """What `code` prints as JSON at its end, in a process with so many CPU devices."""
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
+    fast = os.environ.get("XLA_FLAGS", "")  # what conftest found to compile sooner
+    flags = {"XLA_FLAGS": f"{fast} --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
     given = [sys.executable, "-c", code, *map(str, arguments)]
     env = clean | flags | {"JAX_NUM_CPU_DEVICES": str(count)}
     ended = subprocess.run(given, env=env, capture_output=True, text=True, timeout=400)

@@ -30,11 +30,19 @@ def episodes(tasks=2, support=6, dtype=jnp.float64):
     return Episode(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
 
-def gradient(spec, method, meta=None, model=MODEL, **options):
+COMPILED = {}  # a program serves all values of the meta-parameters; without jit, every call compiles its loops again
+
+
+def gradient(spec, method, meta=None, model=MODEL, step_weights=None, **options):
     if meta is None:
         meta = jax.tree.map(lambda v: v.astype(jnp.float64), outer.initial(MODEL, spec, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(0), 2)
-    return meta, *outer.meta_gradient(model, spec, meta, episodes(), keys, method, **options)
+
+    def of(meta, step_weights):
+        keys = jax.random.split(jax.random.key(0), 2)
+        return outer.meta_gradient(model, spec, meta, episodes(), keys, method, step_weights=step_weights, **options)
+
+    compiled = COMPILED.setdefault((spec, method, id(model), *sorted(options.items())), jax.jit(of))
+    return meta, *compiled(meta, step_weights)
 
 
 def close(a, b, **tolerance):
