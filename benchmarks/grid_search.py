@@ -151,14 +151,20 @@ def several_horizons(case: Case, horizons: tuple[int, ...], pretraining: int, sh
 
 
 def few_shot_several_horizons(
-    tasks: TaskConfig, seed: int, model: ModelConfig | None = None, images: str = "mnist", share: float = 1.0
+    tasks: TaskConfig,
+    seed: int,
+    model: ModelConfig | None = None,
+    images: str = "mnist",
+    share: float = 1.0,
+    searched: int = 20,
 ) -> Case:
     """The settings that were chosen for rotated 5-shot tasks, on any tasks.
 
     seed: of the test tasks. share: of the outer steps that were chosen, of pre-training too.
+    searched: tasks of searches.
     """
     outer = OuterConfig(steps=round(600 * share), init_rate=2e-3, rates_rate=5e-2, validate_every=100)
-    case = few_shot(tasks, model or MLP, outer, images=images, seed=seed, searchers=NEW)
+    case = few_shot(tasks, model or MLP, outer, searched, images=images, seed=seed, searchers=NEW)
     return several_horizons(case, (1, 5, 20, 50), pretraining=round(4000 * share), base="adam", rate=3e-3, knots=3)
 
 
@@ -260,7 +266,7 @@ CASES = {
         TaskConfig("rotated", 10, 5), 20261204, ModelConfig(widths=(64,) * 8)
     ),
     "rotated 10-way 5-shot, GRU, several horizons": few_shot_several_horizons(
-        TaskConfig("rotated", 10, 5), 20261222, ModelConfig(name="rnn", width=32), share=0.5
+        TaskConfig("rotated", 10, 5), 20261222, ModelConfig(name="rnn", width=32), share=0.5, searched=0
     ),
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": FASHION,
     "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": rates_of_pretrained(
