@@ -36,12 +36,10 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise DataError(f"{what}: expected numbers everywhere, got masked ones; leave these rows out, or fill them")
-    given, value = value, np.asarray(value)
-    if value.dtype.kind == "O" and hasattr(given, "columns"):  # a DataFrame with columns of several dtypes
-        named = [(f"{what}: column {str(name)!r}", given.iloc[:, at]) for at, name in enumerate(given.columns)]
-        return np.stack([as_numbers(_of_column(column, name), name).astype(np.float32) for name, column in named], 1)
-    if value.dtype.kind == "O" and hasattr(given, "isna"):
-        value = _of_column(given, what)
+    found = by_column(value, what)
+    if found[0][1].ndim < np.ndim(value):
+        return np.stack([as_numbers(column, name).astype(np.float32) for name, column in found], axis=1)
+    value = found[0][1]
     if value.dtype.kind == "f":
         return value.astype(np.float32)
     if value.dtype.kind in "iu" and value.dtype != np.uint8:
@@ -53,6 +51,20 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
     if value.dtype.kind in "bu":
         return value
     raise DataError(f"{what}: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
+
+
+def by_column(value: Any, what: str) -> list[tuple[str, np.ndarray]]:
+    """An array as it is, under the name `what`; of a DataFrame with columns of several dtypes each column by itself.
+
+    Raises DataError where a value of such a column is missing.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind != "O" or not hasattr(value, "isna"):
+        return [(what, array)]
+    if not hasattr(value, "columns"):
+        return [(what, _of_column(value, what))]
+    named = [(f"{what}: column {str(name)!r}", value.iloc[:, at]) for at, name in enumerate(value.columns)]
+    return [(name, _of_column(column, name)) for name, column in named]
 
 
 def _of_column(column: Any, what: str) -> np.ndarray:

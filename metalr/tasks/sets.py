@@ -26,7 +26,7 @@ from metalr.tasks.host import Draw, feeds, host_failure
 from metalr.tasks.host import sampler as host_sampler
 from metalr.tasks.images import Part, Parts, Sampler, choose, make_samplers, make_splits, second_key
 from metalr.tasks.standardisation import Standardisation
-from metalr.trees import as_numbers, check_digits, count, path_name, whole_numbers
+from metalr.trees import as_numbers, by_column, check_digits, count, path_name, whole_numbers
 from metalr.types import Episode
 
 PARTS = ("train", "validation", "test")
@@ -209,7 +209,8 @@ class Tasks:
         columns = getattr(x, "columns", None)  # of a DataFrame
         for what, tree in (("x", x), ("y", y)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                check_digits(np.asarray(leaf), f"{what} {path_name(path)}".strip())
+                for name, column in by_column(leaf, f"{what} {path_name(path)}".strip()):
+                    check_digits(column, name)
         x, y = (jax.tree.map(functools.partial(as_numbers, what="x, y"), tree) for tree in (x, y))
         _check_rows({"x": x, "y": y}, len(ids), ids.shape)
         names, number, counts = np.unique(ids, return_inverse=True, return_counts=True)

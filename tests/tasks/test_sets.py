@@ -301,6 +301,12 @@ def test_frames_of_several_dtypes_are_numbers_and_columns_are_named():
         assert pool.x.dtype == np.float32
     target = Tasks.from_arrays(frame, frame["n"].astype("Int64") - 1, ids, shot=2, query=2).pool["train"].y
     assert target.dtype == np.int32
+    alone = Tasks.from_arrays(frame[["n"]].astype("Int64"), y, ids, shot=2, query=2).pool["train"].x
+    assert alone.shape == (18, 1)
+    frame["second"] = 1.7e9 + np.arange(18)
+    with pytest.raises(DataError, match="column 'second':.* expected numbers that float32 can tell apart"):
+        Tasks.from_arrays(frame, y, ids)
+    del frame["second"]
     frame["day"] = pandas.date_range("2020", periods=18)
     with pytest.raises(DataError, match="column 'day': expected numbers"):
         Tasks.from_arrays(frame, y, ids)
