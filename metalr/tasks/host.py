@@ -29,7 +29,7 @@ class Feed:
         if not callable(draw):
             raise ConfigError(f"tasks: expected a function of a numpy.random.Generator, got {draw!r:.80}")
         check_whole("workers", workers)
-        check_whole("ahead", ahead)
+        check_whole("ahead", ahead, 0)
         self._draw, self._part, self._ahead = draw, part, ahead
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="metalr-episodes")
         self._waiting: dict[bytes, Future[Episode]] = {}

@@ -416,7 +416,7 @@ def test_labels_of_a_table_are_checked_as_jax_arrays_too():
     learned = learner(model=model)
     x = np.random.default_rng(0).random((4, 4), np.float32)
     for labels in (jnp.array([0, 1, 2, 9]), np.array([0, 1, 2, 9]), jnp.array([0.0, 1.0, 2.0, 1.0])):
-        with pytest.raises(DataError, match="support_y: expected integer labels 0..2, got"):
+        with pytest.raises(DataError, match="support_y: expected integer labels 0..2 with cross_entropy, got"):
             learned.adapt(x, labels)
 
 
