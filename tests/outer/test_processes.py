@@ -66,8 +66,7 @@ def test_processes_of_a_launcher_join_and_a_coordinator_that_nobody_reaches_is_r
 
 def train(out, *more, **env):
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    fast = os.environ.get("XLA_FLAGS", "")  # what conftest found to compile sooner
-    flags = {"XLA_FLAGS": f"{fast} --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
+    flags = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
     call = [sys.executable, "-m", "metalr.cli", "train", *(more or [*TRAIN, "--out", str(out)])]
     return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
