@@ -34,6 +34,7 @@ SUMMARY = {  # case -> what README calls it, and the numbers of steps that it sh
     "mixed 10-way 5-shot, several horizons": ("rotated, permuted or relabeled", (1, 50)),
     "scaled 10-way 5-shot, several horizons": ("inputs of another scale", (1, 50)),
     "rotated 10-way 5-shot, 8 hidden layers, several horizons": ("rotated, 8 hidden layers", (1, 50)),
+    "rotated 10-way 5-shot, GRU, several horizons": ("rotated, a GRU", (1, 50)),
     "Fashion-MNIST, rotated 10-way 5-shot, several horizons": ("Fashion-MNIST, rotated", (1, 50)),
     "Fashion-MNIST, rotated 10-way 5-shot, rates of the pre-trained init": (
         "the same, rates alone, of the pre-trained init",
@@ -44,6 +45,7 @@ LEAST = {
     "rotated, full data, several horizons": 0.88,
     "rotated 10-way 5-shot, several horizons": 0.86,
     "scaled 10-way 5-shot, several horizons": 0.945,
+    "rotated 10-way 5-shot, GRU, several horizons": 0.6,
     "relabeled 10-way 5-shot, several horizons": 0.4,
     "mixed 10-way 5-shot, several horizons": 0.4,
     "rates alone, two layers of 64": 0.4,
