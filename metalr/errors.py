@@ -59,7 +59,7 @@ def check_whole(setting: str, value: object, least: int = 1, note: str = "") -> 
 def check_seed(setting: str, value: object) -> None:
     """Raises ConfigError unless a seed is one that random keys tell apart: they hold 32 bits of it."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
-        raise ConfigError(f"{setting}: expected a whole number from 0 to 2^32 - 1, got {value!r}")
+        raise ConfigError(f"{setting}: expected 0 <= seed < 2^32, got {value!r}")
 
 
 def one_line(error: BaseException) -> str:

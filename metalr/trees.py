@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import jax
@@ -106,10 +107,9 @@ def check_digits(values: np.ndarray, what: str) -> None:
 
 def check_names(tree: Any) -> None:
     """Raises ConfigError if two leaves have the same name, as those of {"a/b": x, "a": {"b": y}} have."""
-    names = leaf_names(tree)
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"params: expected path names that differ, got two of the name {twice[0]!r}")
+    for name, count in collections.Counter(leaf_names(tree)).items():
+        if count > 1:
+            raise ConfigError(f"params: expected path names that differ, got two of the name {name!r}")
 
 
 def count(tree: Any) -> int:

@@ -12,7 +12,7 @@ import optax
 from metalr import data, models, outer, tasks
 from metalr.config import GridConfig, InnerConfig, ModelConfig, SearchConfig, TrainConfig
 from metalr.config.files import check_literals, differences, from_json
-from metalr.errors import ConfigError, check_choices
+from metalr.errors import ConfigError, check_choices, check_seed
 from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters, optimizers
 from metalr.inner.hyperparameters import RatesSpec
@@ -276,8 +276,7 @@ LEAST = {  # of settings that count something
 def _check_counts(config: TrainConfig, row: algorithms.Algorithm) -> None:
     """Raises ConfigError for numbers out of their range."""
     for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"{name}: expected 0 <= seed < 2^32, got {seed}")
+        check_seed(name, seed)
     for name in ("multi_step", "first_order_share"):
         if not 0 <= getattr(row, name) <= 1:
             raise ConfigError(f"outer.{name}: expected a share of the outer steps, 0..1, got {getattr(row, name)}")

@@ -34,7 +34,14 @@ class Feed:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="metalr-episodes")
         self._waiting: dict[bytes, Future[Episode]] = {}
         self._lock = threading.Lock()
-        self.example = self._one(np.zeros(2, np.uint32))
+        try:
+            self.example = self._one(np.zeros(2, np.uint32))
+        except MetalrError:
+            raise
+        except Exception as error:  # whatever a loader of the user's own raises; of later draws see host_failure
+            raise DataError(
+                f"tasks: a function that draws episodes on the host failed: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
     def prefetch(self, keys: np.ndarray) -> None:
         """Begin to draw the episodes of these keys, [n, words] uint32, in their order, as far as there is room."""
@@ -58,14 +65,7 @@ class Feed:
         return self._one(key) if waiting is None else waiting.result()
 
     def _one(self, key: np.ndarray) -> Episode:
-        try:
-            drawn = self._draw(np.random.default_rng([self._part, *key.tolist()]))
-        except MetalrError:
-            raise
-        except Exception as error:  # whatever a loader of the user's own raises
-            raise DataError(
-                f"tasks: a function that draws episodes on the host failed: {type(error).__name__}: {one_line(error)}"
-            ) from error
+        drawn = self._draw(np.random.default_rng([self._part, *key.tolist()]))
         if not isinstance(drawn, (tuple, list)) or len(drawn) != len(Episode._fields):
             raise DataError(f"tasks: expected a function that gives an Episode, got {type(drawn).__name__}")
         episode = jax.tree.map(functools.partial(as_numbers, what="tasks"), Episode(*drawn))

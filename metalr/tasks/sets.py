@@ -431,14 +431,15 @@ def _outputs_of(part: str, model: Model, episode: Episode) -> int | None:
     if model.way is not None:
         return model.way
 
-    def outputs(episode: Episode) -> Any:
-        init = model.init(jax.random.key(0))
-        start = model.begin(init, episode.support_x, episode.support_y)
-        return predict(model.apply, start, episode.support_x, episode.query_x)
-
     with _said_of(part):
-        found = jax.tree.leaves(jax.eval_shape(outputs, episode))
+        found = jax.tree.leaves(jax.eval_shape(functools.partial(_of_init, model), episode))
     return found[0].shape[1] if len(found) == 1 and found[0].ndim == 2 else None
+
+
+def _of_init(model: Model, episode: Episode) -> Any:
+    """Outputs of a random init for an episode's query set."""
+    start = model.begin(model.init(jax.random.key(0)), episode.support_x, episode.support_y)
+    return predict(model.apply, start, episode.support_x, episode.query_x)
 
 
 @contextlib.contextmanager
@@ -456,9 +457,7 @@ def _loss_of_init(part: str, model: Model, objective: Objective, episode: Episod
     """The query loss of a random init. Raises as Tasks.check says."""
 
     def measured(episode: Episode) -> tuple[dict[str, Any], Any]:
-        init = model.init(jax.random.key(0))
-        start = model.begin(init, episode.support_x, episode.support_y)
-        outputs = predict(model.apply, start, episode.support_x, episode.query_x)
+        outputs = _of_init(model, episode)
         found = objective.measure(outputs, episode.query_y) | {"the loss": objective.loss(outputs, episode.query_y)}
         return found, outputs
 
@@ -657,9 +656,9 @@ def mixture(*parts: Tasks, weights: tuple[float, ...] | None = None) -> Tasks:
         raise ConfigError(f"mixture: expected at least 2 task sets, got {len(parts)}")
     given = (1.0,) * len(parts) if weights is None else tuple(weights)
     good = len(given) == len(parts) and all(isinstance(w, Real) and 0 < w < np.inf for w in given)
-    shares = np.asarray(given, float) if good else np.zeros(len(parts))
     if not good:
         raise ConfigError(f"weights: expected a positive number for each of {len(parts)} task sets, got {weights}")
+    shares = np.asarray(given, float)
     first, *rest = (each.standardisation for each in parts)
     if any(other is not first and not (first and first.same_as(other)) for other in rest):
         raise ConfigError("mixture: expected task sets that are standardised alike, got some that are not")

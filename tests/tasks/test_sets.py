@@ -324,7 +324,7 @@ def test_frames_of_several_dtypes_are_numbers_and_columns_are_named():
         ({"task": [0.0, 1e300] * 9}, "task: expected integers or strings, got float"),
         ({"x": None}, "x: expected arrays with a row an example, got None"),
         ({"validation": "a"}, "validation: expected a share of the tasks, got 'a'"),
-        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"seed": -1}, r"seed: expected 0 <= seed < 2\^32, got -1"),
         ({"shot": True}, "shot: expected a whole number of at least 1, got True"),
     ],
 )
