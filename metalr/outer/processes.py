@@ -14,7 +14,6 @@ import numpy as np
 
 from metalr.errors import ConfigError, one_line
 
-HEARTBEAT_SECONDS = 30  # without a sign of life for so long, a process counts as gone
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "heartbeat", "Connection closed by peer", "Connection reset by peer", "UNAVAILABLE")
 COUNTS = {  # what a launcher sets in each process that it starts: (how many there are, which one this is)
     "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -57,7 +56,7 @@ def join_processes() -> bool:
             for setting, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
             if name in os.environ
         }
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**given)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected host:port, a count, and a number "

@@ -56,7 +56,7 @@ def test_processes_of_a_launcher_join_and_a_coordinator_that_nobody_reaches_is_r
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
     processes.join_processes()
-    assert calls == [{"heartbeat_timeout_seconds": processes.HEARTBEAT_SECONDS}]
+    assert calls == [{}]
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
     with pytest.raises(ConfigError, match="expected a host that all machines reach, got 127.0.0.1:1234"):
@@ -71,6 +71,13 @@ def train(out, *more, **env):
     return subprocess.Popen(call, env=clean | flags | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(*processes, code=0, timeout=300):
+    """What each of them printed, as (output, errors); a failure shows all of it."""
+    printed = [process.communicate(timeout=timeout) for process in processes]
+    assert {process.returncode for process in processes} == {code}, "\n".join(text for both in printed for text in both)
+    return printed
+
+
 def two_processes(out, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,13 +88,11 @@ def two_processes(out, *more):
 
 def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
     both = two_processes(tmp_path / "two")
-    printed = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
+    printed = finish(*both)
     assert "accuracy" in printed[0][0]
     assert "accuracy" not in "".join(printed[1]), "only the first process reports"
     alone = train(tmp_path / "one", JAX_NUM_CPU_DEVICES="2")
-    printed = alone.communicate(timeout=300)
-    assert alone.returncode == 0, printed
+    finish(alone)
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
         assert one == two, name
@@ -107,12 +112,10 @@ def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
     assert any(store.glob("step_*"))
     assert not (tmp_path / "two" / "results.json").exists()
     again = two_processes(tmp_path / "two", "--resume", str(tmp_path / "two"))
-    printed = [process.communicate(timeout=300) for process in again]
-    assert [process.returncode for process in again] == [0, 0], printed
+    printed = finish(*again)
     assert "resumed at outer step" in printed[0][1]
     alone = train(tmp_path / "one", *TRAIN, *longer, "--out", str(tmp_path / "one"), JAX_NUM_CPU_DEVICES="2")
-    printed = alone.communicate(timeout=300)
-    assert alone.returncode == 0, printed
+    finish(alone)
     for name in ("metrics.jsonl", "artifact/learner.safetensors"):
         one, two = (Path(tmp_path / run / name).read_bytes() for run in ("one", "two"))
         assert one == two, name
@@ -126,14 +129,11 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
     while not any(store.glob("step_*")) and time.monotonic() < until and begun.poll() is None:
         time.sleep(0.02)
     begun.terminate()
-    begun.communicate(timeout=200)
-    assert begun.returncode == cli.EXIT_STOPPED
+    finish(begun, code=cli.EXIT_STOPPED)
     again = train("", "--resume", str(tmp_path / "moved"), JAX_NUM_CPU_DEVICES="1")
-    printed = again.communicate(timeout=300)
-    assert again.returncode == 0, printed
+    finish(again)
     whole = train("", *TRAIN, *longer, "--out", str(tmp_path / "whole"), JAX_NUM_CPU_DEVICES="1")
-    printed = whole.communicate(timeout=300)
-    assert whole.returncode == 0, printed
+    finish(whole)
     moved, other = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("moved", "whole"))
     assert len(moved) == len(other) == 602
     for a, b in zip(moved, other, strict=True):
@@ -172,7 +172,6 @@ def test_processes_of_different_settings_are_refused(tmp_path):
     both = [
         train("", *TRAIN, "--seed", str(i), "--out", str(tmp_path / "x"), **join, JAX_PROCESS_ID=str(i)) for i in (0, 1)
     ]
-    printed = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [2, 2], printed
+    printed = finish(*both, code=2)
     assert "processes: expected the same settings, data and versions in all" in printed[0][1]
     assert "this one differs in ['settings']" in printed[1][1]
