@@ -44,6 +44,11 @@ class Curve(NamedTuple):
     tasks: np.ndarray  # [episodes, points] float64 (or [episodes, rates, points]): the score on each query set
     groups: np.ndarray | None = None  # [episodes] int: which task each is of, if tasks can be counted; None: all differ
 
+    @property
+    def different_tasks(self) -> int:
+        """How many different tasks the episodes are of."""
+        return len(self.tasks if self.groups is None else np.unique(self.groups))
+
     def each_point(self) -> list[tuple[int, Curve]]:
         """Every number of steps, and a curve of that point alone."""
         alone = (

@@ -298,6 +298,7 @@ def evaluate(
     results = {
         "run": str(run),
         "episodes": asked.episodes,
+        "held_out_tasks": curve.different_tasks,
         "split_sha256": setup.source.split_sha256,
         "transductive": learner.model.transductive,
         "metric": {"name": learner.objective.choose_by, "maximise": learner.objective.maximise},

@@ -79,6 +79,7 @@ def import_images(
     min_per_class: int = 0,
     size: int | None = None,
     gray: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Check your own images and labels, and keep them under a name.
 
@@ -90,6 +91,7 @@ def import_images(
       min_per_class: leave out classes with fewer images.
       size: pictures: resize to that many pixels, square.
       gray: pictures: one channel in place of three.
+      overwrite: replace other data of that name. Runs that were begun with those cannot go on then.
     """
     from metalr import data
     from metalr.data import sources
@@ -106,7 +108,7 @@ def import_images(
         dataset = sources.read_idx(source, min_per_class=min_per_class, name=called)
     else:
         dataset = data.from_npz(source, called, min_per_class=min_per_class)
-    data.write_cache(dataset)
+    data.write_cache(dataset, overwrite=overwrite)
     print(dataset)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -396,7 +397,7 @@ def searched(
         x = models.unit(episode.support_x) if model.takes_images else episode.support_x
         begun = model.begin(model.init(init_key) if start is None else start, x, episode.support_y)
         init = jax.tree.map(lambda v: jnp.asarray(v)[None], begun)
-        arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode))
+        arrays = jax.tree.map(jnp.asarray, fit.hold_out(episode, by_class=field.objective.of_classes))
         train = count(arrays.train_y)  # with label noise, classes and so parts differ in size from task to task
         fitting = space.fitting(train)
         given = [one | {"batch_size": fitting.nearest(one["batch_size"])} for one in first.get(searcher, ())]
@@ -426,27 +427,49 @@ def _engine(searcher: str) -> str:
     return "grid" if searcher == GRID_OF_VALIDATION else searcher.rstrip("+")
 
 
-def portfolio(found: Sequence[Searched], size: int, objective: Objective) -> list[dict[str, Any]]:
+def portfolio(found: Sequence[Searched], space: SpaceConfig, size: int, objective: Objective) -> list[dict[str, Any]]:
     """The cells of a grid that together did best on tasks of meta-validation, greedily: the best one for all first.
 
     Feurer et al. 2022 (auto-sklearn 2.0, section 3.1): each cell is added whose portfolio has the best mean over tasks,
-    where a task's score is that of its best member.
+    where a task's score is that of its best member. A cell that is not finite in a task counts as its worst one there;
+    a task in which none is does not count.
 
     Args:
       found: the grid of each task.
+      space: the grid. Its batch sizes stand for those of tasks that are smaller than they are.
       size: how many cells at most.
     """
-    cells = [trial.params for trial in trials_lib.in_order(found[0].trials)]
     sign = 1.0 if objective.maximise else -1.0
-    scores = sign * np.array([[np.mean(trial.test) for trial in trials_lib.in_order(one.trials)] for one in found])
-    scores = np.where(np.isfinite(scores), scores, -np.inf)
-    best, chosen = np.full(len(found), -np.inf), list[int]()
+    scores: dict[tuple[Any, ...], np.ndarray] = {}  # by what a cell is in each task
+    cells = []
+    for batch, rate, epochs in itertools.product(space.batch_sizes, space.learning_rates, space.epochs):
+        own = [_cell_of(one, batch, rate, epochs) for one in found]
+        what = tuple(tuple(sorted(trial.params.items())) for trial in own)
+        if what not in scores:  # batches of all of a small task are one cell
+            scores[what] = sign * np.array([np.mean(trial.test) for trial in own])
+            cells.append({"batch_size": batch, "learning_rate": rate, "epochs": epochs})
+    table = np.stack([*scores.values()], axis=1)  # [tasks, cells]
+    finite = np.isfinite(table)
+    table = table[finite.any(1)] if finite.any() else np.zeros_like(table)
+    worst = np.min(table, axis=1, keepdims=True, initial=np.inf, where=np.isfinite(table))
+    table = np.where(np.isfinite(table), table, worst)
+    best, chosen = np.full(len(table), -np.inf), list[int]()
     for _ in range(min(size, len(cells))):
-        means = np.maximum(best[:, None], scores).mean(0)
-        means[chosen] = -np.inf
-        chosen.append(int(means.argmax()))
-        best = np.maximum(best, scores[:, chosen[-1]])
+        means = np.maximum(best[:, None], table).mean(0)
+        chosen.append(max((i for i in range(len(cells)) if i not in chosen), key=lambda i: means[i]))
+        best = np.maximum(best, table[:, chosen[-1]])
     return [cells[i] for i in chosen]
+
+
+def _cell_of(found: Searched, batch: int, rate: float, epochs: int) -> trials_lib.Trial:
+    """The trial of a task's grid that a cell of the whole space is there."""
+    sizes = sorted({trial.params["batch_size"] for trial in found.trials})
+    own = SpaceConfig(batch_sizes=tuple(sizes)).nearest(batch)
+    return next(
+        trial
+        for trial in found.trials
+        if (trial.params["batch_size"], trial.params["learning_rate"], trial.params["epochs"]) == (own, rate, epochs)
+    )
 
 
 def mean_cost(space: SpaceConfig, train: int) -> float:

@@ -97,7 +97,8 @@ def with_settings(config: Any, values: dict[str, Any], prefix: str = "") -> Any:
     """A config with settings changed, by dotted name ("outer.init_rate"). Raises ConfigError for an unknown one."""
     for name, value in values.items():
         first, _, rest = name.partition(".")
-        if first not in {field.name for field in dataclasses.fields(config)}:
+        known = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else ()
+        if first not in known:
             raise ConfigError(f"{prefix}{name}: no such setting")
         changed = with_settings(getattr(config, first), {rest: value}, f"{prefix}{first}.") if rest else value
         config = dataclasses.replace(config, **{first: changed})

@@ -6,6 +6,7 @@ network and never picks another dataset than the one it was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -88,7 +89,7 @@ def _content_sha256(dataset: Dataset) -> str:
 
 
 def check_images(images: np.ndarray, what: str = "images") -> np.ndarray:
-    """[n, height, width, channels] from uint8 0..255 or float 0..1, channel axis optional.
+    """[n, height, width, channels] from uint8 0..255, float 0..1 or bool, channel axis optional.
 
     Floats that are bytes divided by 255 become uint8, which takes a quarter of the memory; others stay float32.
 
@@ -96,6 +97,8 @@ def check_images(images: np.ndarray, what: str = "images") -> np.ndarray:
       DataError: any other dtype, rank, or a non-finite or out-of-range pixel; channels that do not come last.
     """
     images = np.asarray(images)
+    if images.dtype == bool:
+        images = images * np.uint8(255)
     if images.ndim not in (3, 4):
         raise DataError(
             f"{what}: expected shape [n, height, width] or [n, height, width, channels], got {images.shape}"
@@ -144,6 +147,10 @@ def check_labels(labels: np.ndarray, count: int, what: str = "labels") -> np.nda
         raise DataError(f"{what}: expected shape [{count}], one label an image, got {labels.shape}")
     if labels.dtype.kind not in "iuUST":
         raise DataError(f"{what}: expected integers or strings, got {labels.dtype}")
+    if labels.dtype.kind in "iu":
+        if labels.max(initial=0) > np.iinfo(np.int64).max:
+            raise DataError(f"{what}: expected integers of 64 bits with a sign, got {labels.max()}")
+        return labels.astype(np.int64)  # as those of the other part: int64 beside uint64 would become floats
     return labels
 
 
@@ -168,7 +175,7 @@ def from_arrays(
     """A Dataset from a user's own arrays.
 
     Args:
-      images: uint8 0..255 or float 0..1, [n, height, width] or [n, height, width, channels]; or, with no labels,
+      images: uint8 0..255, float 0..1 or bool, [n, height, width] or [n, height, width, channels]; or, with no labels,
         one row a class: [classes, n, height, width] or [classes, n, height, width, channels].
       labels: [n] integers or strings; classes are numbered in their order, and keep their names.
       test_images, test_labels: the test part. Without one, the last sixth of every class becomes it, unless
@@ -195,6 +202,8 @@ def from_arrays(
     labels = check_labels(labels, len(images))
     if not len(images):
         raise DataError("images: expected at least one image, got none")
+    if images.dtype == np.uint8 and images.max() == 1:
+        raise DataError("images: expected uint8 0..255, got 0 and 1 alone; pass images.astype(bool), or floats 0..1")
     if (test_images is None) != (test_labels is None):
         raise DataError("test_images and test_labels: expected both or neither, got one")
     if test_images is None or test_labels is None:
@@ -364,9 +373,20 @@ def cached_path(name: str, setting: str = "data.name") -> Path:
     return cache_dir() / "datasets" / name
 
 
-def write_cache(dataset: Dataset) -> Path:
-    """Save decoded arrays to the cache, whole or not at all; replaces an older copy. Returns the folder."""
+def write_cache(dataset: Dataset, *, overwrite: bool = True) -> Path:
+    """Save decoded arrays to the cache, whole or not at all; replaces an older copy. Returns the folder.
+
+    overwrite: False refuses to replace other content, with a ConfigError.
+    """
     target = cached_path(dataset.name)
+    if not overwrite and (target / "dataset.json").is_file():
+        with contextlib.suppress(DataError):  # a damaged one is mended
+            there = read_cache(dataset.name)
+            if there.sha256 != dataset.sha256:
+                raise ConfigError(
+                    f"data {dataset.name!r}: expected a new name, got that of other data ({there}); give another name, "
+                    "or overwrite them"
+                )
 
     def fill(part: Path) -> None:
         for key in PARTS:

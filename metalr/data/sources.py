@@ -21,12 +21,15 @@ import urllib.parse
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metalr.data import arrays
-from metalr.errors import DataError, one_line
+from metalr.errors import DataError, check_whole, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 # sha256 of the uncompressed content, magic number and dimensions of the four files of MNIST.
 IDX_FILES = {
@@ -274,6 +277,8 @@ def write_tfds(dataset: arrays.Dataset, folder: Path) -> Path:
     return target
 
 
+# Folders of parts, and not of classes.
+PARTS_OF_OTHERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -289,24 +294,32 @@ def read_folder(
       min_per_class: leave out classes with fewer pictures.
       name: what it is called; default: the folder's name.
 
-    Raises DataError: no folder, no pictures, one that cannot be read, or sizes that differ.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    Transparent parts become white; of 16 bits, the 8 high ones are kept.
 
+    Raises:
+      DataError: no folder, no pictures, folders of parts (train, test) in place of classes, one that cannot be read or
+        has 32 bits, or sizes that differ. ConfigError: a size below 1.
+    """
+    from PIL import ImageOps
+
+    if size is not None:
+        check_whole("size", size)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of pictures for each class, found none")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES and file.is_file()]
+    files = [file for file in _files(folder) if file.suffix.lower() in PICTURES]
     in_class = [file for file in files if len(file.relative_to(folder).parts) > 1]
     if not in_class:
         raise DataError(f"{folder}: expected pictures in a folder for each class, FOLDER/CLASS/*.png, found none")
+    top = {file.relative_to(folder).parts[0] for file in in_class}
+    if len(top) > 1 and {name.lower() for name in top} <= PARTS_OF_OTHERS:
+        raise DataError(
+            f"{folder}: expected a folder for each class, got {', '.join(sorted(top))}, which would make several "
+            f"classes of one; import one of them, such as {folder / min(top)}, or put each class's pictures together"
+        )
     images, labels = [], []
     sizes: dict[tuple[int, int], Path] = {}
     for file in in_class:
-        try:
-            with Image.open(file) as picture:
-                pixels = ImageOps.exif_transpose(picture).convert("L" if gray else "RGB")
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise DataError(f"{file}: cannot be read as a picture: {one_line(error)}") from error
+        pixels = _pixels(file, "L" if gray else "RGB")
         if size is not None:
             pixels = ImageOps.fit(pixels, (size, size))
         sizes.setdefault(pixels.size, file)
@@ -325,6 +338,38 @@ def read_folder(
         min_per_class=min_per_class,
         name=name or folder.resolve().name,
         source=f"pictures in {folder.resolve().name}/",
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files in a folder and those below it, also behind links, sorted. What begins with a dot is left out."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _pixels(file: Path, mode: str) -> Picture:
+    """A picture as 8-bit gray ("L") or colours ("RGB"); transparent parts are white. Raises DataError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            kind = upright.mode
+            if kind.startswith("I;16") or (kind == "I" and picture.format == "PNG"):  # the 8 high bits of 16
+                return Image.fromarray((np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)).convert(mode)
+            if kind not in ("I", "F"):
+                if upright.has_transparency_data:
+                    with_alpha = upright.convert("RGBA")
+                    upright = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
+                return upright.convert(mode)
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise DataError(f"{file}: cannot be read as a picture: {one_line(error)}") from error
+    raise DataError(
+        f"{file}: expected a picture of 8 or 16 bits, got one of 32 (Pillow's mode {kind}), whose range nothing says; "
+        "scale it to 0..1 and bring it in an .npz (metalr data import FILE.npz)"
     )
 
 

@@ -92,6 +92,8 @@ def read_table(
         missing = [name for name in wanted if name not in names]
         if missing:
             raise ConfigError(f"{setting}: expected columns of {path.name}, {names}; it has no {missing[0]!r}")
+        if len(set(wanted)) < len(wanted):
+            raise ConfigError(f"{setting}: expected every column once, got {wanted}")
     if not target or set(target) & {task_column, *features} or (classes is not False and len(target) != 1):
         raise ConfigError(
             "data.target: expected one or more columns (one, of classes) that are neither the task's nor features, "
@@ -194,6 +196,8 @@ def _targets(
             f"data.target: {path}: expected classes in {target[0]!r}, got numbers such as {present.iloc[0]:g}; for "
             "numbers: --objective squared_error"
         )
+    if present.dtype.kind in "mM":
+        raise DataError(f"data.target: {path}: expected classes in {target[0]!r}, got times such as {present.iloc[0]}")
     values = present.astype(str).to_numpy(str).tolist()
     if classes is True:
         shown = set(present.to_numpy().tolist())

@@ -65,6 +65,11 @@ class Objective:
         if {"loss", "gradient_norm", "finite", "step"} & set(self.metrics):
             raise ConfigError(f"objective {self.name!r}: metrics: expected other names than those of the outer loop")
 
+    @property
+    def of_classes(self) -> bool:
+        """Whether integer targets say which class an example is of."""
+        return self.targets != "numbers"
+
     def in_units(self, back: Callable[[Any], Any]) -> Objective:
         """The same loss, with metrics of back(outputs) and back(targets): in the targets' own units."""
 

@@ -15,7 +15,7 @@ from metalr.errors import ConfigError
 from metalr.report import examples
 from metalr.report import runs as listed
 from metalr.report.figures import Series, chart, heat_map, number, table
-from metalr.report.tables import conclusion, contest_conclusion, plain, shown, shown_interval
+from metalr.report.tables import conclusion, contest_conclusion, held_out, plain, shown, shown_interval
 from metalr.storage import folders
 
 MOST_POINTS = 300  # of a line over outer steps
@@ -103,26 +103,10 @@ def _runs(runs: Sequence[listed.Run]) -> list[str]:
         parts.append("<h2>In what they differ</h2>" + _differences(runs))
     names = _names([run for run, _ in finished])
     if finished:
-        metric = finished[0][1]["metric"]["name"]
-        alike = [
-            (name, results)
-            for name, (_, results) in zip(names, finished, strict=True)
-            if results["metric"]["name"] == metric
-        ]
-        curves = [_curve(name, results) for name, results in alike]
         parts.append("<h2>On new tasks</h2>")
-        parts.append(
-            chart(
-                f"{metric} over inner steps", f"{metric} on held-out tasks after each inner step, with 95 % intervals.",
-                curves, x_label="inner steps", y_label=f"{metric}, mean over held-out tasks, 95 % interval",
-                percent=metric == "accuracy",
-            )
-        )  # fmt: skip
-        for name, results in alike:
-            if results.get("comparison"):
-                parts.append(_methods(f"{name}: beside a grid search on the same tasks", results["comparison"], metric))
-                cells = results.get("grid", {}).get("cells", [])
-                parts += _grid(name, cells, metric, results["metric"]["maximise"])
+        named = [(name, results) for name, (_, results) in zip(names, finished, strict=True)]
+        for metric in dict.fromkeys(results["metric"]["name"] for _, results in named):
+            parts += _on_new_tasks(metric, [one for one in named if one[1]["metric"]["name"] == metric])
         looked_at = [(name, _shown(run)) for name, (run, _) in zip(names, finished, strict=True)]
         pictured = [part for name, facts in looked_at if facts for part in examples.parts(name, facts)]
         if pictured:
@@ -133,6 +117,21 @@ def _runs(runs: Sequence[listed.Run]) -> list[str]:
     parts += [_training(name, run) for name, run in zip(_names(runs), runs, strict=True)]
     parts.append("<h2>What was run</h2>")
     parts += [_made(run) for run in runs]
+    return parts
+
+
+def _on_new_tasks(metric: str, named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The curves of runs that have one metric, and what each was compared with. named: (name, results)."""
+    drawn = chart(
+        f"{metric} over inner steps", f"{metric} on held-out tasks after each inner step, with 95 % intervals.",
+        [_curve(name, results) for name, results in named], x_label="inner steps",
+        y_label=f"{metric}, mean over held-out tasks, 95 % interval", percent=metric == "accuracy",
+    )  # fmt: skip
+    parts = [drawn]
+    for name, results in named:
+        if results.get("comparison"):
+            parts.append(_methods(f"{name}: beside a grid search on the same tasks", results["comparison"], metric))
+            parts += _grid(name, results.get("grid", {}).get("cells", []), metric, results["metric"]["maximise"])
     return parts
 
 
@@ -148,8 +147,11 @@ def _code(text: Any) -> str:
 def _answer(run: listed.Run, results: dict[str, Any]) -> str:
     """The first sentence: what a new task gets after how many steps, and what a grid search gets for how much more."""
     text = f"<b>{html.escape(run.folder.name)}</b>: {html.escape(conclusion(results))}"
-    tasks = f"{results['config']['evaluation']['episodes']} held-out tasks: {html.escape(results['tasks'])}"
-    return f'<p class="answer">{text}</p><p class="soft">{tasks}. The intervals are over tasks, of this one run.</p>'
+    about = held_out(results["config"]["evaluation"]["episodes"], results.get("held_out_tasks"))
+    steps = results["config"]["inner"]["steps"]
+    known = any(point["ci95"] is not None for point in results["curve"] if point["steps"] in (0, steps))
+    interval = "The intervals are over tasks, of this one run." if known else "Of one task there is no interval."
+    return f'<p class="answer">{text}</p><p class="soft">{about}: {html.escape(results["tasks"])}. {interval}</p>'
 
 
 def _differences(runs: Sequence[listed.Run]) -> str:
@@ -163,11 +165,7 @@ def _differences(runs: Sequence[listed.Run]) -> str:
 def _curve(name: str, results: dict[str, Any]) -> Series:
     metric = results["metric"]["name"]
     points = [p for p in results["curve"] if p[metric] is not None]
-    y, ci = [p[metric] for p in points], [p["ci95"] or 0.0 for p in points]
-    return Series(
-        name, [p["steps"] for p in points], y, [a - b for a, b in zip(y, ci, strict=True)],
-        [a + b for a, b in zip(y, ci, strict=True)],
-    )  # fmt: skip
+    return _with_band(name, [(p["steps"], p[metric], p["ci95"]) for p in points])
 
 
 def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
@@ -191,18 +189,24 @@ def _methods(title: str, rows: Sequence[dict[str, Any]], metric: str) -> str:
 
 def against_cost(rows: Sequence[dict[str, Any]], metric: str) -> list[Series]:
     """A line for each method of a comparison, score against cost, with its 95 % intervals as a band."""
-    series: dict[str, list[tuple[float, float, float]]] = {}
+    series: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in rows:
         if row[metric] is not None:
-            cost, ci95 = float(np.mean(row["example_gradients"])), row["ci95"] or 0.0
-            series.setdefault(row["method"], []).append((cost, row[metric], ci95))
+            cost = float(np.mean(row["example_gradients"]))
+            series.setdefault(row["method"], []).append((cost, row[metric], row["ci95"]))
     return [
-        Series(
-            name, [x for x, _, _ in found], [y for _, y, _ in found], [y - ci for _, y, ci in found],
-            [y + ci for _, y, ci in found], points=len(found) == 1,
-        )
-        for name, found in ((name, sorted(found)) for name, found in series.items())
-    ]  # fmt: skip
+        _with_band(name, sorted(found, key=lambda point: point[:2]))._replace(points=len(found) == 1)
+        for name, found in series.items()
+    ]
+
+
+def _with_band(name: str, points: Sequence[tuple[float, float, float | None]]) -> Series:
+    """(x, y, half-width of the interval) as a line with its band; without one where an interval is not known."""
+    line = Series(name, [x for x, _, _ in points], [y for _, y, _ in points])
+    band = [(y - width, y + width) for _, y, width in points if width is not None]
+    if len(band) < len(points):
+        return line
+    return line._replace(low=[low for low, _ in band], high=[high for _, high in band])
 
 
 def _shown(run: listed.Run) -> dict[str, Any] | None:
@@ -354,7 +358,7 @@ def _comparison(run: listed.Run) -> list[str]:
         for c in results["conclusions"]
         if c["learned_reaches_it_with"] is not None
     ]  # fmt: skip
-    tasks = f"{results['tasks']} held-out tasks, {results['searched_tasks']} searched"
+    tasks = f"{held_out(results['tasks'], results.get('held_out_tasks'))}, {results['searched_tasks']} searched"
     about = f"{results['family']}, {results['regime']}: {tasks}."
     head = ["method", "steps", metric, "the learned method reaches it at", "paid back after tasks"]
     return [

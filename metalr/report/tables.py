@@ -38,13 +38,20 @@ def _direction(results: dict[str, Any]) -> list[str]:
     return [f"{found['name']}: less is better"] if found.get("maximise") is False else []
 
 
+def held_out(episodes: int, tasks: int | None) -> str:
+    """How much a score rests on. tasks: how many different ones the episodes are of; None: as many as there are."""
+    if tasks in (None, episodes):
+        return f"{episodes} held-out tasks"
+    return f"{episodes} episodes of {tasks} held-out task{'s' * (tasks != 1)}"
+
+
 def text(results: dict[str, Any]) -> str:
     """The final table of a run: method, accuracy with 95 % CI after k steps, cost of one task."""
     training = results["training"]
     episodes = results["config"]["evaluation"]["episodes"]
     lines = [
         "",
-        f"{results['tasks']}, {episodes} held-out tasks, "
+        f"{results['tasks']}, {held_out(episodes, results.get('held_out_tasks'))}, "
         f"data {results['data']['name']}" + (", transductive norm" if results["transductive"] else ""),
         "",
     ]
@@ -293,8 +300,8 @@ def contest_text(results: dict[str, Any]) -> str:
             )
         )
     about = (
-        f"{results['family']}, {results['regime']}: {results['tasks']} held-out tasks, {results['searched_tasks']} of "
-        f"them searched; {results['data']}"
+        f"{results['family']}, {results['regime']}: {held_out(results['tasks'], results.get('held_out_tasks'))}, "
+        f"{results['searched_tasks']} of them searched; {results['data']}"
     )
     widths = results["config"].get("widths")
     if widths:
@@ -316,7 +323,8 @@ def bars(values: list[float]) -> str:
 
 def curve_text(results: dict[str, Any]) -> str:
     """The adaptation curve of an evaluation."""
-    head = f"{results['run']}: {results['episodes']} held-out tasks, split {results['split_sha256'][:12]}"
+    about = held_out(results["episodes"], results.get("held_out_tasks"))
+    head = f"{results['run']}: {about}, split {results['split_sha256'][:12]}"
     lines = [head, *curve_lines(results["curve"]), *_direction(results)]
     if "label_orders" in results:
         found = results["label_orders"]

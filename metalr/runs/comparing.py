@@ -23,7 +23,7 @@ from metalr import data, models, report, tasks
 from metalr.comparison import rivals
 from metalr.comparison.rivals import Field, Key, Scores, Searched
 from metalr.config import CompareConfig, SpaceConfig, TrainConfig
-from metalr.config.files import differences, from_json, read_config
+from metalr.config.files import check_literals, differences, from_json, read_config
 from metalr.errors import ConfigError, one_line
 from metalr.evaluation import protocol
 from metalr.inner import Objective, hyperparameters, optimizers
@@ -160,6 +160,7 @@ def _locate(recorded: dict[str, str], folder: Path) -> Path:
 def _check(config: CompareConfig) -> None:
     """Raises ConfigError for settings that cannot work, whatever the runs are."""
     from_json(config.to_json(), CompareConfig)  # the types, as in a config file
+    check_literals(config)
     for name, values in (("lengths", config.lengths), ("budgets", config.budgets)):
         if not values or not all(0 < value < np.inf for value in values):
             raise ConfigError(f"{name}: expected one or more positive numbers, got {values}")
@@ -172,6 +173,9 @@ def _check(config: CompareConfig) -> None:
     unknown = sorted(set(config.searchers) - set(names))
     if unknown or not config.searchers:
         raise ConfigError(f"searchers: expected some of {names}, got {unknown or 'none'}")
+    for name, once in (("searchers", config.searchers), ("rivals", config.rivals)):
+        if len(set(once)) < len(once):
+            raise ConfigError(f"{name}: expected each once, got {once}")
     for name in config.rivals:
         optimizers.without_search(name, "rivals")
     for name in ("batch_size", "shot", "query"):
@@ -204,6 +208,9 @@ def _set_up(
     elif config.fan_in:
         raise ConfigError(f"fan_in: expected 0 without --widths of another network, got {config.fan_in}")
     made = from_json(trained[0]["config"])
+    if made.outer.part == "validation" and (config.part == "validation" or config.early_stopping):
+        what = "part: expected test" if config.part == "validation" else "early_stopping: expected False"
+        raise ConfigError(f"{what} with runs that learned on meta-validation tasks (outer.part)")
     for path, found in zip(pretrained, joint_trained, strict=True):
         _check_pretrained(f"pretrained: {path}", from_json(found["config"]), made)
         if _data_sha256(found) != _data_sha256(trained[0]):
@@ -425,7 +432,8 @@ def _field_of_tasks(
     test, validation = given.sampler("test"), given.sampler("validation")
     shapes = jax.eval_shape(test[1], test[0], jax.random.key(0))
     support, query = count(shapes.support_y), count(shapes.query_y)
-    return _field(config, learner, test, validation, support), {
+    field = _field(config, learner, test, validation, support)
+    return field, {
         "family": given.name,
         "regime": regime(support // (learner.model.classes if learner.objective.targets == "classes" else 1)),
         "data": given.name,
@@ -433,6 +441,7 @@ def _field_of_tasks(
         "split_sha256": given.sha256,
         "trained_on": {"data": trained.data, "family": given.name},
         "tasks": config.tasks,
+        "held_out_tasks": config.tasks if field.groups is None else len(np.unique(field.groups)),
         "searched_tasks": config.searched,
         "support": support,
         "query": query,
@@ -454,7 +463,7 @@ def _field(config: CompareConfig, learner: Learner, test: Any, validation: Any, 
         keys,
         tuning,
         support,
-        count(fit.hold_out(jax.jit(sample)(pool, keys[0])).train_y),
+        count(fit.hold_out(jax.jit(sample)(pool, keys[0]), by_class=learner.objective.of_classes).train_y),
         tuple(sorted({max(1, round(length * (support // size))) for length in config.lengths})),
         size,
         learner.objective,
@@ -587,7 +596,7 @@ def _searches(
             for origin in inits:
                 numbers = range(config.tuning_tasks)
                 tuned[origin] = [grids[(origin, rivals.GRID_OF_VALIDATION, task)] for task in numbers]
-                cells = rivals.portfolio(tuned[origin], max(rivals.PORTFOLIOS.values()), field.objective)
+                cells = rivals.portfolio(tuned[origin], config.space, max(rivals.PORTFOLIOS.values()), field.objective)
                 first = {name: cells[:size] for name, size in rivals.PORTFOLIOS.items()}
                 found |= search(field, {origin: portfolios}, first)
     rows: list[Scores] = []

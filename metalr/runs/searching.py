@@ -114,7 +114,7 @@ def set_up(config: SearchConfig, model: models.Model | None = None, dataset: dat
     dataset = data.load(config.data) if dataset is None else dataset
     way = dataset.classes if config.task is None else config.tasks.way
     model = model_of(config.model, way, dataset, model)
-    arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed)
+    arrays = fit.hold_out(_episode(config, dataset), config.validation, config.seed, by_class=True)
     searchers.check_fits(space, len(arrays.train_y))
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
     init = jax.jit(jax.vmap(model.init))(keys)

@@ -85,6 +85,10 @@ def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
     table = data.read_table(
         path, target=columns.target, task_column=columns.task_column, features=columns.features, classes=not numeric
     )
+    if not numeric and len(table.classes) < 2:
+        raise ConfigError(
+            f"data.target: expected two classes or more in {columns.target[0]!r}, got {list(table.classes)}"
+        )
     if targets == "binary" and len(table.classes) != 2:
         raise ConfigError(f"objective: expected two classes with {config.objective}, got {list(table.classes)}")
     choice = columns.standardise

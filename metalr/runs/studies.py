@@ -13,7 +13,8 @@ import numpy as np
 
 from metalr.config import GridConfig, TrainConfig
 from metalr.errors import ConfigError, one_line
-from metalr.evaluation import protocol
+from metalr.evaluation import protocol, small_grid
+from metalr.inner import hyperparameters
 from metalr.learner import artifact
 from metalr.runs import evaluating
 from metalr.runs.setup import set_up
@@ -36,10 +37,7 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     for each in configs:
         set_up(each)
         folders.check_free(each.out, FILES, overwrite=each.overwrite)
-    try:
-        (folder / "results").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
+    _make(folder / "results")
     per_seed = [run(each, name=name) for each in configs]
     metric = per_seed[0]["metric"]["name"]
     summary = _head(name, seeds, per_seed[0]) | {
@@ -55,6 +53,13 @@ def run_seeds(config: TrainConfig, name: str, seeds: tuple[int, ...], folder: Pa
     learner = artifact.load(Path(per_seed[0]["folder"]) / "artifact")
     artifact.save(folder / "artifacts" / name, learner, overwrite=True)
     return summary
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"folder: {folder}: cannot be written: {one_line(error)}") from error
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:
@@ -88,9 +93,14 @@ def run_study(
       MetalrError: as `run`; no seeds, or the same one twice. Checked for all variants before any is trained.
     """
     _check_seeds(seeds)
+    if horizons:
+        small_grid.check(dataclasses.replace(grid, steps=tuple(horizons)))
     for config in variants.values():
         for seed in seeds:
-            set_up(dataclasses.replace(config, seed=seed))
+            setup = set_up(dataclasses.replace(config, seed=seed))
+        if horizons:
+            hyperparameters.check_steps(setup.spec, max(horizons))
+    _make(folder / "results")
     rows: list[dict[str, Any]] = []
     random_grids: dict[Any, Any] = {}
     for variant, base in variants.items():
@@ -128,7 +138,6 @@ def run_study(
             }
         )
     summary = _head(name, seeds, found[0]) | {"rows": rows}
-    (folder / "results").mkdir(parents=True, exist_ok=True)
     folders.write_json(folder / "results" / f"{name}.json", summary)
     return summary
 

@@ -17,13 +17,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
 from metalr.config import SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import check_literals, from_json, read_settings, settings_hash, with_settings
-from metalr.errors import ConfigError, check_choices, one_line
+from metalr.errors import ConfigError, check_choices, check_seed, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
 from metalr.runs import launchers, loggers, setup, workers
@@ -41,12 +41,14 @@ SHOWN = 12  # runs in the report, the best first
 REDRAWS = 100  # how often a combination that was drawn before is drawn anew
 # Settings that change which validation tasks there are, or what is measured on them: such runs cannot be ranked.
 UNRANKED = (
-    "objective", "data", "tasks", "table", "inner.horizons", "evaluation.seed", "evaluation.validation_episodes",
+    "objective", "data", "tasks", "table", "inner.horizons", "outer.part", "evaluation.seed",
+    "evaluation.validation_episodes",
 )  # fmt: skip
+OF_RUNS = ("seed", "out", "overwrite")  # settings that each run of a sweep has for itself
 
 
 class Range(NamedTuple):
-    """A setting that is drawn between two numbers, log-uniformly if both are above zero; whole numbers stay whole."""
+    """A setting that is drawn between two numbers, log-uniformly if both are above zero; whole numbers for some."""
 
     low: float
     high: float
@@ -194,7 +196,10 @@ def _check(sweep: Sweep, config: SweepConfig) -> None:
                 )
     elif config.slurm != SlurmConfig():
         raise ConfigError(f"slurm: expected nothing of it without --launcher slurm, got {config.slurm}")
+    check_seed("sampler_seed", config.sampler_seed)
     for name, axis in sweep.axes.items():
+        if name in OF_RUNS:
+            raise ConfigError(f"axes: expected settings that runs share, got {name!r}; seeds are given as `seeds`")
         if isinstance(axis, Range):
             if config.sampler == "grid":
                 raise ConfigError(f"{name}: expected values with --sampler grid, got the range {_short(axis)}")
@@ -249,15 +254,23 @@ def _drawn(axes: dict[str, Axis], number: int, again: int, config: SweepConfig) 
     """A combination at random; it depends on the seed, its number and how often it was drawn alone."""
     draw = np.random.default_rng([config.sampler_seed, number, again])
 
-    def one(axis: Axis) -> Any:
+    def one(name: str, axis: Axis) -> Any:
         if not isinstance(axis, Range):
             return axis[int(draw.integers(len(axis)))]
-        low, high = axis
+        low, high = axis.low, axis.high
         share = draw.uniform()
         value = float(low * (high / low) ** share) if low > 0 else float(low + share * (high - low))
-        return round(value) if isinstance(low, int) and isinstance(high, int) else value
+        return round(value) if _is_whole(name) else value
 
-    return {name: one(axis) for name, axis in axes.items()}
+    return {name: one(name, axis) for name, axis in axes.items()}
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a setting takes whole numbers."""
+    kind: Any = TrainConfig
+    for part in name.split("."):
+        kind = get_type_hints(kind)[part]
+    return int in (kind, *get_args(kind))
 
 
 def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[Point, float]]) -> Point:
@@ -271,8 +284,8 @@ def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[
         for name, axis in sweep.axes.items():
             if not isinstance(axis, Range):
                 spaces[name] = of.CategoricalDistribution([json.dumps(value) for value in axis])
-            elif isinstance(axis.low, int) and isinstance(axis.high, int):
-                spaces[name] = of.IntDistribution(axis.low, axis.high, log=axis.low > 0)
+            elif _is_whole(name):
+                spaces[name] = of.IntDistribution(int(axis.low), int(axis.high), log=axis.low > 0)
             else:
                 spaces[name] = of.FloatDistribution(axis.low, axis.high, log=axis.low > 0)
         sampler = optuna.samplers.TPESampler(seed=trial_seed(config.sampler_seed, number))

@@ -321,6 +321,7 @@ def _judged(
         "objective": setup.objective.name,
         "metric": {"name": setup.objective.choose_by, "maximise": setup.objective.maximise},
         "tasks": setup.source.tasks,
+        "held_out_tasks": curve.different_tasks,
         "curve": evaluating.curve_rows(curve, setup.objective.choose_by),
         "evaluation_seconds": round(seconds, 3),
     }

@@ -47,12 +47,14 @@ class Point(NamedTuple):
     test: np.ndarray  # [rates, seeds]
 
 
-def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
+def hold_out(episode: Episode, share: float = 0.2, seed: int = 0, *, by_class: bool) -> Arrays:
     """A task's support set as training and validation part; the query set is the test part.
 
-    Integer labels are stratified: a class with n examples gives round(share * n) of them, one at least, and keeps one
-    at least. Of other targets a random share is held out, one example at least, and one is kept at least. With one
-    example (of each class) the training part is the validation part too: nothing else is there to choose by.
+    Args:
+      by_class: integer labels are classes, and stratified: a class with n examples gives round(share * n) of them, one
+        at least, and keeps one at least. Of other targets a random share is held out, one example at least, and one is
+        kept at least. With one example (of each class) the training part is the validation part too: nothing else is
+        there to choose by.
 
     Raises ConfigError unless 0 < share < 1.
     """
@@ -61,7 +63,7 @@ def hold_out(episode: Episode, share: float = 0.2, seed: int = 0) -> Arrays:
     x, y, test_x, test_y = (jax.tree.map(np.asarray, v) for v in episode)
     rng = np.random.default_rng(seed)
     held = np.zeros(count(y), bool)
-    labels = isinstance(y, np.ndarray) and y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
+    labels = by_class and isinstance(y, np.ndarray) and y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
     groups = [np.flatnonzero(y == label) for label in np.unique(y)] if labels else [np.arange(len(held))]
     for rows in groups:
         held[rng.permutation(rows)[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True

@@ -1,23 +1,23 @@
 """Task families, their disjoint splits, and samplers `key -> Episode`."""
 
+from metalr.tasks.checks import Checked, check_labels
 from metalr.tasks.images import (
     ARC,
     ARCS,
     FAMILIES,
     PERMUTATIONS,
     Family,
-    Part,
-    Parts,
     Pool,
-    Sampler,
     Splits,
     TaskSplit,
     make_sampler,
     make_samplers,
     make_splits,
-    second_key,
 )
-from metalr.tasks.sets import Checked, OfCountedTasks, Tasks, check_labels, mixture, sinusoid
+from metalr.tasks.mixtures import mixture
+from metalr.tasks.samplers import OfCountedTasks, Part, Parts, Sampler, second_key
+from metalr.tasks.sets import Tasks
+from metalr.tasks.sinusoids import sinusoid
 from metalr.tasks.standardisation import Standardisation
 
 __all__ = [

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from metalr.data import Dataset, last_sixth
 from metalr.errors import ConfigError, DataError, check_whole
 from metalr.tasks import transforms
+from metalr.tasks.samplers import Part, Parts, choose, second_key
 from metalr.types import Episode
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -263,24 +264,6 @@ class Pool(NamedTuple):
     size: jax.Array  # [classes] int32; images of each class
 
 
-Sampler = Callable[[Pool, jax.Array], Episode]
-
-
-class Part(NamedTuple):
-    """One split's tasks: what they are drawn from, an argument of compiled programs, and `sample(pool, key)`."""
-
-    pool: Any
-    sample: Callable[[Any, jax.Array], Episode]
-
-
-class Parts(NamedTuple):
-    """The tasks of meta-training, meta-validation and meta-test."""
-
-    train: Part
-    validation: Part
-    test: Part
-
-
 def make_sampler(
     split: TaskSplit, way: int, shot: int, query: int, *, distort: float = 0.0, label_noise: float = 0.0
 ) -> Part:
@@ -365,31 +348,6 @@ def make_samplers(
     train, *others = splits
     noisy = functools.partial(make_sampler, way=way, shot=shot, query=query, label_noise=label_noise)
     return Parts(noisy(train, distort=distort), *(noisy(split) for split in others))
-
-
-def second_key(key: jax.Array) -> jax.Array:
-    """The key of what goes on beside sampling with `key`: an episode's inner loop, a random init.
-
-    JAX's fold_in(key, i) is split(key, n)[i], so a small number would give a key that the sampler uses too.
-    """
-    return jax.random.fold_in(key, 0x1AFE)
-
-
-def choose(key: jax.Array, count: int | jax.Array, k: int) -> jax.Array:
-    """k different integers below `count`, in random order: [k] int32. `count` may be traced.
-
-    Floyd's algorithm (Bentley and Floyd 1987), whose cost does not depend on `count`, then a shuffle.
-    """
-    draw_key, order_key = jax.random.split(key)
-    last = count - k + jnp.arange(k)
-    draws = jax.random.randint(draw_key, (k,), 0, last + 1)
-
-    def body(i: jax.Array, chosen: jax.Array) -> jax.Array:
-        taken = ((chosen == draws[i]) & (jnp.arange(k) < i)).any()
-        return chosen.at[i].set(jnp.where(taken, last[i], draws[i]))
-
-    chosen = jax.lax.fori_loop(0, k, body, jnp.zeros(k, draws.dtype))
-    return jax.random.permutation(order_key, chosen)
 
 
 def _label_order(key: jax.Array, way: int, residues: tuple[int, ...], modulus: int) -> jax.Array:

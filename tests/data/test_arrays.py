@@ -43,6 +43,21 @@ def test_labels_of_any_kind_are_numbered_and_keep_their_names():
         assert data.load("arrays").class_names == expected
 
 
+def test_labels_of_different_integers_are_integers():
+    dataset = data.from_arrays(
+        IMAGES, LABELS.astype(np.int64) + 5, test_images=IMAGES, test_labels=LABELS.astype(np.uint64) + 5
+    )
+    assert dataset.class_names == ("5", "6")
+
+
+def test_black_and_white_is_bool_and_no_uint8_of_0_and_1():
+    ink = np.arange(12 * 16).reshape(12, 4, 4) % 3 == 0
+    dataset = data.from_arrays(ink, LABELS)
+    assert set(np.unique(dataset.train_images)) == {0, 255}
+    with pytest.raises(DataError, match="expected uint8 0..255, got 0 and 1 alone; pass images.astype"):
+        data.from_arrays(ink.astype(np.uint8), LABELS)
+
+
 def test_classes_of_the_test_part_alone_become_a_class_split():
     """Omniglot's own layout."""
     images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1) * np.ones((1, 4, 4), np.uint8)

@@ -13,7 +13,7 @@ import pytest
 
 from metalr import data
 from metalr.data import sources
-from metalr.errors import DataError
+from metalr.errors import ConfigError, DataError
 
 REAL = os.environ.get("METALR_MNIST_IDX")
 
@@ -252,6 +252,61 @@ def test_folders_of_pictures(tmp_path):
         sources.read_folder(folder / "ant")
     with pytest.raises(DataError, match="expected a folder with a folder of pictures"):
         sources.read_folder(tmp_path / "none")
+
+
+def test_pictures_of_all_kinds_keep_what_they_show(tmp_path):
+    """A dark glyph on a light ground: also with the ground transparent, and in 16 bits."""
+    from PIL import Image
+
+    glyph = np.full((6, 6), 255, np.uint8)
+    glyph[2:4] = 0
+    clear = np.stack([np.zeros_like(glyph)] * 3 + [255 - glyph], axis=-1)
+    kinds = {
+        "gray": Image.fromarray(glyph),
+        "transparent": Image.fromarray(clear, "RGBA"),
+        "gray with transparency": Image.fromarray(clear[..., 2:], "LA"),
+        "deep": Image.fromarray(glyph.astype(np.uint16) * 257),
+        "bits": Image.fromarray(glyph > 0),
+    }
+    for name, picture in kinds.items():
+        for i in range(2):
+            (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "set" / name / f"{i}.png")
+    (tmp_path / "set" / "gray" / "._0.png").write_bytes(b"what another system leaves")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "set" / "deep")
+    for gray in (True, False):
+        dataset = sources.read_folder(tmp_path / "set", gray=gray)
+        assert dataset.classes == 6
+        for image in dataset.train_images:
+            np.testing.assert_array_equal(image, np.repeat(glyph[..., None], image.shape[-1], -1))
+    for values in (glyph.astype(np.int32), glyph / np.float32(255)):
+        Image.fromarray(values).save(tmp_path / "set" / "gray" / "wide.tif")
+        with pytest.raises(DataError, match=r"wide.tif: expected a picture of 8 or 16 bits, got one of 32"):
+            sources.read_folder(tmp_path / "set")
+    with pytest.raises(ConfigError, match="size: expected at least 1, got -3"):
+        sources.read_folder(tmp_path / "set", size=-3)
+
+
+def test_folders_of_parts_are_no_classes(tmp_path):
+    folder = pictures(tmp_path / "split", classes=("train/ant", "train/bee", "test/ant"), count=2)
+    with pytest.raises(DataError, match="expected a folder for each class, got test, train, .* import one of them"):
+        sources.read_folder(folder, size=8)
+    assert sources.read_folder(folder / "train", size=8).class_names == ("ant", "bee")
+
+
+def test_other_data_are_not_replaced_in_silence(tmp_path, capsys):
+    from metalr import cli
+
+    for i, classes in enumerate((("a", "b"), ("a", "b", "c"))):
+        pictures(tmp_path / str(i) / "images", classes=classes)
+    first, second = (["data", "import", str(tmp_path / str(i) / "images"), "--size", "8"] for i in (0, 1))
+    for call in (first, first):  # the same again is no loss
+        cli.main(call)
+    with pytest.raises(SystemExit):
+        cli.main(second)
+    assert "expected a new name, got that of other data (images: 20 train" in capsys.readouterr().err
+    cli.main([*second, "--overwrite"])
+    assert data.load("images").classes == 3
 
 
 def test_pictures_from_the_command_line_to_a_run(tmp_path, capsys):

@@ -56,6 +56,8 @@ def test_rows_without_a_target_are_to_be_predicted(tmp_path):
         ({}, {"target": []}, ConfigError, "data.target: expected one or more columns"),
         ({}, {"target": ["shop"]}, ConfigError, "neither the task's nor features"),
         ({}, {"features": ["kind"]}, DataError, "column 'kind': expected numbers, got .* such as 'x'"),
+        ({}, {"target": ["price", "price"]}, ConfigError, "data.target: expected every column once"),
+        ({}, {"features": ["size", "size"]}, ConfigError, "data.features: expected every column once"),
         ({"size": [1, None, 3, 4]}, {}, DataError, "column 'size': expected a number in every row, row 2 has none"),
         ({"price": [1, None, 3, 4]}, {}, DataError, "column 'price': expected a number in every row, row 2 has none"),
         ({"shop": ["a", None, "b", "b"]}, {}, DataError, "expected a task in every row"),
@@ -74,6 +76,12 @@ def test_what_does_not_fit_is_named(tmp_path, changes, options, error, message):
     settings = {"target": ["price"], "task_column": "shop", "features": ["size"]} | options
     with pytest.raises(error, match=message):
         data.read_table(path, **settings)
+
+
+def test_times_are_no_classes(tmp_path):
+    path = written(tmp_path / "t.parquet", kind=pandas.date_range("2024", periods=4))
+    with pytest.raises(DataError, match="expected classes in 'kind', got times such as 2024-01-01"):
+        data.read_table(path, target=["kind"], task_column="shop", features=["size"], classes=True)
 
 
 def test_a_file_without_some_targets_is_to_be_predicted(tmp_path):

@@ -274,11 +274,8 @@ def test_unknown_policy(parts):
 
 DEVICES = """
 import sys
-from metalr.outer import devices
-devices.use_all_cores() if sys.argv[1] == "cores" else None
 import jax
-if sys.argv[1] != "cores":
-    jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from metalr import data, models, outer, tasks
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.outer import loop
@@ -300,16 +297,21 @@ print(jax.local_device_count(), *metrics["loss"][:5].tolist())
 
 def test_number_of_devices_does_not_change_the_result():
     def losses(count):
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         call = [sys.executable, "-c", DEVICES, str(count)]
-        done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
         found, *values = done.stdout.split()
         return int(found), np.array(values, float)
 
     (one, alone), (two, split) = losses(1), losses(2)
     assert (one, two) == (1, 2)
     np.testing.assert_allclose(alone, split, rtol=1e-4)
-    assert losses("cores")[0] == len(os.sched_getaffinity(0))
+
+
+def test_one_device_a_core():
+    code = "from metalr.outer import devices; devices.use_all_cores(); import jax; print(jax.local_device_count())"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # its own are kept
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_two_processes_train_bit_for_bit_as_one_with_two_devices(tmp_path):
 
 def test_two_killed_processes_go_on_and_end_with_the_bits_of_one(tmp_path):
     """Both are killed once a checkpoint is there; the second one never sees the run folder's checkpoints itself."""
-    longer = ["--outer.steps", "3000", "--outer.checkpoint-every", "20", "--outer.validate-every", "1000"]
+    longer = ["--outer.steps", "1500", "--outer.checkpoint-every", "20", "--outer.validate-every", "500"]
     both = two_processes(tmp_path / "two", *TRAIN, *longer, "--out", str(tmp_path / "two"))
     store, until = tmp_path / "two" / "checkpoints", time.monotonic() + 200
     while not any(store.glob("step_*")) and time.monotonic() < until and both[0].poll() is None:

@@ -86,10 +86,27 @@ def test_a_metric_that_is_an_error_and_a_run_that_is_not_finished(tmp_path):
     text = page.page([error, stopped])
     assert "mse is 0.85 ± 0.01" in text
     assert "is stopped: it has no results yet" in text
+    both = page.page([error, made(tmp_path / "classes")])
+    assert {title for title in ("mse over inner steps", "accuracy over inner steps") if title in both} == {
+        "mse over inner steps",
+        "accuracy over inner steps",
+    }
     with pytest.raises(ConfigError, match="expected one or more run folders"):
         page.page([])
     with pytest.raises(ConfigError, match=r"expected a run with config.json"):
         page.page([tmp_path])
+
+
+def test_of_one_task_there_is_no_interval(tmp_path):
+    """A table with one shop to test on: its episodes are of one task, and no width is known."""
+    folder = made(tmp_path / "one", grid=False)
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"held_out_tasks": 1, "curve": [point | {"ci95": None} for point in results["curve"]]}
+    (folder / "results.json").write_text(json.dumps(results))
+    text = page.page([folder])
+    assert "600 episodes of 1 held-out task: tasks. Of one task there is no interval." in text
+    assert "±" not in text
+    assert "<polygon" not in text
 
 
 def test_ticks_are_round_and_inside():

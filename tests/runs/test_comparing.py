@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -258,12 +259,24 @@ def test_refusals(trained, tmp_path):
         ([a], {"tasks": 2.5}, "tasks: expected int, got 2.5"),
         ([a, a], {}, "runs: expected different run folders"),
         ([a], {"shot": 99}, "tasks.shot"),
+        ([a], {"part": "val"}, r"part: expected one of \('test', 'validation'\), got 'val'"),
+        ([a], {"searchers": ("grid", "grid")}, "searchers: expected each once"),
+        ([a], {"rivals": ("cocob", "cocob")}, "rivals: expected each once"),
         ([a], {"data": "mnist12k"}, "data: expected images of shape"),
         ([a, copy], {}, "runs: expected runs of different seeds, because each counts as one more, got 0 twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             comparing.run(runs_, dataclasses.replace(config, **change), reporter=QUIET)
         assert not config.out.exists()
+    of_validation = tmp_path / "of_validation"
+    shutil.copytree(a, of_validation)
+    for name in ("config.json", "results.json"):
+        stored = json.loads((of_validation / name).read_text())
+        (stored if name == "config.json" else stored["config"])["outer"]["part"] = "validation"
+        (of_validation / name).write_text(json.dumps(stored))
+    for change, name in (({"part": "validation"}, "part"), ({"early_stopping": True}, "early_stopping")):
+        with pytest.raises(ConfigError, match=f"{name}: expected .* with runs that learned on meta-validation tasks"):
+            comparing.run([of_validation], dataclasses.replace(config, **change), reporter=QUIET)
     with pytest.raises(ConfigError, match="pretrained: .*: expected a run of --inner.algorithm joint, got"):
         comparing.run([a], config, pretrained=[b], reporter=QUIET)
     assert not config.out.exists()
@@ -349,12 +362,30 @@ def test_a_portfolio_is_of_cells_that_do_well_together():
         made = [trials.Trial(i, 0.1 * (i + 1), 8, 1, (0.0,), (s,), {1: 0.0}, 10, 1.0) for i, s in enumerate(scores)]
         return rivals.Searched(made, 0.0, 0)
 
+    space = SpaceConfig((0.1, 0.2, 0.1 * 3), (1,), (8,))
     found = [grid([0.7, 0.9, 0.1]), grid([0.7, 0.8, 0.2]), grid([0.5, 0.5, 0.9])]
-    chosen = rivals.portfolio(found, 2, CROSS_ENTROPY)
+    chosen = rivals.portfolio(found, space, 2, CROSS_ENTROPY)
     assert [cell["learning_rate"] for cell in chosen] == pytest.approx([0.2, 0.3])
-    assert len(rivals.portfolio(found, 9, CROSS_ENTROPY)) == 3
-    errors = rivals.portfolio(found, 1, OBJECTIVES["squared_error"])
+    assert len(rivals.portfolio(found, space, 9, CROSS_ENTROPY)) == 3
+    errors = rivals.portfolio(found, space, 1, OBJECTIVES["squared_error"])
     assert errors[0]["learning_rate"] == pytest.approx(0.3)
+    found = [grid([math.nan] * 3), grid([0.1, 0.9, math.nan]), grid([0.1, 0.9, 0.2])]  # the first one says nothing
+    chosen = rivals.portfolio(found, space, 2, CROSS_ENTROPY)
+    assert [cell["learning_rate"] for cell in chosen] == pytest.approx([0.2, 0.1])
+
+
+def test_a_portfolio_of_tasks_whose_training_parts_differ_in_size():
+    """Batches of 32, 64 and 128 are 32, 63 and 63 of 63 examples: two cells there, three of 200."""
+
+    def grid(scores):
+        made = [trials.Trial(i, 0.1, b, 1, (0.0,), (s,), {1: 0.0}, 10, 1.0) for i, (b, s) in enumerate(scores.items())]
+        return rivals.Searched(made, 0.0, 0)
+
+    space = SpaceConfig((0.1,), (1,), (32, 64, 128))
+    small, large = grid({32: 0.2, 63: 0.6}), grid({32: 0.9, 64: 0.1, 128: 0.8})
+    chosen = rivals.portfolio([small, large], space, 3, CROSS_ENTROPY)
+    assert [cell["batch_size"] for cell in chosen] == [128, 32, 64]
+    assert [cell["batch_size"] for cell in rivals.portfolio([small, small], space, 3, CROSS_ENTROPY)] == [64, 32]
 
 
 def test_portfolios_validation_tasks_and_what_choosing_cost(trained, tmp_path, few_rates):

@@ -226,6 +226,14 @@ def test_random_draws_depend_on_the_seed_and_the_number_alone():
     assert {point["model.name"] for point in drawn} == {"mlp", "rnn"}
 
 
+def test_a_range_is_whole_where_the_setting_is():
+    config = SweepConfig(sampler="random", trials=20)
+    drawn = sweeping._points(Sweep(BASE, {"model.dropout": Range(0, 1), "outer.meta_batch": Range(2, 9)}), config, list)
+    points = list(drawn)
+    assert len({point["model.dropout"] for point in points}) == 20
+    assert {type(point["outer.meta_batch"]) for point in points} == {int}
+
+
 def test_tpe_goes_by_the_scores_on_validation_tasks(stand_in, tmp_path, monkeypatch):
     axes = {"outer.init_rate": Range(1e-4, 1.0), "model.name": ["mlp"]}
     config = SweepConfig(sampler="tpe", trials=16, out=tmp_path / "s")
@@ -316,6 +324,9 @@ def test_scores_of_different_tasks_are_not_ranked(stand_in, tmp_path):
         ({"outer.init_rate": [0.1, 1.0]}, {"sampler": "random"}, "trials: expected a number, got None"),
         ({"outer.init_rate": [0.1, 1.0]}, {"workers": 0}, "workers: expected more than 0, got 0"),
         ({"outer.init_rate": [0.1, 1.0]}, {"sampler": "bayes"}, "sampler: expected one of"),
+        ({"seed": [1, 2]}, {}, "axes: expected settings that runs share, got 'seed'; seeds are given as `seeds`"),
+        ({"outer.steps.x": [1, 2]}, {}, "outer.steps.x: no such setting"),
+        ({"outer.init_rate": [0.1, 1.0]}, {"sampler_seed": -1}, "sampler_seed: expected 0 <= seed < "),
     ],
 )
 def test_refusals_come_before_anything_is_written(axes, changes, message, tmp_path):

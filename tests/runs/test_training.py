@@ -169,6 +169,9 @@ def test_a_study_compares_variants_and_horizons_and_goes_on(small, tmp_path, mon
     monkeypatch.setattr(studies, "run", no_run)
     again = studies.run_study(variants, "x", (0,), tmp_path, **options)
     assert again["rows"] == results["rows"]
+    for wrong in ({"horizons": (3,), "grid": GridConfig(optimizers=("nope",))}, {"horizons": (0,)}):
+        with pytest.raises(ConfigError):  # before anything is trained
+            studies.run_study(variants, "other", (0,), tmp_path, **wrong)
     with pytest.raises(ConfigError, match="expected a run with this study's settings"):
         studies.run_study({"both": dataclasses.replace(small, inner=InnerConfig(steps=2))}, "x", (0,), tmp_path)
 

@@ -18,34 +18,38 @@ def task(blobs):
 
 
 def test_hold_out_takes_the_share_of_every_class(task):
-    arrays = fit.hold_out(task, 0.2, seed=3)
+    arrays = fit.hold_out(task, 0.2, seed=3, by_class=True)
     assert (len(arrays.train_y), len(arrays.val_y), len(arrays.test_y)) == (480, 120, 300)
     assert np.bincount(arrays.val_y).tolist() == [12] * 10
     both = np.concatenate([arrays.train_x, arrays.val_x]).reshape(600, -1)
     assert len(np.unique(both, axis=0)) == len(np.unique(task.support_x.reshape(600, -1), axis=0))
-    np.testing.assert_array_equal(arrays.val_x, fit.hold_out(task, 0.2, seed=3).val_x)
-    assert (arrays.val_x != fit.hold_out(task, 0.2, seed=4).val_x).any()
+    np.testing.assert_array_equal(arrays.val_x, fit.hold_out(task, 0.2, seed=3, by_class=True).val_x)
+    assert (arrays.val_x != fit.hold_out(task, 0.2, seed=4, by_class=True).val_x).any()
 
 
 def test_one_image_a_class_validates_on_what_it_trains_on(task):
     rows = [int(np.flatnonzero(task.support_y == c)[0]) for c in range(10)]
-    arrays = fit.hold_out(task._replace(support_x=task.support_x[rows], support_y=task.support_y[rows]))
+    arrays = fit.hold_out(task._replace(support_x=task.support_x[rows], support_y=task.support_y[rows]), by_class=True)
     np.testing.assert_array_equal(arrays.train_y, arrays.val_y)
-    two = fit.hold_out(task._replace(support_x=task.support_x[:20], support_y=task.support_y[:20]))
+    two = fit.hold_out(task._replace(support_x=task.support_x[:20], support_y=task.support_y[:20]), by_class=True)
     assert (len(two.train_y), len(two.val_y)) == (10, 10)
     with pytest.raises(ConfigError, match="validation: expected a share between 0 and 1, got 1"):
-        fit.hold_out(task, 1)
+        fit.hold_out(task, 1, by_class=True)
 
 
 def test_hold_out_of_numbers_takes_a_share_of_the_rows():
     x = {"a": np.arange(20.0, dtype=np.float32), "b": np.arange(40, dtype=np.float32).reshape(20, 2)}
     y = np.linspace(0, 1, 20, dtype=np.float32)
-    arrays = fit.hold_out(Episode(x, y, x, y), 0.2)
+    arrays = fit.hold_out(Episode(x, y, x, y), 0.2, by_class=False)
     assert (len(arrays.train_y), len(arrays.val_y), len(arrays.test_y)) == (16, 4, 20)
     np.testing.assert_array_equal(np.sort(np.concatenate([arrays.train_y, arrays.val_y])), y)
     np.testing.assert_array_equal(arrays.val_x["b"][:, 0], 2 * arrays.val_x["a"])  # rows stay together
-    one = fit.hold_out(Episode(x["a"][:1], y[:1], x["a"], y))
+    one = fit.hold_out(Episode(x["a"][:1], y[:1], x["a"], y), by_class=False)
     np.testing.assert_array_equal(one.train_y, one.val_y)
+    counts = np.arange(20, dtype=np.int32)  # whole numbers are no classes: each would be its own
+    arrays = fit.hold_out(Episode(x, counts, x, counts), 0.2, by_class=False)
+    assert not set(arrays.train_y) & set(arrays.val_y)
+    assert len(arrays.val_y) == 4
 
 
 def test_a_search_of_numbers_goes_by_its_own_objective():
@@ -53,7 +57,7 @@ def test_a_search_of_numbers_goes_by_its_own_objective():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 3)).astype(np.float32)
     y = (x @ np.array([1.0, -2.0, 0.5], np.float32))[:, None]
-    arrays = fit.hold_out(Episode(x, y, x, y))
+    arrays = fit.hold_out(Episode(x, y, x, y), by_class=False)
     model, error = models.mlp(1, (3,), widths=(8,)), inner.OBJECTIVES["squared_error"]
     keys = jax.random.split(jax.random.key(1), 1)
     init = jax.vmap(model.init)(keys)
@@ -72,7 +76,7 @@ def test_without_blank_pixels_it_is_the_same(task, widths):
         new[:, live[:36]] = old.reshape(len(old), -1)[:, live[:36]]
     images[1][7, live[36]] = 255  # one test image has a pixel that no other has
     x, test_x = (v.reshape(-1, 8, 8, 1) for v in images)
-    arrays = fit.hold_out(task._replace(support_x=x, query_x=test_x))
+    arrays = fit.hold_out(task._replace(support_x=x, query_x=test_x), by_class=True)
     model = models.mlp(10, (8, 8, 1), widths=widths, dropout=0.0)
     keys = jax.random.split(jax.random.key(1), 2)
     init = jax.vmap(model.init)(keys)
@@ -91,7 +95,7 @@ def test_without_blank_pixels_it_is_the_same(task, widths):
 
 
 def test_pixels_stay_where_leaving_them_out_could_matter(task):
-    arrays = fit.hold_out(task)
+    arrays = fit.hold_out(task, by_class=True)
     for model, optimizer in ((models.rnn(10, (8, 8, 1)), "adam"), (models.mlp(10, (8, 8, 1)), "lamb")):
         assert fit.without_blank_pixels(model, optimizer, arrays, {}) == (arrays, {})
     model = models.mlp(10, (8, 8, 1))
@@ -136,7 +140,7 @@ def test_predictions_that_depend_on_the_group_see_real_images_only(monkeypatch):
 def test_side_by_side_is_alone(task, optimizer, dropout, plain):
     """Two rates, two seeds and snapshots of three epochs, against a plain loop of each."""
     model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=dropout)
-    arrays = fit.hold_out(task)
+    arrays = fit.hold_out(task, by_class=True)
     keys = jax.random.split(jax.random.key(1), 2)
     init = jax.vmap(model.init)(keys)
     program = fit.make_programs(model, optimizer, plain=plain)(32)

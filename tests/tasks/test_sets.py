@@ -30,7 +30,8 @@ def table(sizes=(30, 30, 4, 30, 30, 30, 30, 30)):
 
 def test_every_task_is_in_one_split_and_rows_stay_with_their_task():
     x, y, ids = table()
-    made = Tasks.from_arrays(x, y, ids, shot=5, query=5, seed=3)
+    made = Tasks.from_arrays(x, y, ids, shot=5, query=5, seed=3, name="stores")
+    assert made.name == "stores"
     held = made.facts["tasks"]
     assert sorted(name for names in held.values() for name in names) == sorted({*ids})
     assert {part: len(names) for part, names in held.items()} == {"train": 6, "validation": 1, "test": 1}
