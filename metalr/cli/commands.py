@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -238,7 +239,7 @@ def _train(
             raise
         raise LostProcessError(
             f"another process of this run is gone ({one_line(error)}); when all can start again, go on from the last "
-            f"checkpoint with: metalr train --resume {folder or 'RUN'}"
+            f"checkpoint with: metalr train --resume {shlex.quote(str(folder)) if folder else 'RUN'}"
         ) from error
     written = report.page.write(Path(results["folder"]) / folders.REPORT, [Path(results["folder"])])
     print(json.dumps(results, indent=1) if as_json else f"{report.text(results)}\nreport     {written}")

@@ -86,7 +86,7 @@ def _value(flag: str, name: str, text: str, base: TrainConfig, kinds: set[Any]) 
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             made = tyro.cli(TrainConfig, default=base, args=[flag, *words], prog="metalr sweep", console_outputs=True)
     except SystemExit as error:
-        lines = [re.sub(r"[│╭╮╰╯─]", " ", line).strip() for line in said.getvalue().splitlines()]
+        lines = [re.sub(r"[│╭╮╰╯─]|-{3,}", " ", line).strip() for line in said.getvalue().splitlines()]
         raise ConfigError(f"{flag} {text}: {' '.join(line for line in lines if line)[:300]}") from error
     if name in (changed := differences(base, made)):
         return _plain(changed[name][1])

@@ -502,8 +502,7 @@ def best_of(
         again = one.again_example_gradients if choose == "again" else 0
         spent.append(done + again)
         naive.append(alone + again)
-        ends = {(t.learning_rate, t.batch_size) if grid else t.number: t.seconds for t in within}  # last snapshot
-        seconds.append(sum(ends.values()))
+        seconds.append(trials_lib.seconds(within, grid))
         best = objective.best(within, by_test if choose == "test" else lambda t: t.score)
         chosen.append(best)
     again = choose == "again"

@@ -317,6 +317,7 @@ class SearchConfig:
     validation: float = 0.2
     """Share of the training images that chooses, by class."""
     seed: int = 0
+    """Seed of the trials, and of which images choose."""
     out: Path | None = None
     """Folder; default runs/search-SEARCHER, numbered if taken."""
     overwrite: bool = False

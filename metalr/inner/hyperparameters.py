@@ -347,8 +347,9 @@ def _times_power(spec: RatesSpec, rates: Rates, kind: str, ratio: float | jax.Ar
 
 def check_steps(spec: RatesSpec, steps: int) -> None:
     """Raises ConfigError if `steps` is negative or goes beyond the trained ones where the spec forbids that."""
-    if not isinstance(steps, (int, np.integer)) or steps < 0:
-        raise ConfigError(f"steps: expected an integer of at least 0, got {steps!r}")
+    check_whole("steps", steps, 0)
+    if steps >= 2**31:
+        raise ConfigError(f"steps: expected fewer than 2^31, got {steps}")
     if spec.per_step and spec.extend == "error" and steps > spec.steps:
         raise ConfigError(
             f"steps: expected at most the {spec.steps} trained steps, got {steps}; use extend='hold' or 'mean'"

@@ -16,7 +16,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as tensor_bytes
 
 from metalr import trees
 from metalr.errors import ConfigError, one_line
@@ -139,7 +139,7 @@ def torch(learned: Learner, source: Path, out: Path) -> None:
         axes = {2: (1, 0), 4: (3, 2, 0, 1)}[value.ndim] if last == "kernel" else tuple(range(value.ndim))
         own = {"kernel": "weight", "scale": "weight"}.get(last, last)
         tensors[".".join([*layers, own])] = np.ascontiguousarray(value.transpose(axes))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    folders.write_file(out / "model.safetensors", tensor_bytes(tensors, {"format": "pt"}))
     rates = {name: np.asarray(value).tolist() for name, value in learned.rates.items()}
     facts = {"rates": rates, "rates_spec": learned.spec.__dict__, "steps": learned.spec.steps}
     facts["standardisation"] = _standardisation(learned)
@@ -173,8 +173,7 @@ def hub_folder(learned: Learner, source: Path, out: Path) -> None:
         | {"input_shape": learned.model.input_shape, "outputs": learned.model.way, "facts": learned.facts}
         | {"standardisation": _standardisation(learned)},
     )
-    save_file(_init(learned), out / "model.safetensors")
-    (out / "model.safetensors").chmod(0o644)  # to be shared; safetensors leaves it to its owner alone
+    folders.write_file(out / "model.safetensors", tensor_bytes(_init(learned)))
     shutil.copytree(source, out / "artifact", dirs_exist_ok=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import numbers
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from metalr.runs import meta_train
 from metalr.runs.progress import ConsoleReporter
 from metalr.storage import folders
 from metalr.tasks import Standardisation, Tasks
+from metalr.trees import check_digits
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
@@ -68,7 +68,7 @@ class _MetaEstimator(BaseEstimator):
         steps: int = 5,
         outer_steps: int = 1000,
         meta_batch: int = 8,
-        random_state: int = 0,
+        random_state: Any = 0,
         quiet: bool = True,
     ) -> Self:
         """Meta-train on the rows of many tasks; an estimator that is not fitted yet, for one new task.
@@ -84,9 +84,15 @@ class _MetaEstimator(BaseEstimator):
           shot, query: rows of a support set and of a query set.
           steps: inner steps that are trained.
           outer_steps, meta_batch: how long meta-training is: meta-updates, and tasks in each.
+          random_state: an integer, or as scikit-learn has it: None and a RandomState draw one, and then a run in `out`
+            is never the same again.
 
         Raises MetalrError as `metalr.meta_train` does.
         """
+        if not isinstance(random_state, numbers.Integral):
+            random_state = check_random_state(random_state).randint(2**31 - 1)
+        if not isinstance(out, (str, Path)):
+            raise ConfigError(f"out: expected the path of a run folder, got {out!r:.80}")
         names = getattr(X, "columns", None)
         X, y = check_array(X, dtype=np.float64), np.asarray(y)  # Tasks say what float32 cannot tell apart
         classes = cls._objective == "cross_entropy"
@@ -146,13 +152,20 @@ class _MetaEstimator(BaseEstimator):
             OBJECTIVES[self._objective], Standardisation.of(X, y, choice),
         )  # fmt: skip
 
+    def _float32(self, X: Any, *y: Any, **options: Any) -> Any:
+        """What scikit-learn's validate_data gives, with X as float32. Raises DataError where that loses digits."""
+        found = validate_data(self, X, *y, dtype=np.float64, **options)
+        rows = found[0] if y else found
+        check_digits(rows, "X")
+        return (rows.astype(np.float32), *found[1:]) if y else rows.astype(np.float32)
+
     def _adapt(self, X: np.ndarray, y: np.ndarray, init: Any = None) -> None:
         self.params_ = jax.tree.map(np.asarray, self.learner_.adapt(X, y, self.steps, init=init))
         self.n_iter_ = self.learner_.spec.steps if self.steps is None else self.steps
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float32, reset=False)
+        X = self._float32(X, reset=False)
         with jax.enable_x64(True):  # a row's prediction does not depend on the others', to scikit-learn's 1e-9
             params = jax.tree.map(lambda v: np.asarray(v, np.float64), self.params_)
             return np.asarray(self.learner_.apply(params, X.astype(np.float64)))
@@ -215,24 +228,6 @@ class _MetaEstimator(BaseEstimator):
     def _take(self, facts: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The learner as the files of its artifact: compiled programs cannot be copied."""
-        state = dict(super().__getstate__())
-        if "learner_" in state:
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(temporary) / "artifact"
-                learners.save(folder, state["learner_"])
-                state["learner_"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "learner_" in state:
-            with tempfile.TemporaryDirectory() as temporary:
-                for name, content in state["learner_"].items():
-                    (Path(temporary) / name).write_bytes(content)
-                state = state | {"learner_": learners.load(temporary)}
-        super().__setstate__(state)
-
 
 class MetaClassifier(ClassifierMixin, _MetaEstimator):
     """A small network for the rows of one task, fine-tuned from a learned init with learned rates.
@@ -264,7 +259,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         Raises ConfigError (a ValueError) for more classes than were learned for, for one that the table did not have,
         and for one class.
         """
-        X, y = validate_data(self, X, y, dtype=np.float32)
+        X, y = self._float32(X, y)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -295,7 +290,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         Raises ConfigError for a learner whose output layer is made for each fine-tune (inner.head_start).
         """
         first = not hasattr(self, "params_")
-        X, y = validate_data(self, X, y, dtype=np.float32, reset=first)
+        X, y = self._float32(X, y, reset=first)
         check_classification_targets(y)
         if first:
             if classes is None:
@@ -357,7 +352,7 @@ class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] or [rows, outputs] numbers."""
-        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True)
+        X, y = self._float32(X, y, multi_output=True, y_numeric=True)
         self._one_column = y.ndim == 1
         self.learner_ = self._begin(X, _columns(y), _columns(y).shape[1])
         self._adapt(X, _columns(y))
@@ -367,7 +362,7 @@ class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
         """Go on fine-tuning from the params so far."""
         if not hasattr(self, "params_"):
             return self.fit(X, y)
-        X, y = validate_data(self, X, y, dtype=np.float32, multi_output=True, y_numeric=True, reset=False)
+        X, y = self._float32(X, y, multi_output=True, y_numeric=True, reset=False)
         self._adapt(X, _columns(y), self.params_)
         return self
 

@@ -158,15 +158,22 @@ class Learned:
             group: dict[str, Any] = {"params": [param], "name": name, "learned": of, "layer": shared}
             rate = self._rate(of) if of else np.array(default, np.float32)
             for kind, ratio in ratios.items():
-                power = self.rates.get(f"{kind}:{shared}")
-                if of and rate is not None and power is not None:
+                power = self._of_layer(kind, shared, default=not of)
+                if rate is not None and power is not None:
                     rate = rate * ratio ** power.reshape(power.shape + (1,) * (rate.ndim - power.ndim))
                     rate = _within(rate, self.spec)
             group["lr"] = float(np.mean(rate)) if rate is not None else 0.0
             group["rates"] = None if rate is None else _rates_towards(rate, self.spec, param, layout=not flat)
-            group |= {k: _number(self.rates.get(f"{k}:{shared}")) if rate is not None else None for k in KINDS}
+            of_layer = {kind: self._of_layer(kind, shared, default=not of) for kind in KINDS}
+            group |= {kind: _number(value) if rate is not None else None for kind, value in of_layer.items()}
             groups.append(group)
         return LearnedDescent(groups, self.spec, self.spec["steps"] if steps is None else steps)
+
+    def _of_layer(self, kind: str, layer: str, *, default: bool) -> np.ndarray | None:
+        """What a layer learned beside its rates; where none is like it, the mean of all layers, as in JAX."""
+        own = self.rates.get(f"{kind}:{layer}")
+        known = [value for name, value in self.rates.items() if name.startswith(f"{kind}:")]
+        return np.mean(known, axis=0) if own is None and default and known else own
 
     def _group_of(self, tensor: str) -> str | None:
         """The name of a tensor's rate; None if it does not adapt."""
@@ -459,7 +466,8 @@ class _Gru(_Flax):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.permute(0, 2, 3, 1).reshape(len(x), x.shape[2], -1)  # one row of the image a time step
-        cell, state = self.GRUCell_0, torch.zeros(len(x), self.width).to(x)
+        cell: Any = self.GRUCell_0
+        state = torch.zeros(len(x), self.width).to(x)
         for t in range(rows.shape[1]):
             row = rows[:, t]
             reset = torch.sigmoid(_dense(cell.ir, row) + state @ cell.hr.kernel)

@@ -10,6 +10,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import shlex
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,21 @@ def save(path: Path | str, learner: Learner, *, overwrite: bool = False) -> Path
     return path
 
 
+def to_files(learner: Learner) -> dict[str, bytes]:
+    """The content of each file of an artifact folder. Raises ArtifactError as `save`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save(Path(temporary) / "artifact", learner)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def from_files(files: Mapping[str, bytes]) -> Learner:
+    """What `to_files` gave. Raises ArtifactError as `load`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in MAX_BYTES:
+            (Path(temporary) / name).write_bytes(files.get(name, b""))
+        return load(temporary)
+
+
 def describe(learner: Learner) -> dict[str, Any]:
     """What was learned, as plain JSON values: for `metalr show` and the model card.
 
@@ -145,7 +163,8 @@ def folder_of(path: Path | str) -> Path:
         return path
     if not (path / "artifact" / FACTS).is_file():
         raise ArtifactError(
-            f"{path}: expected a finished run, found one without an artifact; go on with: metalr train --resume {path}"
+            f"{path}: expected a finished run, found one without an artifact; go on with: metalr train --resume "
+            f"{shlex.quote(str(path))} (tasks or a network of your own: metalr.meta_train(..., resume=True))"
         )
     return path / "artifact"
 

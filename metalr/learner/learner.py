@@ -20,7 +20,7 @@ from metalr.errors import ArtifactError, ConfigError, DataError, MetalrError, Me
 from metalr.evaluation import protocol
 from metalr.inner import descent, factored, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
-from metalr.inner.objective import CROSS_ENTROPY, Objective
+from metalr.inner.objective import CROSS_ENTROPY, OBJECTIVES, Objective
 from metalr.learner import params as params_file
 from metalr.learner.matching import Matching, Names, match, order_of, rates_for
 from metalr.learner.params import ClassNames
@@ -55,6 +55,15 @@ class Learner:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: Objective = CROSS_ENTROPY
     standardisation: Standardisation | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the files of its artifact: compiled programs and functions cannot be. Not with a network or an
+        objective of your own, which are pickled as they are, if they can be."""
+        from metalr.learner import artifact
+
+        if self.model.name in models.MODELS and OBJECTIVES.get(self.objective.name) is self.objective:
+            return artifact.from_files, (artifact.to_files(self),)
+        return super().__reduce_ex__(protocol)
 
     def adapt(self, support_x: Any, support_y: Any, steps: int | None = None, *, init: Params | None = None) -> Params:
         """Fine-tune on a task's support set; compiled once a shape.

@@ -140,8 +140,17 @@ def _run(seen: _Seen) -> Run:
         status = "failed" if folders.FAILED in names else "stopped"
     metric, score, ci95, steps = _found(results or {})
     done = None if results is not None or kind != "run" else _last_step(Path(folder) / "metrics.jsonl")
-    rest = metric, score, ci95, steps, done, seen.began, seen.bytes, config.get("config", config)
+    own = _used(config.get("config", config), results or {})
+    rest = metric, score, ci95, steps, done, seen.began, seen.bytes, own
     return Run(Path(folder), kind, status, *rest)
+
+
+def _used(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run goes by: those of images, or of a table, or of neither with tasks given in Python."""
+    of_table = bool((config.get("table") or {}).get("task_column"))
+    given = (results.get("data") or {}).get("source") == folders.OWN_TASKS
+    unused = {"tasks" if of_table else "table", *(["tasks"] if given else [])}
+    return {name: value for name, value in config.items() if name not in unused}
 
 
 def newest(root: Path, name: str) -> Run:

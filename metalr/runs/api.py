@@ -102,9 +102,9 @@ def meta_train(  # type: ignore[misc]  # the overloads say what `seed` makes of 
             raise ConfigError(f"{name}: expected a metalr.config.{kind.__name__}, got {value!r:.80}")
     if out is not None and not isinstance(out, (str, Path)):
         raise ConfigError(f"out: expected the path of a folder, got {out!r:.80}")
-    if isinstance(seed, (float, str)):
-        raise ConfigError(f"seed: expected an integer, or several, got {seed!r}")
     if not isinstance(seed, (int, np.integer)):
+        if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
+            raise ConfigError(f"seed: expected an integer, or several, got {seed!r}")
         seed = tuple(seed)
         if any(not isinstance(one, (int, np.integer)) for one in seed):
             raise ConfigError(f"seed: expected an integer, or several, got {seed}")

@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from io import RawIOBase
@@ -568,7 +569,7 @@ def _flush(log: RawIOBase, folder: Path) -> int:
 
 def stopped(folder: Path, where: str, config: TrainConfig, own_tasks: bool = False) -> StoppedError:
     """The error of a run that was asked to stop, with how to go on."""
-    how = f"metalr train --resume {folder}"
+    how = f"metalr train --resume {shlex.quote(str(folder))}"
     if config.model.own:
         how = f"metalr.runs.resume({str(folder)!r}, model=...)"
     if own_tasks:

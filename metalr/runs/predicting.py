@@ -65,17 +65,19 @@ def _outputs_of(learner: Learner, labels: np.ndarray, path: Path) -> list[int]:
     of_table = learner.facts.get("table", {}).get("classes")
     if of_table:
         return [data.output_of(label, of_table, f"{path}: support_y") for label in labels.tolist()]
-    if learner.classifies_images and not _knows_labels(learner, labels):
+    if labels.dtype.kind in "US" and all(label.isdigit() for label in labels.tolist()):
+        labels = labels.astype(np.int64)  # names of numbers
+    if learner.classifies_images and not (_means_outputs(learner) and np.issubdtype(labels.dtype, np.integer)):
         return list(range(len(labels)))
     if not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(f"{path}: support_y: expected the numbers of the network's outputs, got {labels[0]!r}")
     return [int(label) for label in labels]
 
 
-def _knows_labels(learner: Learner, labels: np.ndarray) -> bool:
-    """Whether the outputs meant the same in all training tasks, and these are their numbers."""
+def _means_outputs(learner: Learner) -> bool:
+    """Whether the outputs meant the same in all training tasks."""
     family = tasks.FAMILIES.get(learner.facts.get("tasks", {}).get("family"))
-    return family is not None and family.labels == "fixed" and np.issubdtype(labels.dtype, np.integer)
+    return family is not None and family.labels == "fixed"
 
 
 def _of_table(learner: Learner, path: Path) -> TaskFile:
@@ -132,7 +134,7 @@ def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | No
     result: dict[str, Any] = {"steps": learner.spec.steps if steps is None else steps, "predictions": []}
     if len(task.query_x):
         support = task.support_x if learner.model.uses_support else None
-        outputs = np.asarray(learner.apply(fast, task.query_x, support))
+        outputs = _check_finite(np.asarray(learner.apply(fast, task.query_x, support)))
         result["predictions"] = _predictions(learner, outputs, task.classes)
         if task.query_y is not None:
             if task.classes is not None:
@@ -162,7 +164,8 @@ def predict(learner: Learner, params: Path, inputs: Path) -> dict[str, Any]:
         if "x" not in given:
             raise ConfigError(f"{inputs}: expected an array x, got {sorted(given)}")
         x, support = given["x"], given.get("support_x")
-    return {"predictions": _predictions(learner, np.asarray(learner.apply(fast, x, support)), classes)}
+    outputs = _check_finite(np.asarray(learner.apply(fast, x, support)))
+    return {"predictions": _predictions(learner, outputs, classes)}
 
 
 def _score(learner: Learner, outputs: np.ndarray, targets: np.ndarray) -> float:
@@ -182,3 +185,14 @@ def _predictions(learner: Learner, outputs: np.ndarray, classes: ClassNames | No
         known = learner.facts.get("table", {}).get("classes") or [0, 1]
         outputs = np.array(known, dtype=object)[(outputs > 0).astype(int)]
     return (outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs).tolist()
+
+
+def _check_finite(outputs: np.ndarray) -> np.ndarray:
+    """Raises DataError for outputs that are no finite numbers."""
+    bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(1)
+    if bad.any():
+        raise DataError(
+            f"predictions: expected finite outputs, got others for {bad.sum()} of {len(bad)} examples, number "
+            f"{bad.argmax()} first: the fine-tune diverged, or inputs are far from those of meta-training"
+        )
+    return outputs

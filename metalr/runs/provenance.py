@@ -33,15 +33,18 @@ def command() -> str:
     return shlex.join([*typed, *sys.argv[1:]])
 
 
+PACKAGE = Path(metalr.__file__).parent
+
+
 def provenance() -> dict[str, Any]:
     """Commit of the source checkout (with "+changes" if the package differs from it), versions and machine."""
 
     def git(*args: str) -> str:
-        call = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        call = subprocess.run(["git", *args], cwd=PACKAGE, capture_output=True, text=True, check=False)
         return call.stdout.strip() if call.returncode == 0 else ""
 
     try:
-        ours = git("ls-files", "--", Path(__file__).name)  # not the checkout of a project that we are installed in
+        ours = git("ls-files", "--", "__init__.py")  # not the checkout of a project that we are installed in
         commit = ours and git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except OSError:
         commit = ""

@@ -200,7 +200,8 @@ def _carry_out(
                 log=log,
             )  # fmt: skip
             here = time.perf_counter() - here
-            before = max(0.0, trained.facts["seconds"] - here)  # in earlier processes of this run
+            spent = trained.facts["seconds"] + trained.facts["compile_seconds"]
+            before = max(0.0, spent - here)  # in earlier processes of this run
             results = _judged(config, setup, folder, trained, reporter, log, asked)
     return _written(folder, results, before + time.perf_counter() - began)
 
@@ -326,7 +327,7 @@ def _judged(
         "evaluation_seconds": round(seconds, 3),
     }
     if config.grid.run:
-        known, keep = _kept_cells(config, folder, asked)
+        known, keep = _kept_cells(config, folder, asked, setup.source.source == folders.OWN_TASKS)
         compared = evaluating.compare(config, setup, learner, curve, reporter, known, keep)
         results["comparison"], results["grid"] = compared
     return results
@@ -342,7 +343,7 @@ def _written(folder: Path, results: dict[str, Any], seconds: float) -> dict[str,
 
 
 def _kept_cells(
-    config: TrainConfig, folder: Path, asked: Asked
+    config: TrainConfig, folder: Path, asked: Asked, own_tasks: bool
 ) -> tuple[list[small_grid.Cell], Callable[[list[small_grid.Cell]], None]]:
     """Cells of the grid that an earlier process finished, and what keeps those of this one."""
     file, of = folder / "grid.jsonl", [config.evaluation.seed, config.evaluation.episodes]
@@ -355,7 +356,7 @@ def _kept_cells(
     def keep(cells: list[small_grid.Cell]) -> None:
         folders.append_rows(file, [c._asdict() | {"tasks": c.tasks.tolist(), "tasks_of": of} for c in cells])
         if asked():
-            raise stopped(folder, "in the grid", config)
+            raise stopped(folder, "in the grid", config, own_tasks)
 
     return known, keep
 

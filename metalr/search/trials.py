@@ -91,6 +91,11 @@ def within(trials: Sequence[Trial], budget: float) -> list[Trial]:
     return [trial for i, trial in enumerate(ordered) if i == 0 or spent[i] <= budget]
 
 
+def seconds(trials: Sequence[Trial], grid: bool) -> float:
+    """How long they took together. grid: those of one trajectory are snapshots of it, and the last one has its time."""
+    return sum({(t.learning_rate, t.batch_size) if grid else t.number: t.seconds for t in in_order(trials)}.values())
+
+
 def best(trials: Sequence[Trial], budget: float = np.inf, objective: Objective = CROSS_ENTROPY) -> Trial:
     """The trial with the best validation score `within` a budget; of equal ones the earliest wins."""
     return objective.best(within(trials, budget), lambda trial: trial.score)

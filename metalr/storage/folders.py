@@ -36,6 +36,8 @@ LOGGERS = "loggers.json"  # what loggers go on with
 EXAMPLES = "examples.json"  # a few held-out tasks, for the report
 OWN = {LOCK, DATA, FAILED, MADE, REPORT, EXAMPLES, LOGGERS, "tensorboard", "wandb"}
 LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so it is one after the end of the file
+UMASK = os.umask(0)  # what new files and folders are not to allow; it cannot be read without setting it
+os.umask(UMASK)
 OLD = "-old"  # the end of the name that a replaced folder has for a moment, where two cannot change places
 
 
@@ -133,7 +135,7 @@ def clear(folder: Path, files: AbstractSet[str]) -> None:
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         left = memoryview(content)
         while left:
@@ -205,7 +207,7 @@ def build_folder(path: Path, fill: Callable[[Path], None], needed: int | None = 
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}-tmp-", dir=path.parent))
         try:
             fill(part)
-            part.chmod(0o755)
+            part.chmod(0o777 & ~UMASK)  # as mkdir makes one; mkdtemp leaves it to its owner alone
             _flush_folder(part)
             _put_in_place(part, path)
             _flush_folder(path.parent)
@@ -398,7 +400,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     while True:
         try:
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             refuse(folder / LOCK, error)
         if not _lock(descriptor):

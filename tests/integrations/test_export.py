@@ -113,6 +113,7 @@ def test_a_state_dict_has_the_layouts_of_torch(tmp_path):
     np.testing.assert_array_equal(tensors["conv_0.weight"], kernel.transpose(3, 2, 0, 1))
     np.testing.assert_array_equal(tensors["head.weight"], np.asarray(learned.init["head"]["kernel"]).T)
     assert json.loads((out / "export.json").read_text())["rates"]["head"] == pytest.approx(0.1)
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "whoever may read one may read all"
 
 
 def test_what_a_table_is_standardised_by_goes_with_its_network(tmp_path):

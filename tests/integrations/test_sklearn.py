@@ -223,6 +223,14 @@ def test_refusals(learned, tmp_path):
         MetaClassifier(learned.learned).fit(x, y > 0)
     with pytest.raises(ConfigError, match="y: expected 2 classes or more, got one class"):
         MetaClassifier().fit(x, np.zeros(len(x), int))
+    for fit in (MetaRegressor(steps=1).fit, MetaRegressor(steps=1).partial_fit):
+        with pytest.raises(DataError, match="X: column 0 expected numbers that float32 can tell apart"):
+            fit(1.7e9 + np.arange(200.0)[:, None], np.arange(200.0))
+    with pytest.raises(ValueError, match="cannot be used to seed"):
+        MetaRegressor.from_tasks(x, y, task, out=tmp_path / "b", random_state=[0, 1])
+    with pytest.raises(ConfigError, match="out: expected the path of a run folder, got None"):
+        MetaRegressor.from_tasks(x, y, task, out=None)
+    assert not (tmp_path / "b").exists()
     with pytest.raises(ConfigError, match="classes: expected all classes at the first call"):
         MetaClassifier().partial_fit(x, y > 0)
     with pytest.raises(DataError, match=r"y: expected classes 0..n-1 that mean the same in all tasks"):

@@ -160,6 +160,23 @@ def test_a_module_of_your_own(spec, tmp_path):
     np.testing.assert_allclose(module(torch.from_numpy(query)).detach(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", ["all", "horizon"])
+def test_a_layer_that_is_like_none_takes_the_mean_of_the_others_as_in_jax(spec, tmp_path):
+    learned = learner(NETWORKS["mlp"](), SPECS[spec], tmp_path / "a")
+    theirs, module, steps = metalr_torch.load(tmp_path / "a"), Own(), 7
+    known = lambda name: None if name.startswith("two") else names(name)  # noqa: E731
+    groups = {group["name"]: group for group in theirs.optimizer(module, steps, known, default=0.2).param_groups}
+    new = groups["two.weight"]
+    for kind in ("momentum", "decay", "clip", "proximal"):
+        values = [float(value) for name, value in learned.rates.items() if name.startswith(f"{kind}:")]
+        assert (new[kind] is None) == (not values)
+        if values:
+            assert new[kind] == pytest.approx(np.mean(values), rel=1e-5)
+    powers = [np.asarray(value) for name, value in learned.rates.items() if name.startswith("horizon_power:")]
+    factor = (learned.spec.steps / steps) ** np.mean(powers, axis=0) if powers else 1.0
+    assert new["lr"] == pytest.approx(np.mean(0.2 * factor), rel=1e-5)
+
+
 def test_an_optimizer_goes_on_from_its_state_dict(tmp_path):
     model = NETWORKS["mlp"]()
     learner(model, SPECS["all"], tmp_path / "a")

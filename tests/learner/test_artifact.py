@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_round_trip_is_exact_for_every_algorithm(algorithm, tmp_path):
     for steps in (None, 0, 5):
         a, b = (one.apply(one.adapt(X, Y, steps=steps), X) for one in (saved, loaded))
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_learner_is_pickled_as_its_artifact():
+    saved = learner("lslr")
+    saved.adapt(X, Y)  # compiled programs stay behind
+    loaded = pickle.loads(pickle.dumps(saved))
+    assert loaded.facts == saved.facts
+    np.testing.assert_array_equal(saved.apply(saved.adapt(X, Y), X), loaded.apply(loaded.adapt(X, Y), X))
+    own = models.from_function(lambda key: {"head": {"kernel": jnp.ones((2, 3))}}, lambda p, x: x @ p["head"]["kernel"])
+    with pytest.raises(AttributeError, match="[Cc]an't pickle"):
+        pickle.dumps(learner(model=own))
 
 
 @pytest.mark.parametrize("model", [models.conv4(3, (8, 8, 1), channels=4, layers=2), models.rnn(3, (8, 8, 1), width=5)])
@@ -292,7 +304,7 @@ def test_custom_model_is_asked_for(tmp_path):
         (X, Y + 1, 1, DataError, r"support_y: expected labels 0\.\.2 \(trained 3-way\), got 1\.\.3"),
         (X, Y - 1, 1, DataError, r"support_y: expected labels 0\.\.2"),
         (X, np.zeros(9, int) + 2, 1, DataError, "support_y: expected at least one image of each class, got none of 0"),
-        (X, Y, -1, ConfigError, "steps: expected an integer of at least 0"),
+        (X, Y, -1, ConfigError, "steps: expected at least 0, got -1"),
     ],
 )
 def test_bad_input_is_refused_before_compiling(x, y, steps, error, message):

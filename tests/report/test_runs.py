@@ -50,6 +50,16 @@ def test_how_runs_stand(tmp_path):
     assert runs.details(found["d"], {})["error"] == "loss nan"
 
 
+def test_settings_that_a_run_does_not_go_by_are_not_shown(tmp_path):
+    table = TrainConfig().to_json()["table"] | {"task_column": "store"}
+    images, of_table = made(tmp_path / "a"), made(tmp_path / "b", table=table)
+    text = runs.comparison([runs.read(images), runs.read(of_table)])
+    assert runs.read(images).setting("table") is None
+    assert runs.read(of_table).setting("tasks") is None
+    assert runs.read(of_table).setting("table.task_column") == "store"
+    assert "table.task_column" in text
+
+
 def test_what_differs(tmp_path):
     one = made(tmp_path / "a", inner=TrainConfig().to_json()["inner"] | {"rate": 0.1})
     other = made(tmp_path / "b", accuracy=0.5, inner=TrainConfig().to_json()["inner"] | {"rate": 0.2})

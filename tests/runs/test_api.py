@@ -275,6 +275,7 @@ def test_rows_of_a_table_in_a_few_lines(tmp_path):
         ({"tasks": line}, ConfigError, "tasks: expected a metalr.Tasks, got function"),
         ({"algorithm": "mamml"}, ConfigError, "inner.algorithm: expected one of"),
         ({"steps": 0}, ConfigError, "inner.steps"),
+        ({"seed": None}, ConfigError, "seed: expected an integer, or several, got None"),
         ({"inner": InnerConfig(dropout=0.1)}, ConfigError, "inner.dropout: expected None"),
         ({"tasks": metalr.Tasks(broken, line, line)}, DataError, "tasks.train: query_y: expected finite"),
     ],

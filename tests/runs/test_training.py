@@ -228,6 +228,9 @@ def test_a_killed_run_resumes_to_the_same_bits(longer, tmp_path, killed_after):
     assert everything(tmp_path / "whole") == everything(tmp_path / "cut")
     assert resumed["curve"] == whole["curve"]
     assert resumed["name"] == "x" or killed_after < 3
+    for results in (whole, resumed):
+        training_ = results["training"]
+        assert results["seconds"] > 0.99 * (training_["seconds"] + training_["compile_seconds"])
     assert not list((tmp_path / "cut").glob(".*"))
     with pytest.raises(ConfigError, match="this run is finished"):
         runs.resume(tmp_path / "cut", reporter=QUIET)
@@ -411,6 +414,8 @@ def test_a_wish_to_stop_is_heard_at_the_next_step(longer, tmp_path):
         meta_training.meta_train(longer, setup, folder, QUIET, lambda: next(asked), name="x")
     with pytest.raises(StoppedError, match="stopped after 1 of 12"):
         meta_training.meta_train(longer, setup, folder, QUIET, lambda: True)
+    spaced = str(meta_training.stopped(tmp_path / "my run", "here", longer))
+    assert spaced.endswith(f"metalr train --resume '{tmp_path / 'my run'}'")
     (folder / "config.json").write_text(json.dumps(longer.to_json()))
     assert runs.resume(folder, reporter=QUIET)["name"] == "x"
     assert everything(tmp_path / "whole") == everything(folder)
@@ -422,8 +427,8 @@ def test_the_grid_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch):
     whole = run(config, out=tmp_path / "whole")
     real = training._kept_cells
 
-    def stopping(config, folder, asked):
-        known, keep = real(config, folder, asked)
+    def stopping(*given):
+        known, keep = real(*given)
         left = iter(range(3))
 
         def once(cells):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_files_and_folders_are_replaced(tmp_path):
         folders.write_folder(tmp_path / "b", {"x": content})
         assert ((tmp_path / "a").read_bytes(), (tmp_path / "b" / "x").read_bytes()) == (content, content)
     assert names(tmp_path) == ["a", "b", "x"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+def test_whoever_may_read_new_files_may_read_these(tmp_path):
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    folders.write_file(tmp_path / "file", b"1")
+    folders.write_folder(tmp_path / "whole", {"file": b"1"})
+    mode = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert mode[tmp_path / "file"] == mode[tmp_path / "whole" / "file"] == mode[tmp_path / "mine"]
+    assert mode[tmp_path / "whole"] == mode[tmp_path / "folder"]
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path):

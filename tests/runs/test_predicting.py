@@ -1,0 +1,45 @@
+"""Fine-tuning on a file's task, and predicting from it."""
+
+import jax
+import numpy as np
+import pytest
+
+from metalr import Learner, models, outer
+from metalr.errors import DataError
+from metalr.inner import OBJECTIVES, hyperparameters
+from metalr.inner.hyperparameters import RatesSpec
+from metalr.runs import predicting
+
+
+def learner(way=1, shape=(2,), objective="squared_error", **facts):
+    model = models.mlp(way, shape, widths=(4,))
+    spec = RatesSpec(steps=2, initial=0.1, head=model.head)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    rates = hyperparameters.actual(spec, meta.rates)
+    return Learner(model, spec, meta.init, rates, facts, OBJECTIVES[objective])
+
+
+def test_a_fine_tune_that_diverged_predicts_nothing(tmp_path):
+    x, y = np.full((4, 2), 1e30, np.float32), np.ones((4, 1), np.float32)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=y, query_x=x)
+    with pytest.raises(DataError, match=r"expected finite outputs, got others for 4 of 4 examples, number 0 first"):
+        predicting.adapt(learner(), tmp_path / "task.npz", out=tmp_path / "fast.safetensors")
+    assert not (tmp_path / "fast.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "outputs"),
+    [
+        ("rotated", [3, 7], (3, 7)),
+        ("rotated", ["3", "7"], (3, 7)),  # as a file of names has digits
+        ("rotated", ["cat", "dog"], (0, 1)),
+        ("digits", [3, 7], (0, 1)),
+    ],
+)
+def test_outputs_keep_their_meaning_where_they_have_one(family, labels, outputs, tmp_path):
+    learned = learner(10, (4, 4, 1), "cross_entropy", tasks={"family": family})
+    x = np.zeros((2, 4, 4), np.uint8)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=np.array(labels), query_x=x)
+    task = predicting.read_task(learned, tmp_path / "task.npz")
+    assert task.classes.outputs == outputs
+    assert task.support_y.tolist() == list(outputs)
