@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import tyro
 from metalr.config import SlurmConfig, SweepConfig, TrainConfig
 from metalr.config.files import differences
 from metalr.errors import ConfigError, MetalrError
+from metalr.report.runs import flat
 
 Config = Annotated[SweepConfig, tyro.conf.arg(name="")]
 FIELDS = [field.name for field in dataclasses.fields(SweepConfig) if field.name != "slurm"]
@@ -57,6 +59,10 @@ def axis_of(flag: str, values: Sequence[str], base: TrainConfig) -> tuple[str, A
     name = flag.removeprefix("--").replace("-", "_")
     name = f"table.{name.removeprefix('data.')}" if name.startswith("data.") else name
     kinds = _kinds(name)
+    if not kinds:
+        known = [re.sub("^table", "data", setting).replace("_", "-") for setting in flat(TrainConfig().to_json())]
+        near = difflib.get_close_matches(flag.removeprefix("--"), known, 1)
+        raise ConfigError(f"{flag}: no such setting" + (f"; did you mean --{near[0]}?" if near else ""))
     if not values and bool in kinds:
         values = ["True"]  # as --grid.run alone
     if not values:
@@ -146,7 +152,7 @@ def sweep_command(argv: Sequence[str]) -> None:
             axes = dict(axis_of(flag, values, start) for flag, values in swept.items())
             seeds = axes.pop("seed", [start.seed])
             if not isinstance(seeds, list):
-                raise ConfigError(f"--seed: expected values, got the range {seeds}")
+                raise ConfigError(f"--seed: expected values, such as 0 1 2, got the range {seeds.low}..{seeds.high}")
             once = {name: axis[0] for name, axis in axes.items() if isinstance(axis, list) and len(axis) == 1}
             several = {name: axis for name, axis in axes.items() if name not in once}
             start = sweeping.changed(start, once)

@@ -51,7 +51,7 @@ def number(value: float) -> str:
     if abs(value) >= 1e6:
         return f"{value / 1e6:g} M" if abs(value) < 1e9 else f"{value:.1e}"
     if abs(value) >= 1000:
-        return f"{value / 1000:g} k" if value % 100 == 0 else f"{value:,.0f}"
+        return f"{value / 1000:g} k" if value % 100 == 0 else f"{value:,.7g}"
     return f"{value:.4g}"
 
 

@@ -60,7 +60,9 @@ def test_values_are_read_as_a_run_reads_them(flag, values, expected):
     ("flag", "values", "message"),
     [
         ("--outer.init-rate", ["fast"], "--outer.init-rate fast: .*"),
-        ("--outer.init-rates", ["1"], "--outer.init-rates 1: .*outer.init-rate"),
+        ("--outer.init-rates", ["1"], "--outer.init-rates: no such setting; did you mean --outer.init-rate?"),
+        ("--data.task-colum", ["1"], "--data.task-colum: no such setting; did you mean --data.task-column?"),
+        ("--nonsense", ["1"], "--nonsense: no such setting$"),
         ("--outer.init-rate", [], "--outer.init-rate: expected one or more values, got none"),
         ("--model.name", ["mlp..rnn"], "--model.name"),
         ("--inner.signed", ["yes"], "--inner.signed: expected True or False, got 'yes'"),

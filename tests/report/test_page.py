@@ -113,6 +113,7 @@ def test_ticks_are_round_and_inside():
     assert figures.ticks(0.03, 0.97) == [0.2, 0.4, 0.6, 0.8]
     assert figures.ticks(0, 1500) == [0, 500, 1000, 1500]
     assert figures.ticks(2, 2) == [2]
+    assert [figures.number(v) for v in (0.5, 2500, 1234, 250_000.5)] == ["0.5", "2.5 k", "1,234", "250,000.5"]
     assert figures.log_ticks(3, 3000) == [10, 100, 1000]
     assert figures.log_ticks(20, 80) == [20, 80]
 
