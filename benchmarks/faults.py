@@ -147,8 +147,8 @@ def settings_of(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def typos(n: int) -> list[Row]:
-    """One-edit mutants of every setting's name: in a config file (all of them), and as a flag (n a setting)."""
+def typos(in_file: int | None, as_flag: int) -> list[Row]:
+    """One-edit mutants of every setting's name: in a config file (so many a setting; None: all), and as a flag."""
     rng, names = random.Random(SEED + 5), settings_of(config.TrainConfig)
     letters = "abcdefghijklmnopqrstuvwxyz_"
 
@@ -169,13 +169,14 @@ def typos(n: int) -> list[Row]:
         return {head: nested(rest, value) if rest else value}
 
     rows = []
-    for form, pick in (("config file", lambda found: found), ("flag", lambda found: rng.sample(found, n))):
+    for form, n in (("config file", in_file), ("flag", as_flag)):
         refused = suggested = tried = 0
         for name in names:
             parent, _, last = name.rpartition(".")
             siblings = {other.rpartition(".")[2] for other in names if other.rpartition(".")[0] == parent}
             siblings |= {other.split(".")[0] for other in names} if not parent else set()
-            for mutant in pick([m for m in mutants(last) if m not in siblings]):
+            every = [m for m in mutants(last) if m not in siblings]
+            for mutant in every if n is None else rng.sample(every, n):
                 wrong = f"{parent}.{mutant}" if parent else mutant
                 tried += 1
                 said = ""
@@ -312,9 +313,9 @@ def main() -> None:
         groups: dict[str, Callable[[], Row | list[Row]]] = {
             "files": lambda: damaged_files(root, 100 if few else 1000, 50 if few else 300),
             "hostile": lambda: hostile(root),
-            "fuzz": lambda: fuzz(root, 2000 if few else 100_000),
-            "typos": lambda: typos(1 if few else 10),
-            "divergence": lambda: divergence(root, 8 if few else 100),
+            "fuzz": lambda: fuzz(root, 500 if few else 100_000),
+            "typos": lambda: typos(20, 1) if few else typos(None, 10),
+            "divergence": lambda: divergence(root, 4 if few else 100),
             "overhead": lambda: overhead(9),
             "disk": lambda: full_disk(root, 4 if few else 20) if mounts else [],
             "vanished": lambda: vanished(root, 6) if mounts else [],
