@@ -30,7 +30,7 @@ VARIANTS = {
         model=ModelConfig(widths=(64,), dropout=0.0),
         inner=InnerConfig(steps=200, batch_size=32, base="adam", rate=START, knots=4, **options),  # type: ignore[arg-type]
         outer=outer,
-        evaluation=EvaluationConfig(episodes=60, validation_episodes=20, steps=200),
+        evaluation=EvaluationConfig(episodes=60, validation_episodes=20, steps=200, seed=1),
     )
     for way, (options, outer) in WAYS.items()
 }
