@@ -120,17 +120,14 @@ def resume(
     Raises:
       MetalrError: no comparison, a finished one, or one in use.
     """
-    folders.refuse_if_locked(folder)
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        config = from_json(stored["config"], CompareConfig)
-        recorded = {name: stored.get(name) or [] for name in ("runs", "pretrained", "choosing")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"resume: {folder}: expected a comparison, found none: {one_line(error)}") from error
-    runs, pretrained, choosing = (
-        [_locate(place, folder) for place in ([places] if isinstance(places, dict) else places)]  # of a former version
-        for places in recorded.values()
+    config, recorded = JOB.stored(
+        folder,
+        lambda stored: (
+            from_json(stored["config"], CompareConfig),
+            {name: stored.get(name) or [] for name in ("runs", "pretrained", "choosing")},
+        ),
     )
+    runs, pretrained, choosing = ([_locate(place, folder) for place in places] for places in recorded.values())
     JOB.refuse_finished(folder)
 
     def make() -> _Parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +21,7 @@ from metalr.storage import folders
 from metalr.tasks.host import host_failure
 
 Parts = TypeVar("Parts")
+Stored = TypeVar("Stored")
 Results = dict[str, Any]
 
 
@@ -109,6 +111,17 @@ class Job(NamedTuple):
                 raise ConfigError(
                     f"{field}: expected {old!r} as in {folder}, got {new!r}; leave it out, or start a new {self.kind}"
                 )
+
+    def stored(self, folder: Path, read: Callable[[dict[str, Any]], Stored]) -> Stored:
+        """What config.json of a folder to take up holds, as `read` makes of it.
+
+        Raises ConfigError for a folder of something else, LockedError for one in use.
+        """
+        folders.refuse_if_locked(folder)
+        try:
+            return read(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"resume: {folder}: expected a {self.kind}, found none: {one_line(error)}") from error
 
     def refuse_finished(self, folder: Path, else_: str = "nothing to go on with") -> None:
         """Raises ConfigError for a folder with results."""

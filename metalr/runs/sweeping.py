@@ -131,12 +131,9 @@ def resume(
     Raises:
       ConfigError: no sweep, a finished one, one in use, or retry_failed where no run has failed.
     """
-    folders.refuse_if_locked(folder)
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        sweep, config = Sweep.from_json(stored["sweep"]), from_json(stored["config"], SweepConfig)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"resume: {folder}: expected a sweep, found none: {one_line(error)}") from error
+    sweep, config = JOB.stored(
+        folder, lambda stored: (Sweep.from_json(stored["sweep"]), from_json(stored["config"], SweepConfig))
+    )
     if not retry_failed:
         JOB.refuse_finished(folder, "runs that failed may be tried again: --retry-failed")
     ended = folders.read_rows(folder / ENDED)
