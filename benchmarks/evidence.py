@@ -27,6 +27,7 @@ SUMMARY_PLACE = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.S)
 EARLY_PLACE = re.compile(r"(<!-- early stopping -->\n).*?(<!-- end -->)", re.S)
 SUMMARY = {  # case -> what README calls it, and the numbers of steps that it shows
     "rotated, full data, several horizons": ("rotated, 7,000 images", (11, 436, 4360)),
+    "permuted, full data, several horizons": ("pixels permuted, 7,000 images", (11, 436, 4360)),
     "rotated 10-way 5-shot, several horizons": ("rotated", (1, 50)),
     "relabeled 10-way 5-shot, several horizons": ("labels in another order", (1, 50)),
     "rotated 10-way 5-shot, label noise 0.4, several horizons": ("rotated, 40 % of the labels random", (1, 50)),
@@ -43,6 +44,7 @@ SUMMARY = {  # case -> what README calls it, and the numbers of steps that it sh
 }
 LEAST = {
     "rotated, full data, several horizons": 0.88,
+    "permuted, full data, several horizons": 0.84,
     "rotated 10-way 5-shot, several horizons": 0.86,
     "scaled 10-way 5-shot, several horizons": 0.945,
     "rotated 10-way 5-shot, GRU, several horizons": 0.6,

@@ -198,7 +198,7 @@ def test_experiment_documents_expect_what_was_measured(name):
 
 def test_numbers_of_the_studies_are_those_of_their_results():
     """Rows of docs/choosing.md and docs/long.md: study | variant | … | accuracy ± ci."""
-    text = (ROOT / "docs" / "choosing.md").read_text()
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("choosing.md", "long.md"))
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+\.\d) ± (\d+\.\d) \|", text, re.M)
     shown = {(study, variant): (float(a), float(ci)) for study, variant, a, ci in rows if study not in OMNIGLOT}
     measured = {
