@@ -61,7 +61,7 @@ class Learner:
         objective of your own, which are pickled as they are, if they can be."""
         from metalr.learner import artifact
 
-        if self.model.name in models.MODELS and OBJECTIVES.get(self.objective.name) is self.objective:
+        if self.model.name in models.MODELS and self.objective.name in OBJECTIVES:
             return artifact.from_files, (artifact.to_files(self),)
         return super().__reduce_ex__(protocol)
 

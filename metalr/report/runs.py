@@ -148,7 +148,8 @@ def _run(seen: _Seen) -> Run:
 def _used(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run goes by: those of images, or of a table, or of neither with tasks given in Python."""
     of_table = bool((config.get("table") or {}).get("task_column"))
-    given = (results.get("data") or {}).get("source") == folders.OWN_TASKS
+    source = results.get("data")  # of a comparison a sentence
+    given = isinstance(source, dict) and source.get("source") == folders.OWN_TASKS
     unused = {"tasks" if of_table else "table", *(["tasks"] if given else [])}
     return {name: value for name, value in config.items() if name not in unused}
 

@@ -19,7 +19,7 @@ def problem(blobs, request):
     episode = Episode(blobs.train_images[:200], blobs.train_labels[:200], blobs.test_images, blobs.test_labels)
     model = models.mlp(10, (8, 8, 1), widths=(16,), dropout=0.2)
     keys = jax.random.split(jax.random.key(0), request.param)
-    arrays = jax.tree.map(jax.numpy.asarray, fit.hold_out(episode))
+    arrays = jax.tree.map(jax.numpy.asarray, fit.hold_out(episode, by_class=True))
     return searchers.Problem(arrays, jax.vmap(model.init)(keys), keys, fit.make_programs(model, "adam"))
 
 
