@@ -166,8 +166,13 @@ def test_error_is_an_explicit_rule():
     hyperparameters.check_steps(spec, 3)
     with pytest.raises(ConfigError, match="steps: expected at most the 3 trained steps, got 4"):
         hyperparameters.check_steps(spec, 4)
-    for bad in (-1, 2.5):
-        with pytest.raises(ConfigError, match="steps: expected an integer"):
+    for bad, message in (
+        (-1, "at least 0"),
+        (2.5, "a whole number"),
+        (True, "a whole number"),
+        (2**31, "fewer than 2"),
+    ):
+        with pytest.raises(ConfigError, match=f"steps: expected {message}"):
             hyperparameters.check_steps(spec, bad)
 
 
