@@ -345,7 +345,9 @@ def _files(folder: Path) -> list[Path]:
     """All files in a folder and those below it, also behind links, sorted. What begins with a dot is left out."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).resolve()
+        above = {inside, *inside.parents}  # a link to one of these would go round for ever
+        folders[:] = [name for name in folders if name[0] != "." and Path(place, name).resolve() not in above]
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(file for file in found if file.is_file())
 

@@ -274,6 +274,7 @@ def test_pictures_of_all_kinds_keep_what_they_show(tmp_path):
             picture.save(tmp_path / "set" / name / f"{i}.png")
     (tmp_path / "set" / "gray" / "._0.png").write_bytes(b"what another system leaves")
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "set" / "deep")
+    (tmp_path / "set" / "deep" / "round").symlink_to(tmp_path / "set")
     for gray in (True, False):
         dataset = sources.read_folder(tmp_path / "set", gray=gray)
         assert dataset.classes == 6
