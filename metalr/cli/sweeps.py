@@ -11,12 +11,12 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 
 from metalr.config import SlurmConfig, SweepConfig, TrainConfig
-from metalr.config.files import differences
+from metalr.config.files import differences, kinds_of
 from metalr.errors import ConfigError, MetalrError
 from metalr.report.runs import flat
 
@@ -58,7 +58,7 @@ def axis_of(flag: str, values: Sequence[str], base: TrainConfig) -> tuple[str, A
 
     name = flag.removeprefix("--").replace("-", "_")
     name = f"table.{name.removeprefix('data.')}" if name.startswith("data.") else name
-    kinds = _kinds(name)
+    kinds = kinds_of(name)
     if not kinds:
         known = [re.sub("^table", "data", setting).replace("_", "-") for setting in flat(TrainConfig().to_json())]
         near = difflib.get_close_matches(flag.removeprefix("--"), known, 1)
@@ -70,15 +70,6 @@ def axis_of(flag: str, values: Sequence[str], base: TrainConfig) -> tuple[str, A
     if len(values) == 1 and {int, float} & kinds and (found := RANGE.match(values[0])):
         return name, Range(*(_value(flag, name, value, base, kinds) for value in found.groups()))
     return name, [_value(flag, name, value, base, kinds) for value in values]
-
-
-def _kinds(name: str) -> set[Any]:
-    """The types that a setting may have; empty for one that there is not."""
-    kind: Any = TrainConfig
-    for part in name.split("."):
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        kind = hints.get(part)
-    return {get_origin(one) or one for one in (kind, *get_args(kind)) if one is not None}
 
 
 def _value(flag: str, name: str, text: str, base: TrainConfig, kinds: set[Any]) -> Any:

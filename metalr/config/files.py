@@ -93,6 +93,15 @@ def read_config(folder: Path, kind: Any = TrainConfig) -> Any:
         raise ConfigError(f"{file}: not the config of a run: {one_line(error)}") from error
 
 
+def kinds_of(name: str) -> set[Any]:
+    """The types that a setting of a run may have, by its dotted name; empty for one that there is not."""
+    kind: Any = TrainConfig
+    for part in name.split("."):
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        kind = hints.get(part)
+    return {get_origin(one) or one for one in (kind, *get_args(kind)) if one is not None}
+
+
 def with_settings(config: Any, values: dict[str, Any], prefix: str = "") -> Any:
     """A config with settings changed, by dotted name ("outer.init_rate"). Raises ConfigError for an unknown one."""
     for name, value in values.items():

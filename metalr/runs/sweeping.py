@@ -17,12 +17,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metalr.config import SlurmConfig, SweepConfig, TrainConfig
-from metalr.config.files import check_literals, from_json, read_settings, settings_hash, with_settings
+from metalr.config.files import check_literals, from_json, kinds_of, read_settings, settings_hash, with_settings
 from metalr.errors import ConfigError, check_choices, check_seed, one_line
 from metalr.evaluation import protocol
 from metalr.report import page
@@ -257,17 +257,9 @@ def _drawn(axes: dict[str, Axis], number: int, again: int, config: SweepConfig) 
         low, high = axis.low, axis.high
         share = draw.uniform()
         value = float(low * (high / low) ** share) if low > 0 else float(low + share * (high - low))
-        return round(value) if _is_whole(name) else value
+        return round(value) if int in kinds_of(name) else value
 
     return {name: one(name, axis) for name, axis in axes.items()}
-
-
-def _is_whole(name: str) -> bool:
-    """Whether a setting takes whole numbers."""
-    kind: Any = TrainConfig
-    for part in name.split("."):
-        kind = get_type_hints(kind)[part]
-    return int in (kind, *get_args(kind))
 
 
 def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[Point, float]]) -> Point:
@@ -281,7 +273,7 @@ def _asked(sweep: Sweep, number: int, config: SweepConfig, told: Sequence[tuple[
         for name, axis in sweep.axes.items():
             if not isinstance(axis, Range):
                 spaces[name] = of.CategoricalDistribution([json.dumps(value) for value in axis])
-            elif _is_whole(name):
+            elif int in kinds_of(name):
                 spaces[name] = of.IntDistribution(int(axis.low), int(axis.high), log=axis.low > 0)
             else:
                 spaces[name] = of.FloatDistribution(axis.low, axis.high, log=axis.low > 0)
