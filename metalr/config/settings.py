@@ -79,7 +79,8 @@ class ModelConfig:
     def of(cls, model: Any) -> ModelConfig:
         """What says as much of a models.Model as a config can: all, or of a network of your own that it is one."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.settings.items()}
-        given.pop("head_start", None)  # of the inner loop
+        for of_inner_loop in ("head_start", "views"):
+            given.pop(of_inner_loop, None)
         return cls(model.name, **given)
 
     def settings(self) -> dict[str, Any]:
@@ -127,6 +128,8 @@ class InnerConfig:
     """Which layers adapt."""
     head_start: Literal["learned", "shared", "zero", "prototypes"] | None = None
     """Where the output layer of a fine-tune starts; all but learned take tasks with any number of classes."""
+    views: int = 0
+    """prototypes: take the means of the classes over so many distorted copies of each support image too."""
     signed: bool = False
     """Let rates turn negative, as Meta-SGD's paper does; otherwise their logarithm is learned."""
     lowest: float | None = None

@@ -474,6 +474,22 @@ class Learner:
         """Which learned tensors each of your tensors takes its rate from, to look at: print it. Arguments as above."""
         return match(self.spec, self.rates, self.init, like, names, default, fan_in, order=self._order)
 
+    def with_views(self, views: int) -> Learner:
+        """The same learner, whose output layer is made of more than a task's own images: a better one from few.
+
+        Each support image is looked at as it is and as so many distorted copies, always the same ones, when the means
+        of the classes are taken. (The inner steps see the images alone.) It costs views times the support set in
+        forward passes. Only for what was trained with inner.head_start prototypes, and for images; views of 0: none.
+
+        Raises ConfigError for other learners.
+        """
+        own = self.model
+        if own.name not in models.MODELS or own.way is None or own.input_shape is None:
+            raise ConfigError(f"views: expected a network of metalr's own, got {own.name!r}")
+        settings = {name: value for name, value in own.settings.items() if name != "views"}
+        model = models.build(own.name, own.way, own.input_shape, **settings, views=views)
+        return dataclasses.replace(self, model=model)
+
     def for_network(
         self,
         model: Model,

@@ -2,6 +2,7 @@
 
 from metalr.models.conv4 import NORMS, conv4
 from metalr.models.flax import DTYPES, from_linen, from_nnx
+from metalr.models.heads import HEAD_STARTS
 from metalr.models.mlp import MOST_LAYERS, mlp
 from metalr.models.model import (
     CUSTOM,
@@ -14,7 +15,7 @@ from metalr.models.model import (
     starting_from,
     unit,
 )
-from metalr.models.registry import MODELS, build
+from metalr.models.registry import LEARNED_HEAD, MODELS, build
 from metalr.models.rnn import CELLS, rnn
 from metalr.models.transformer import transformer
 
@@ -22,6 +23,8 @@ __all__ = [
     "CELLS",
     "CUSTOM",
     "DTYPES",
+    "HEAD_STARTS",
+    "LEARNED_HEAD",
     "MODELS",
     "MOST_LAYERS",
     "NORMS",

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalr.errors import ConfigError
+from metalr.data import transforms
+from metalr.errors import ConfigError, check_whole
 from metalr.models.model import Model
 from metalr.types import Params
 
+VIEW_STRENGTH = 0.5  # as `tasks.distort` counts; more gave no more on Omniglot's meta-validation tasks
 NOT_SHOWN = -1e6  # the logit of a class without examples: below all others, and finite, so that losses are
 Layer = dict[str, jax.Array]  # {"kernel": [inputs, outputs], "bias": [outputs]}
 
@@ -63,17 +65,25 @@ HEAD_STARTS = {
 }
 
 
-def with_head_start(build: Callable[[int], Model], way: int, name: str) -> Model:
+def with_head_start(build: Callable[[int], Model], way: int, name: str, views: int = 0) -> Model:
     """The model whose fine-tunes start as the row of that name says.
 
     Args:
       build: number of outputs -> the model with a head that is learned as it is.
+      views: the features that a row looks at are those of the support set's images and of so many distorted copies of
+        each, always the same ones. With few images a class, its mean is a better one then.
 
-    Raises ConfigError for an unknown name, or a model whose head is no dense layer of its own.
+    Raises ConfigError for an unknown name, a model whose head is no dense layer of its own, or views of what are no
+    images, or for a row that looks at no features.
     """
     if name not in HEAD_STARTS:
         raise ConfigError(f"inner.head_start: expected one of {('learned', *HEAD_STARTS)}, got {name!r}")
     row, plain, narrow = HEAD_STARTS[name], build(way), build(1)
+    check_whole("inner.views", views, least=0)
+    if views and not row.features:
+        raise ConfigError(f"inner.views: expected 0 with inner.head_start {name}, which sees no images, got {views}")
+    if views and not plain.takes_images:
+        raise ConfigError(f"inner.views: expected 0 with inputs of shape {plain.input_shape}, no images, got {views}")
 
     def start(init: Params, x: Any, y: jax.Array) -> Params:
         """x: the support set's inputs, as `apply` takes them; y: [support] int."""
@@ -83,6 +93,10 @@ def with_head_start(build: Callable[[int], Model], way: int, name: str) -> Model
             inputs = head["kernel"].shape[0]
             eye = {"kernel": jnp.eye(inputs, dtype=head["kernel"].dtype), "bias": jnp.zeros(inputs, head["bias"].dtype)}
             wide = build(inputs)
+            if views:
+                keys = jax.random.split(jax.random.key(0), views)
+                copies = jax.vmap(lambda key: transforms.each_its_own(key, x, VIEW_STRENGTH, plain.image_shape))(keys)
+                x, y = jnp.concatenate([x[None], copies]).reshape(-1, *x.shape[1:]), jnp.tile(y, views + 1)
             features = (wide.cpu_apply or wide.apply)(init | {plain.head: eye}, x)  # the fast form on GPUs too
         return init | {plain.head: row.start(head, features, y, way)}
 
@@ -90,6 +104,6 @@ def with_head_start(build: Callable[[int], Model], way: int, name: str) -> Model
         plain,
         init=narrow.init,
         start=start,
-        settings=plain.settings | {"head_start": name},
-        of_way=lambda ways: with_head_start(build, ways, name),
+        settings=plain.settings | {"head_start": name} | ({"views": views} if views else {}),
+        of_way=lambda ways: with_head_start(build, ways, name, views),
     )

@@ -38,13 +38,13 @@ def build(name: str, way: int, input_shape: tuple[int, ...], **settings: Any) ->
 
     Args:
       way: number of outputs: classes, or targets.
-      head_start: in settings: "learned", or a row of heads.HEAD_STARTS.
+      head_start, views: in settings: "learned", or a row of heads.HEAD_STARTS; as of heads.with_head_start.
       input_shape: (height, width, channels) of images; an mlp takes inputs of any shape, (features,) say.
     """
     if name not in MODELS:
         raise ConfigError(f"model.name: expected one of {tuple(MODELS)}, got {name!r}")
     _check_shape(name, input_shape, way)
-    head_start = settings.pop("head_start", LEARNED_HEAD)
+    head_start, views = settings.pop("head_start", LEARNED_HEAD), settings.pop("views", 0)
 
     def of(outputs: int) -> Model:
         try:
@@ -52,9 +52,11 @@ def build(name: str, way: int, input_shape: tuple[int, ...], **settings: Any) ->
         except TypeError as error:
             raise ConfigError(f"model {name}: {error}") from error
 
-    if head_start == LEARNED_HEAD:
-        return of(way)
-    return with_head_start(of, way, head_start)
+    if head_start != LEARNED_HEAD:
+        return with_head_start(of, way, head_start, views)
+    if views:
+        raise ConfigError(f"inner.views: expected 0 with inner.head_start {LEARNED_HEAD}, got {views!r}")
+    return of(way)
 
 
 def _check_shape(name: str, input_shape: Any, way: Any) -> None:

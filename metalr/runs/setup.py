@@ -153,11 +153,11 @@ def set_up(
         if objective.name != CROSS_ENTROPY.name:
             raise ConfigError(f"objective: expected {CROSS_ENTROPY.name} with images, got {objective.name!r}")
         source, parts, by_size = of_images(config, given)
-        model = model_of(config.model, config.tasks.way, given, model, row.head_start)
+        model = model_of(config.model, config.tasks.way, given, model, row.head_start, config.inner.views)
         support, query = config.tasks.way * config.tasks.shot, config.tasks.way * config.tasks.query
     else:
         if model is None:
-            model = model_of_table(config, given, row.head_start)
+            model = model_of_table(config, given, row.head_start, config.inner.views)
         elif row.head_start != "learned":
             raise ConfigError(f"inner.head_start: expected learned with a network of your own, got {row.head_start!r}")
         standardisation, prefetch = given.standardisation, given.prefetch
@@ -381,6 +381,8 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
     else:
         why = "with evolution, no derivative goes through the inner steps"
         unused |= {"inner.first_order": why, "outer.first_order_share": why}
+    if (inner.head_start or row.head_start) != "prototypes":
+        unused["inner.views"] = "only with inner.head_start prototypes"
     if row.meta_gradient != "implicit":
         unused["inner.solver_steps"] = "only with inner.algorithm imaml"
     if row.meta_gradient != "query":
@@ -404,11 +406,16 @@ def _unused_in_training(config: TrainConfig) -> dict[str, str]:
 
 
 def model_of(
-    config: ModelConfig, way: int, dataset: data.Dataset, given: Model | None = None, head_start: str = "learned"
+    config: ModelConfig,
+    way: int,
+    dataset: data.Dataset,
+    given: Model | None = None,
+    head_start: str = "learned",
+    views: int = 0,
 ) -> Model:
     """The network for a dataset: the given one if it fits, or what the config says. Raises ConfigError."""
     if given is None:
-        return models.build(config.name, way, dataset.shape, **config.settings(), head_start=head_start)
+        return models.build(config.name, way, dataset.shape, **config.settings(), head_start=head_start, views=views)
     if head_start != "learned":
         raise ConfigError(f"inner.head_start: expected learned with a network of your own, got {head_start!r}")
     if (given.way, given.input_shape) != (way, dataset.shape):
@@ -426,17 +433,19 @@ def grid_of(config: TrainConfig) -> GridConfig:
 
 
 def task_cost(config: TrainConfig, setup: Setup) -> float:
-    """Example-gradients of one task: those of its inner steps, and those of its query set; docs/long.md."""
+    """Example-gradients of one task: of where it starts, its inner steps, and its query set; docs/long.md."""
     method = setup.method
     numbers = sum(leaf.size for leaf in outer.initial_shapes(setup.model, setup.spec).rates.values())
     share = setup.phases.first_order_until / config.outer.steps
+    start = setup.model.settings.get("head_start", models.LEARNED_HEAD)
+    looked_at = config.inner.views + 1 if start in models.HEAD_STARTS and models.HEAD_STARTS[start].features else 0
 
     def of_variant(support: int, steps: int) -> float:
         size = TaskSize(min(config.inner.batch_size or support, support), support, setup.query, numbers)
         cost = method.cost(steps, size)
         if share and isinstance(method, (Reverse, Forward)):
-            return share * dataclasses.replace(method, first_order=True).cost(steps, size) + (1 - share) * cost
-        return cost
+            cost = share * dataclasses.replace(method, first_order=True).cost(steps, size) + (1 - share) * cost
+        return cost + looked_at * support
 
     horizons = setup.phases.horizons or (config.inner.steps,)
     costs = [of_variant(amount.support, steps) for amount in setup.amounts for steps in horizons]

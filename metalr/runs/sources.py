@@ -101,7 +101,7 @@ def table_tasks(config: TrainConfig, path: str) -> tasks.Tasks:
     return dataclasses.replace(own, facts={**own.facts, "table": facts | {"task_column": columns.task_column}})
 
 
-def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> Model:
+def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str, views: int) -> Model:
     facts = given.facts.get("table")
     if facts is None:
         raise ConfigError("model: expected a network with tasks of your own, got None")
@@ -111,7 +111,8 @@ def model_of_table(config: TrainConfig, given: tasks.Tasks, head_start: str) -> 
     outputs = 1 if targets == "binary" else len(facts["classes"]) or len(facts["target"])
     if head_start != "learned" and targets != "classes":
         raise ConfigError(f"inner.head_start: expected learned with {config.objective}, got {head_start!r}")
-    return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), head_start=head_start)
+    head = {"head_start": head_start, "views": views}
+    return models.build("mlp", outputs, (len(facts["features"]),), **config.model.settings(), **head)
 
 
 def of_images(config: TrainConfig, dataset: data.Dataset) -> tuple[Source, tasks.Parts, dict[int, tasks.Parts]]:

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.data import Dataset, last_sixth
+from metalr.data import Dataset, last_sixth, transforms
 from metalr.errors import ConfigError, DataError, check_whole
-from metalr.tasks import transforms
 from metalr.tasks.samplers import Part, Parts, choose, second_key
 from metalr.types import Episode
 

@@ -7,6 +7,7 @@ import pytest
 
 import metalr
 from metalr import inner, models, outer
+from metalr.data import transforms
 from metalr.errors import ConfigError, DataError
 from metalr.evaluation import protocol
 from metalr.inner import descent, hyperparameters
@@ -35,6 +36,50 @@ def test_prototypes_are_the_nearest_mean():
     logits = net.apply(fast, X)
     expected = -distances + jnp.square(features).sum(-1, keepdims=True)
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_with_views_the_means_are_over_copies_too():
+    plain, net = model("prototypes"), models.build("mlp", 3, SHAPE, widths=(8,), head_start="prototypes", views=3)
+    init = net.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    copies = [transforms.each_its_own(key, X, heads.VIEW_STRENGTH, SHAPE) for key in keys]
+    assert all(float(jnp.abs(copy - X).max()) > 0.01 for copy in copies)
+    expected = plain.begin(init, jnp.concatenate([X, *copies]), jnp.concatenate([Y] * 4))
+    jax.tree.map(np.testing.assert_array_equal, net.begin(init, X, Y), expected)
+    assert not np.allclose(expected["head"]["kernel"], plain.begin(init, X, Y)["head"]["kernel"])
+
+
+def test_a_learner_looks_at_views_from_then_on(tmp_path):
+    learned = learner("prototypes")
+    seeing = learned.with_views(4)
+    x, y = np.asarray(X), np.asarray(Y)
+    fast = seeing.adapt(x, y)
+    assert not np.allclose(fast["head"]["kernel"], learned.adapt(x, y)["head"]["kernel"])
+    loaded = metalr.load(metalr.save(tmp_path / "a", seeing))
+    jax.tree.map(np.testing.assert_array_equal, loaded.adapt(x, y), fast)
+    np.testing.assert_allclose(seeing.predictor(x, y)(x), seeing.apply(fast, x), rtol=1e-4, atol=1e-5)
+    back = loaded.with_views(0)
+    assert back.model.settings == learned.model.settings
+    jax.tree.map(np.testing.assert_array_equal, back.adapt(x, y), learned.adapt(x, y))
+    two = seeing.adapt(x[:4], y[:4])  # other numbers of classes keep them
+    expected = seeing.model.of_way(2).begin(learned.init, jnp.asarray(x[:4]), jnp.asarray(y[:4]))
+    assert two["head"]["kernel"].shape == expected["head"]["kernel"].shape == (8, 2)
+
+
+def test_views_of_what_has_none_are_refused():
+    with pytest.raises(ConfigError, match="inner.views: expected 0 with inner.head_start shared"):
+        learner("shared").with_views(2)
+    with pytest.raises(ConfigError, match="inner.views: expected 0 with inner.head_start learned"):
+        models.build("mlp", 3, SHAPE, widths=(8,), views=2)
+    with pytest.raises(ConfigError, match=r"inner.views: expected 0 with inputs of shape \(6,\), no images"):
+        models.build("mlp", 3, (6,), widths=(8,), head_start="prototypes", views=2)
+    with pytest.raises(ConfigError, match="inner.views: expected a whole number"):
+        models.build("mlp", 3, SHAPE, widths=(8,), head_start="prototypes", views=0.5)
+    own = models.starting_from(model("prototypes"), model("prototypes").init(jax.random.key(0)))
+    spec = RatesSpec("layer", steps=1)
+    rates = hyperparameters.actual(spec, hyperparameters.initial_raw(spec, own.init(jax.random.key(0))))
+    with pytest.raises(ConfigError, match="views: expected a network of metalr's own, got 'custom'"):
+        metalr.Learner(own, spec, own.init(jax.random.key(0)), rates).with_views(2)
 
 
 def test_a_class_that_was_not_shown_is_never_predicted():
@@ -106,11 +151,11 @@ def test_a_curve_counts_classes_that_some_tasks_do_not_show():
         np.testing.assert_array_equal(learned.evaluate(tasks, 20, 2, seed).tasks, of_three.tasks)
 
 
-@pytest.mark.parametrize("name", heads.HEAD_STARTS)
-def test_the_meta_gradient_goes_through_the_head_start(name):
+@pytest.mark.parametrize(("name", "views"), [*((name, 0) for name in heads.HEAD_STARTS), ("prototypes", 2)])
+def test_the_meta_gradient_goes_through_the_head_start(name, views):
     """Plain form against finite differences, in x64; the factored form against the plain one."""
     with jax.enable_x64(True):
-        net = models.build("mlp", 3, (40, 40, 1), widths=(5,), head_start=name)
+        net = models.build("mlp", 3, (40, 40, 1), widths=(5,), head_start=name, views=views)
         spec = RatesSpec("tensor", steps=2, initial=0.1)
         meta = outer.initial(net, spec, jax.random.key(0))
         meta = jax.tree.map(lambda v: v.astype(jnp.float64), meta)

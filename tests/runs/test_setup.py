@@ -219,3 +219,15 @@ def test_a_head_that_is_made_for_each_task_needs_the_derivative_through_it(small
     else:
         with pytest.raises(ConfigError, match=message):
             set_up(dataclasses.replace(small, **settings))
+
+
+def test_views_are_of_prototypes_and_are_charged(small):
+    looks = dataclasses.replace(small, inner=InnerConfig(steps=2, head_start="prototypes", views=3))
+    plain = dataclasses.replace(small, inner=InnerConfig(steps=2, head_start="prototypes"))
+    learned = dataclasses.replace(small, inner=InnerConfig(steps=2))
+    made = set_up(looks)
+    assert made.model.settings["views"] == 3
+    costs = [task_cost(config, set_up(config)) for config in (learned, plain, looks)]
+    assert np.diff(costs).tolist() == [made.support, 3 * made.support]
+    with pytest.raises(ConfigError, match=r"inner.views: expected 0.*only with inner.head_start prototypes.*got 3"):
+        set_up(dataclasses.replace(small, inner=InnerConfig(steps=2, views=3)))

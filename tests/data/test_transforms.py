@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalr.tasks import transforms
+from metalr.data import transforms
 
 
 def test_rotation_by_right_angles_is_exact():

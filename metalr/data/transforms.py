@@ -18,15 +18,26 @@ def distort(key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int
     mirror_key, map_key, own_key = jax.random.split(key, 3)
     mirror = jnp.array([1.0, jax.random.rademacher(mirror_key, (), jnp.float32)])
     shared = jnp.diag(mirror) + strength * jax.random.uniform(map_key, (2, 2), minval=-0.5, maxval=0.5)
+    return each_its_own(own_key, pixels, strength, shape, shared)
+
+
+def each_its_own(
+    key: jax.Array, pixels: jax.Array, strength: float, shape: tuple[int, int, int], shared: jax.Array | None = None
+) -> jax.Array:
+    """Each image shifted and through a weak map of its own, as another hand would have drawn it; then through `shared`.
+
+    pixels: [n, …] numbers, height * width * channels of them each; shared: [2, 2], default: the identity; result:
+    float32 of the same shape.
+    """
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         map_key, shift_key = jax.random.split(key)
         own = jnp.eye(2) + strength * OWN * jax.random.uniform(map_key, (2, 2), minval=-0.5, maxval=0.5)
         shift = strength * SHIFT * jnp.array(shape[:2]) * jax.random.uniform(shift_key, (2,), minval=-1.0)
-        return affine(image[None], shared @ own, shape, shift)[0]
+        return affine(image[None], own if shared is None else shared @ own, shape, shift)[0]
 
     images = pixels.reshape(len(pixels), shape[0] * shape[1], shape[2])
-    return jax.vmap(one)(jax.random.split(own_key, len(pixels)), images).reshape(pixels.shape)
+    return jax.vmap(one)(jax.random.split(key, len(pixels)), images).reshape(pixels.shape)
 
 
 def rotate(pixels: jax.Array, degrees: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
