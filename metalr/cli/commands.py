@@ -336,7 +336,7 @@ def adapt(
     if json_:
         print(json.dumps(result))
         return
-    print("predictions", *result["predictions"])
+    print("predictions", *(result["predictions"] or ["none, for no inputs were asked"]))
     for name in [name for name in result if name not in ("steps", "predictions", "params")]:
         print(f"{name:11} {result[name]:.4f} after {result['steps']} steps")
     if out is not None:

@@ -130,6 +130,9 @@ def adapt(learner: Learner, path: Path, steps: int | None = None, out: Path | No
     Raises MetalrError: the file does not fit the learner, or cannot be read or written.
     """
     task = read_task(learner, path)
+    if not len(task.query_x) and out is None:
+        what = "rows without a target" if data.is_table(str(path)) else "inputs in query_x"
+        raise DataError(f"{path}: expected {what} to predict for, or --out for the fine-tuned params, got neither")
     fast = learner.adapt(task.support_x, task.support_y, steps=steps)
     result: dict[str, Any] = {"steps": learner.spec.steps if steps is None else steps, "predictions": []}
     if len(task.query_x):

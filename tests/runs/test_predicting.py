@@ -43,3 +43,13 @@ def test_outputs_keep_their_meaning_where_they_have_one(family, labels, outputs,
     task = predicting.read_task(learned, tmp_path / "task.npz")
     assert task.classes.outputs == outputs
     assert task.support_y.tolist() == list(outputs)
+
+
+def test_a_file_with_nothing_to_predict_for_is_there_for_its_params(tmp_path):
+    x, path = np.ones((4, 2), np.float32), tmp_path / "task.npz"
+    np.savez(path, support_x=x, support_y=np.ones((4, 1), np.float32), query_x=x[:0])
+    with pytest.raises(DataError, match="expected inputs in query_x to predict for, or --out"):
+        predicting.adapt(learner(), path)
+    found = predicting.adapt(learner(), path, out=tmp_path / "fast.safetensors")
+    assert found["predictions"] == []
+    assert (tmp_path / "fast.safetensors").exists()
