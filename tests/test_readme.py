@@ -231,11 +231,14 @@ def test_omniglot_artifacts_adapt_and_match_the_docs(name):
     made = from_json(results["runs"][0]["config"])
     document = runpy.run_path(str(ROOT / "experiments" / "omniglot.py"))["CONFIGS"][name.removeprefix("omniglot_")]
     assert differences(dataclasses.replace(made, out=None), document) == {}
-    shown = [f"{100 * j['accuracy']:.1f} ± {100 * j['ci95']:.1f}" for j in results["judged"]]
-    assert f"| `{name}` | {' | '.join(shown)} |" in page
-    assert [(j["way"], j["shot"]) for j in results["judged"]] == [(20, 1), (5, 1), (5, 5)]
+    for what, views in (f"`{name}`", 32), (f"`{name}`, no views", 0):
+        of_views = [j for j in results["judged"] if j["views"] == views]
+        assert [(j["way"], j["shot"]) for j in of_views] == [(20, 1), (5, 1), (5, 5)]
+        shown = [f"{100 * j['accuracy']:.1f} ± {100 * j['ci95']:.1f}" for j in of_views]
+        assert f"| {what} | {' | '.join(shown)} |" in page
     path = ROOT / "experiments" / "artifacts" / name
     learned = metalr.load(path)
+    assert learned.model.settings["views"] == 32
     assert learned.facts["split_sha256"] == results["split_sha256"]
     assert sum(f.stat().st_size for f in path.iterdir()) < 10**6
     for way in (5, 20):
