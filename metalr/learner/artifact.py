@@ -142,7 +142,7 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
         norm += "It was trained on standardised numbers; `adapt` and `apply` take and give numbers in your own units.\n"
     start, views = (learner.model.settings.get(name) for name in ("head_start", "views"))
     if start:
-        seen = f", and looks at {views} distorted copies of each support image" if views else ""
+        seen = f", of each support image and {views} distorted copies of it" if views else ""
         norm += f"The output layer is made for each task, for any number of classes ({start}){seen}.\n"
     alone = learner.rates_alone
     init = "a random initialization that was not learned" if alone else "a meta-learned initialization"

@@ -57,7 +57,7 @@ def test_a_learner_looks_at_views_from_then_on(tmp_path):
     assert not np.allclose(fast["head"]["kernel"], learned.adapt(x, y)["head"]["kernel"])
     loaded = metalr.load(metalr.save(tmp_path / "a", seeing))
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "for any number of classes (prototypes), and looks at 4 distorted copies of each support image" in card
+    assert "for any number of classes (prototypes), of each support image and 4 distorted copies of it" in card
     jax.tree.map(np.testing.assert_array_equal, loaded.adapt(x, y), fast)
     np.testing.assert_allclose(seeing.predictor(x, y)(x), seeing.apply(fast, x), rtol=1e-4, atol=1e-5)
     back = loaded.with_views(0)
