@@ -329,6 +329,7 @@ def adapt(
       json_: print JSON.
     """
     start_jax()
+    from metalr import report
     from metalr.learner import load
     from metalr.runs import predicting
 
@@ -338,7 +339,7 @@ def adapt(
         return
     print("predictions", *(result["predictions"] or ["none, for no inputs were asked"]))
     for name in [name for name in result if name not in ("steps", "predictions", "params")]:
-        print(f"{name:11} {result[name]:.4f} after {result['steps']} steps")
+        print(f"{name:11} {result[name]:.4f} after {report.plural(result['steps'], 'step')}")
     if out is not None:
         print(f"params      {out}")
 

@@ -149,7 +149,7 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     return (
         f"# A metalr learner\n\nA {facts['model']['name']} ({', '.join(described(learner.model))}): {init} and "
         "meta-learned inner-loop "
-        f"learning rates ({shared}), trained for {learner.spec.steps} step{'s' * (learner.spec.steps > 1)}.\n{norm}\n"
+        f"learning rates ({shared}), trained for {learner.spec.steps} step{'s' * (learner.spec.steps != 1)}.\n{norm}\n"
         '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
         "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"
         f"| group | learning rate (mean; over the steps) |\n|---|---|\n{rows}\n\n"

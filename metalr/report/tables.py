@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 
 
+def plural(count: int, thing: str) -> str:
+    """So many things: "1 step", "1,000 steps"."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def shown(value: float | None, metric: str) -> str:
     """A score for people: accuracy in per cent, any other metric in its own unit."""
     if value is None:
@@ -42,7 +47,7 @@ def held_out(episodes: int, tasks: int | None) -> str:
     """How much a score rests on. tasks: how many different ones the episodes are of; None: as many as there are."""
     if tasks in (None, episodes):
         return f"{episodes} held-out tasks"
-    return f"{episodes} episodes of {tasks} held-out task{'s' * (tasks != 1)}"
+    return f"{episodes} episodes of {plural(tasks, 'held-out task')}"
 
 
 def text(results: dict[str, Any]) -> str:
@@ -83,7 +88,7 @@ def conclusion(results: dict[str, Any]) -> str:
     steps = results["config"]["inner"]["steps"]
     start, end = curve[0], next((p for p in curve if p["steps"] == steps), curve[-1])
     said = (
-        f"After {end['steps']} steps on a new task, {metric} is {shown(end[metric], metric)} "
+        f"After {plural(end['steps'], 'step')} on a new task, {metric} is {shown(end[metric], metric)} "
         f"{shown_interval(end['ci95'], metric)} (before: {shown(start[metric], metric)})."
     )
     rows = results.get("comparison") or []
@@ -113,7 +118,7 @@ def contest_conclusion(results: dict[str, Any]) -> str:
     own = [row for row in rows if row["method"] == rows[0]["method"]]
     best, seeds = own[-1], len(results["seeds"])
     stopped = best.get("chosen", {}).get("steps", best["steps"])
-    steps = f"{stopped:,} step{'s' * (stopped != 1)}"
+    steps = plural(stopped, "step")
     steps += f" (of at most {best['steps']:,})" * (stopped != best["steps"])
     said = (
         f"{best['method']}: {metric} {shown(best[metric], metric)} {shown_interval(best['ci95'], metric)} after "
@@ -242,7 +247,10 @@ def _cell(cell: dict[str, Any] | list[dict[str, Any]]) -> str:
 def learned_text(facts: dict[str, Any]) -> str:
     """What an artifact learned: hyperparameters over time, negative and dead shares, what no longer adapts."""
     rates, health, adapts = facts["rates"], facts["rates_health"], facts["adapts"]
-    lines = [f"{facts['artifact']}: {facts['model']}, {facts['rule']}, trained for {facts['steps']} steps", ""]
+    lines = [
+        f"{facts['artifact']}: {facts['model']}, {facts['rule']}, trained for {plural(facts['steps'], 'step')}",
+        "",
+    ]
     rows: list[tuple[str, ...]] = [("hyperparameter", "start", "learned", "over time", "negative", "dead", "")]
     for name, value in rates.items():
         values = value if isinstance(value, list) else [value]
