@@ -211,6 +211,16 @@ def test_numbers_of_the_studies_are_those_of_their_results():
     assert all((ROOT / "experiments" / f"{name}.py").is_file() for name in STUDIES)
 
 
+def test_numbers_of_longer_training_are_those_of_their_results():
+    text = (ROOT / "docs" / "long.md").read_text()
+    for line in ALL["evolution"]["lines"]:
+        scores, difference = (
+            [f"{100 * line[name]:{sign}.1f} ± {100 * line[f'{name}_ci95']:.1f}" for name in names]
+            for names, sign in ((("derivatives", "then_evolution"), ""), (("difference",), "+"))
+        )
+        assert f"| {line['steps']:,} | {' | '.join(scores + difference)} |" in text
+
+
 def test_numbers_of_long_fine_tunes_are_those_of_their_results():
     rows = re.findall(
         r"^\| ([^|]+) \| (\d+) \| ([^|]+) \| (\d+\.\d) ± (\d+\.\d) \|", (ROOT / "docs" / "long.md").read_text(), re.M

@@ -14,14 +14,13 @@ def plain(x, kernel, window_strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@pytest.mark.parametrize("size", [(28, 28), (14, 14), (7, 7), (5, 6), (2, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("size", "padding"), [((7, 7), "SAME"), ((5, 6), "VALID"), ((5, 6), ((2, 1), (0, 3))), ((1, 1), "SAME")]
+)
 @pytest.mark.parametrize(
     ("window", "strides"), [((3, 3), (2, 2)), ((3, 3), (1, 1)), ((2, 3), (3, 1)), ((1, 1), (2, 2))]
 )
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 1), (0, 3))])
 def test_derivatives_of_three_orders(size, window, strides, padding):
-    if padding == "VALID" and any(s < w for s, w in zip(size, window, strict=True)):
-        return
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 4)
         x, kernel, u, v = (

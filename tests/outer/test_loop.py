@@ -173,7 +173,7 @@ def test_failing_tasks_are_those_of_the_step_as_it_was(phase, parts, blobs):
     chunk = loop.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2, phases=phases)
     start = loop.start(model, spec, optimizer, jax.random.key(0))
     bad_init = start.meta.init | {"head": jax.tree.map(lambda v: v * np.nan, start.meta.init["head"])}
-    gradient = loop.make_gradient(model, spec, METHOD, sample, phases)
+    gradient = jax.jit(loop.make_gradient(model, spec, METHOD, sample, phases))
     key = jax.random.key(0)
     keys = loop.task_keys(key, 0, 2)
     # Where every step draws its own init, the one in the state is never used.

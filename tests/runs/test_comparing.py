@@ -59,7 +59,7 @@ CONFIG = CompareConfig(
 )  # fmt: skip
 
 
-def test_all_methods_meet_the_same_tasks(trained, tmp_path):
+def test_all_methods_meet_the_same_tasks(trained, tmp_path, few_rates):
     *seeds, joint = trained
     config = dataclasses.replace(CONFIG, out=tmp_path / "compared")
     results = comparing.run(seeds, config, pretrained=[joint], reporter=QUIET)
