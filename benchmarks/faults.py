@@ -335,6 +335,7 @@ def main() -> None:
             parser.error(f"--only: expected some of {sorted(groups)}, got {sorted(unknown)}")
         if few and not options.only:
             del groups["overhead"]  # a timing: too noisy for a few repeats
+            del groups["processes"]  # once is what tests/outer/test_processes.py does
         for name in options.only or groups:
             began = time.perf_counter()
             found = groups[name]()

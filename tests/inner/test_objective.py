@@ -1,5 +1,7 @@
 """Objectives: values by hand, refusals, and the fast form with squared error against the plain one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +111,10 @@ def test_the_fast_form_with_squared_error_is_the_plain_one(granularity, outputs)
         keys = jax.random.split(jax.random.key(2), 4)
         objective = inner.OBJECTIVES["squared_error"]
         fast, plain = (
-            outer.meta_gradient(model, spec, meta, episodes, keys, objective=objective, plain=p) for p in (False, True)
+            jax.jit(functools.partial(outer.meta_gradient, model, spec, objective=objective, plain=p))(
+                meta, episodes, keys
+            )
+            for p in (False, True)
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), fast, plain)
 

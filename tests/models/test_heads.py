@@ -126,6 +126,7 @@ def test_a_curve_of_tasks_with_other_numbers_of_classes_is_that_of_their_fine_tu
     for way in (2, 4):
         tasks = metalr.Tasks.from_images(blobs, "classes", way, 2, 3)
         pool, sample = tasks.sampler("test")
+        sample = jax.jit(sample)
         curve = learned.evaluate(tasks, episodes=4, steps=2)
         for key, found in zip(protocol.episode_keys(0, 4), curve.tasks, strict=True):
             episode = sample(pool, key)
@@ -168,7 +169,8 @@ def test_the_meta_gradient_goes_through_the_head_start(name, views):
         def found(meta, plain):
             return outer.meta_gradient(net, spec, meta, episodes, keys, Reverse(), plain=plain)
 
-        (grads, metrics), (fast, _) = (jax.jit(found, static_argnums=1)(meta, plain) for plain in (True, False))
+        found = jax.jit(found, static_argnums=1)
+        (grads, metrics), (fast, _) = (found(meta, plain) for plain in (True, False))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), grads, fast)
         noise = jax.tree.map(lambda v: jax.random.normal(jax.random.key(7), v.shape, v.dtype), meta)
         moved = [jax.tree.map(lambda v, n, t=t: v + t * n, meta, noise) for t in (1e-6, -1e-6)]

@@ -163,6 +163,7 @@ def test_a_hardly_distorted_episode_is_the_plain_one_mirrored_or_not(blobs):
         return np.concatenate([episode.support_x, episode.query_x])[..., 0]
 
     _, hardly = tasks.make_sampler(split, 3, 2, 2, distort=1e-5)
+    plain, hardly = jax.jit(plain), jax.jit(hardly)
     mirrored = []
     for seed in range(8):
         before, after = images(plain, seed), images(hardly, seed)
@@ -170,7 +171,7 @@ def test_a_hardly_distorted_episode_is_the_plain_one_mirrored_or_not(blobs):
         np.testing.assert_allclose(after, before[:, :, ::-1] if mirrored[-1] else before, atol=1e-3)
     assert 0 < sum(mirrored) < 8
     _, strongly = tasks.make_sampler(split, 3, 2, 2, distort=0.5)
-    before, after = images(plain, 0), images(strongly, 0)
+    before, after = images(plain, 0), images(jax.jit(strongly), 0)
     assert np.abs(after - (before[:, :, ::-1] if mirrored[0] else before)).mean() > 0.02
     for family, strength in (("rotated", 0.1), ("classes", 1.5)):
         other = tasks.make_splits(blobs, family).train
@@ -184,7 +185,8 @@ def test_label_noise_changes_support_labels_only_and_as_many_as_asked(blobs):
     for noise in (0.4, 1.0):
         _, noisy = tasks.make_sampler(split, 10, 20, 2, label_noise=noise)
         before, after = (
-            jax.vmap(sample, (None, 0))(pool, jax.random.split(jax.random.key(0), 20)) for sample in (plain, noisy)
+            jax.jit(jax.vmap(sample, (None, 0)))(pool, jax.random.split(jax.random.key(0), 20))
+            for sample in (plain, noisy)
         )
         for name in ("support_x", "query_x", "query_y"):
             assert np.array_equal(getattr(before, name), getattr(after, name))
