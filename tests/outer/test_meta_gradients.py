@@ -16,8 +16,6 @@ from metalr.inner.hyperparameters import RatesSpec
 from metalr.outer import Forward, Implicit, Joint, Reptile, Reverse, algorithms, loop
 from metalr.types import Episode, MetaParams
 
-pytestmark = pytest.mark.numerical
-
 # A quadratic: the "network" puts out its weights, the loss is curvature/2 * |w - target of the label|^2.
 CURVATURE = 1.7
 TARGETS = jnp.array([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
@@ -45,6 +43,7 @@ def quadratic_gradient(steps, rate, method=Reverse()):  # noqa: B008 - frozen
     return np.asarray(meta.init["layer"]["w"]), np.asarray(grads.init["layer"]["w"]), float(grads.rates["all"])
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_maml_fomaml_and_rate_gradients_in_closed_form(steps):
     rate, a = 0.2, CURVATURE
@@ -62,6 +61,7 @@ def test_maml_fomaml_and_rate_gradients_in_closed_form(steps):
     np.testing.assert_allclose(rate_gradient, rate * a * (adapted - query) @ -inner_gradients, rtol=1e-5)
 
 
+@pytest.mark.numerical
 def test_reptile_points_from_the_adapted_params():
     w, direction, rate_gradient = quadratic_gradient(3, 0.2, Reptile())
     support = np.asarray(TARGETS[0])
@@ -110,6 +110,7 @@ def _along(t):
 SECOND_ORDER = [n for n, row in algorithms.ALGORITHMS.items() if not row.first_order]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", SECOND_ORDER)
 @pytest.mark.parametrize("positive", [True, False])
 def test_finite_differences_for_init_and_rates(name, positive):
@@ -232,6 +233,7 @@ def test_dropout_is_active_in_meta_training():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.numerical
 def test_remat_changes_nothing():
     spec = RatesSpec("layer", steps=10)
     meta = outer.initial(SMOOTH, spec, jax.random.key(0))
