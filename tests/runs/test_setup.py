@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -95,6 +96,7 @@ def module_of(file, monkeypatch):
     monkeypatch.syspath_prepend(str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
 
