@@ -29,7 +29,7 @@ from metalr.data.arrays import (
     stored_bytes,
     write_cache,
 )
-from metalr.data.tables import Table, import_pandas, is_table, output_of, read_table, table_columns
+from metalr.data.tables import SUFFIXES, Table, import_pandas, is_table, output_of, read_table, table_columns
 
 __all__ = [
     "BUNDLED",
@@ -38,6 +38,7 @@ __all__ = [
     "PARTS",
     "ROUNDING",
     "SPLIT_NAMES",
+    "SUFFIXES",
     "TFDS_NAME",
     "Dataset",
     "Table",

@@ -76,7 +76,9 @@ def read_table(
     pandas = import_pandas()
     path = Path(path)
     frame = _frame(pandas, path)
-    frame.columns = names = [str(name) for name in frame.columns]
+    frame.columns = names = in_file = [str(name) for name in frame.columns]
+    if not isinstance(frame.index, pandas.RangeIndex) and path.suffix.lower() == ".csv":
+        raise DataError(f"data: {path}: expected a value for each of {len(names)} names in its first line, got more")
     if not len(frame):
         raise DataError(f"data: {path}: expected rows, got none")
     if ignore_targets:
@@ -117,10 +119,16 @@ def read_table(
         )
     else:
         column = frame[task_column]
+        if path.suffix.lower() == ".csv" and column.dtype.kind in "fiub":
+            text = _text(pandas, path, in_file.index(task_column))
+            if text.nunique() > column.nunique():  # 007 and 7 are one number, and two tasks
+                column = text
         ids = column.to_numpy() if pandas.api.types.is_integer_dtype(column) else column.astype(str).to_numpy(str)
     if may_lack_targets:
         frame = frame.assign(**dict.fromkeys([name for name in target if name not in names], np.nan))
     y, known = _targets(frame, list(target), path, classes, may_lack_targets)
+    if known and path.suffix.lower() == ".csv" and target[0] in names and frame[target[0]].dtype.kind in "fiu":
+        _check_spelling(_text(pandas, path, in_file.index(target[0])), target[0], path)
     return Table(x, y, ids, tuple(chosen), known)
 
 
@@ -141,14 +149,37 @@ NA_WORDS = " (words such as NA and None in a .csv are missing values; in a .parq
 
 def _frame(pandas: Any, path: Path, rows: int | None = None) -> Any:
     """A file as pandas has it. rows: at most so many, where the format allows. Raises as read_table."""
+    csv, written = path.suffix.lower() == ".csv", None
     try:
-        return pandas.read_csv(path, nrows=rows) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+        if csv:
+            written = pandas.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+        frame = pandas.read_csv(path, nrows=rows) if csv else pandas.read_parquet(path)
     except FileNotFoundError as error:
         raise DataError(f"data: {path}: no such file") from error
     except ImportError as error:
         raise ConfigError(f"data: {path}: {one_line(error)}; pip install 'metalr[tables]'") from error
     except (OSError, ValueError) as error:  # of pandas: ParserError, EmptyDataError, and pyarrow's, are ValueErrors
         raise DataError(f"data: {path}: not a table: {one_line(error)}") from error
+    if written is not None and written.duplicated().any():  # pandas calls the second one by another name
+        name = written[written.duplicated()].iloc[0]
+        raise DataError(f"data: {path}: expected names of columns that differ, got {name!r} twice")
+    return frame
+
+
+def _text(pandas: Any, path: Path, column: int) -> Any:
+    """A column of a .csv, by its place, as it is written."""
+    return pandas.read_csv(path, usecols=[column], dtype=str).iloc[:, 0].str.strip()
+
+
+def _check_spelling(text: Any, name: str, path: Path) -> None:
+    """Raises DataError for classes that are one number written in two ways, as 1 and 01."""
+    numbers: dict[float, str] = {}
+    for written in sorted(set(text.dropna())):
+        other = numbers.setdefault(float(written), written)
+        if other != written:
+            raise DataError(
+                f"data.target: {path}: expected one spelling of each class in {name!r}, got {other!r} and {written!r}"
+            )
 
 
 def table_columns(path: Path | str) -> list[str]:
@@ -170,9 +201,10 @@ def _numbers(column: Any, name: str, path: Path, *, may_lack: bool = False, targ
         )
     check_digits(column.dropna().to_numpy(np.float64), f"data: {path}: column {name!r}")
     values = column.to_numpy(np.float32)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size and not may_lack:
-        raise DataError(f"data: {path}: column {name!r}: expected a number in every row, row {bad[0] + 1} has none")
+    bad = np.flatnonzero(np.isinf(values) if may_lack else ~np.isfinite(values))
+    if bad.size:
+        what = "an infinite one" if np.isinf(values[bad[0]]) else "none"
+        raise DataError(f"data: {path}: column {name!r}: expected a number in every row, row {bad[0] + 1} has {what}")
     return values
 
 

@@ -38,11 +38,18 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
     """
     if data.is_table(str(path)):
         return _of_table(learner, path)
+    if "table" in learner.facts and path.suffix.lower() != ".npz":
+        kinds = ", ".join(data.SUFFIXES)
+        raise ConfigError(f"{path}: expected a table ({kinds}) or an .npz, as this learner was trained on a table")
     given = data.read_npz(path)
     missing = [name for name in ("support_x", "support_y", "query_x") if name not in given]
     if missing:
         raise ConfigError(f"{path}: expected arrays support_x, support_y, query_x, missing {missing}")
     support_y, query_y = given["support_y"], given.get("query_y")
+    classes = learner.facts.get("table", {}).get("classes")
+    if learner.objective.targets == "binary" and classes:
+        support_y = _numbered(support_y, classes, f"{path}: support_y")
+        query_y = None if query_y is None else _numbered(query_y, classes, f"{path}: query_y")
     if learner.objective.targets != "classes":
         return TaskFile(given["support_x"], support_y, given["query_x"], query_y, None)
     if support_y.ndim != 1:
@@ -58,6 +65,11 @@ def read_task(learner: Learner, path: Path) -> TaskFile:
         if new.size:
             raise ConfigError(f"{path}: query_y: expected labels of the support set, {shown.tolist()}, got {new[0]}")
     return TaskFile(given["support_x"], numbers, given["query_x"], query_y, names)
+
+
+def _numbered(labels: np.ndarray, classes: Sequence[str], what: str) -> np.ndarray:
+    """Numbers of a table's classes, of the same shape. Raises ConfigError for one that is not among them."""
+    return np.array([data.output_of(label, classes, what) for label in labels.ravel()], np.int32).reshape(labels.shape)
 
 
 def _outputs_of(learner: Learner, labels: np.ndarray, path: Path) -> list[int]:
@@ -84,7 +96,10 @@ def _of_table(learner: Learner, path: Path) -> TaskFile:
     table, classes = _read_table(learner, path, targets=True)
     known = table.y >= 0 if table.classes else np.isfinite(table.y.reshape(len(table.y), -1)).all(1)
     if not known.any():
-        raise DataError(f"{path}: expected rows with a target to fine-tune on, got none")
+        targets = learner.facts["table"]["target"]
+        absent = [name for name in targets if name not in data.table_columns(path)]
+        why = f"; it has no column {absent[0]!r}" if absent else ""
+        raise DataError(f"{path}: expected rows with a target ({', '.join(targets)}) to fine-tune on, got none{why}")
     names = None
     if learner.objective.targets == "classes":
         shown = np.unique(table.y[known])

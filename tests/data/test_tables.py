@@ -106,3 +106,31 @@ def test_no_table_is_told_from_a_damaged_one(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
             data.read_table(tmp_path / name, target=["a"], task_column=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("shop,size,size,price\na,1,2,3\n", "names of columns that differ, got 'size' twice"),
+        ("shop,size,price,price\na,1,2,3\n", "names of columns that differ, got 'price' twice"),
+        ("shop,size,price\na,1,2,\nb,3,4,\n", "a value for each of 3 names in its first line, got more"),
+        ("shop,size,price\na,1,inf\n", "column 'price': expected a number in every row, row 1 has an infinite one"),
+    ],
+)
+def test_files_whose_columns_would_be_mixed_up_are_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        data.read_table(tmp_path / "t.csv", target=["price"], task_column="shop", may_lack_targets=True)
+
+
+def test_task_ids_that_are_one_number_are_the_tasks_that_they_are_written_as(tmp_path):
+    rows = zip(["007", "07", "7", "8"], range(4), range(4), strict=True)
+    (tmp_path / "t.csv").write_text("size,shop,price\n" + "".join(f"{size},{shop},{p}\n" for shop, size, p in rows))
+    read = {"target": ["price"], "task_column": "shop"}
+    assert data.read_table(tmp_path / "t.csv", **read).task.tolist() == ["007", "07", "7", "8"]
+    plain = written(tmp_path / "n.csv", shop=[7, 7, 8, 8])
+    table = data.read_table(plain, target=["price"], task_column="shop", features=["size"])
+    assert (table.task.dtype.kind, table.task.tolist()) == ("i", [7, 7, 8, 8])
+    (tmp_path / "c.csv").write_text("size,shop\n1,01\n2,1\n3,2\n")
+    with pytest.raises(DataError, match="one spelling of each class in 'shop', got '01' and '1'"):
+        data.read_table(tmp_path / "c.csv", target=["shop"], task_column=None, classes=True)

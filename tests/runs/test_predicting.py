@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from metalr import Learner, models, outer
-from metalr.errors import DataError
+from metalr.errors import ConfigError, DataError
 from metalr.inner import OBJECTIVES, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
 from metalr.runs import predicting
@@ -53,3 +53,28 @@ def test_a_file_with_nothing_to_predict_for_is_there_for_its_params(tmp_path):
     found = predicting.adapt(learner(), path, out=tmp_path / "fast.safetensors")
     assert found["predictions"] == []
     assert (tmp_path / "fast.safetensors").exists()
+
+
+def test_labels_of_a_binary_table_are_its_classes(tmp_path):
+    table = {"classes": ["2", "10"], "features": ["a", "b"], "target": ["y"]}
+    learned = learner(1, (2,), "binary_cross_entropy", table=table)
+    x = np.ones((4, 2), np.float32)
+    np.savez(tmp_path / "task.npz", support_x=x, support_y=np.array([2, 10, 2, 10]), query_x=x, query_y=np.full(4, 10))
+    task = predicting.read_task(learned, tmp_path / "task.npz")
+    assert (task.support_y.tolist(), task.query_y.tolist()) == ([0, 1, 0, 1], [1] * 4)
+    np.savez(tmp_path / "other.npz", support_x=x, support_y=np.array([0, 1, 0, 1]), query_x=x)
+    with pytest.raises(ConfigError, match=r"support_y: expected one of the classes \['2', '10'\], got '0'"):
+        predicting.read_task(learned, tmp_path / "other.npz")
+
+
+def test_a_table_in_another_format_and_one_without_the_target_are_told_apart(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    table = {"classes": [], "features": ["a", "b"], "target": ["y", "z"]}
+    learned = learner(2, table=table)
+    frame = pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, 2.0], "y": [1.0, 2.0]})
+    frame.to_csv(tmp_path / "task.csv", index=False)
+    with pytest.raises(DataError, match=r"expected rows with a target \(y, z\) .* got none; it has no column 'z'"):
+        predicting.adapt(learned, tmp_path / "task.csv")
+    frame.to_csv(tmp_path / "task.tsv", index=False)
+    with pytest.raises(ConfigError, match=r"expected a table \(.csv, .parquet\) or an .npz"):
+        predicting.adapt(learned, tmp_path / "task.tsv")
