@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -291,20 +293,37 @@ class Learner:
             nothing.
 
         Raises:
-          ConfigError: params of another network, or of many tasks. StorageError: it cannot be written.
+          ConfigError: params of another network, or of many tasks; names that are not one for each output; a file of
+            another kind at that place. StorageError: it cannot be written.
         """
         if self._check_params(params)[0]:
             raise ConfigError("params: expected those of one task, got a leading axis of tasks")
-        named = classes if classes is None or isinstance(classes, ClassNames) else ClassNames.of_outputs(classes)
-        params_file.write(path, params, named)
+        if classes is not None and not isinstance(classes, ClassNames):
+            outputs = self._outputs_of(trees.leaf_shapes(params))
+            wrong = len(classes) != (outputs or len(classes)) or len(set(classes)) < len(classes)
+            if isinstance(classes, str) or wrong:
+                raise ConfigError(f"classes: expected {outputs} names that differ, one an output, got {classes!r}")
+            classes = ClassNames.of_outputs(classes)
+        params_file.write(path, params, classes, self._meaning)
+
+    @property
+    def _meaning(self) -> str:
+        """A hash of what inputs and outputs stand for: the objective, the columns of a table, the standardisation."""
+        columns = [self.facts.get(name) for name in ("features", "targets", "table")]
+        digest = hashlib.sha256(json.dumps([self.objective.name, columns], sort_keys=True).encode())
+        if self.standardisation is not None:
+            for name, value in sorted(self.standardisation.named().items()):
+                digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
 
     def load_params(self, path: Path | str) -> Params:
         """Params that `save_params` (or `metalr adapt --out`) wrote, as `apply` takes them.
 
         Raises:
-          ArtifactError: no such file, a damaged one, or params of another network.
+          ArtifactError: no such file, a damaged one, params of another network, or of a learner with another objective,
+            other columns or another standardisation.
         """
-        tensors = params_file.read(path)
+        tensors = params_file.read(path, self._meaning)
         dtypes = {trees.path_name(p): v.dtype for p, v in jax.tree_util.tree_leaves_with_path(self.init)}
         shapes = self._fast_shapes({name: value.shape for name, value in tensors.items()})
         expected = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}

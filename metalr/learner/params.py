@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as tensor_bytes
 
-from metalr.errors import ArtifactError, one_line
+from metalr.errors import ArtifactError, ConfigError, one_line
 from metalr.storage import folders
 from metalr.trees import named_arrays
 from metalr.types import Params
@@ -33,19 +33,35 @@ class ClassNames(NamedTuple):
         return cls(plain, tuple(range(len(plain))))
 
 
-def write(path: Path | str, params: Params, classes: ClassNames | None = None) -> None:
-    """Write params, whole or not at all. Raises StorageError if it cannot be written."""
+def write(path: Path | str, params: Params, classes: ClassNames | None, meaning: str) -> None:
+    """Write params, whole or not at all, in place of such a file or of none.
+
+    meaning: a hash of what inputs and outputs stand for.
+
+    Raises ConfigError where another kind of file is there, and StorageError if it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not _is_ours(path):
+        raise ConfigError(f"{path}: expected a new file, or one of fine-tuned params to replace, found another one")
     tensors = {name.partition("/")[2]: value for name, value in named_arrays(params, "params").items()}
     text = json.dumps(None if classes is None else classes._asdict())
-    facts = {"kind": KIND, "classes": text, "sha256": _sha256(tensors, text)}
-    path = Path(path)
+    facts = {"kind": KIND, "classes": text, "meaning": meaning, "sha256": _sha256(tensors, text + meaning)}
     folders.make(path.parent, parents=True)
     folders.write_file(path, tensor_bytes(tensors, facts))
 
 
-def read(path: Path | str) -> dict[str, np.ndarray]:
-    """The tensors by name. Raises ArtifactError: no such file, another kind of file, or a damaged one."""
-    return _read(Path(path))[0]
+def read(path: Path | str, meaning: str) -> dict[str, np.ndarray]:
+    """The tensors by name.
+
+    Raises ArtifactError: no such file, another kind of file, a damaged one, or one written with another `meaning`.
+    """
+    tensors, _, written = _read(Path(path))
+    if written != meaning:
+        raise ArtifactError(
+            f"{path}: expected params that this learner fine-tuned, got those of one with another objective, other "
+            "columns or another standardisation; take the run that wrote them"
+        )
+    return tensors
 
 
 def read_classes(path: Path | str) -> ClassNames | None:
@@ -54,7 +70,16 @@ def read_classes(path: Path | str) -> ClassNames | None:
     return None if facts is None else ClassNames(tuple(facts["names"]), tuple(facts["outputs"]))
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return (file.metadata() or {}).get("kind") == KIND
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], str, str]:
+    """Tensors, names of classes, and the meaning that was written."""
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a file of fine-tuned params, found none")
     try:
@@ -67,9 +92,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], str]:
         raise ArtifactError(
             f"{path}: expected params that `save_params` or `metalr adapt --out` wrote, got another file"
         )
-    if facts.get("sha256") != _sha256(tensors, facts.get("classes", "")):
+    if facts.get("sha256") != _sha256(tensors, facts.get("classes", "") + facts.get("meaning", "")):
         raise ArtifactError(f"{path}: damaged: its content is not the one that was written")
-    return tensors, facts["classes"]
+    return tensors, facts["classes"], facts["meaning"]
 
 
 def _sha256(tensors: dict[str, np.ndarray], classes: str) -> str:

@@ -18,6 +18,7 @@ from metalr.report.figures import Series, chart, heat_map, number, table
 from metalr.report.tables import conclusion, contest_conclusion, held_out, plain, shown, shown_interval
 from metalr.storage import folders
 
+DOCTYPE = "<!doctype html>"
 MOST_POINTS = 300  # of a line over outer steps
 MOST_LINES = 100_000  # of steps that are read
 
@@ -45,8 +46,11 @@ def write(path: Path, targets: Sequence[Path]) -> Path:
     """Write a report of runs and comparisons; its path.
 
     Raises:
-      ConfigError: no folder, or one that holds neither a run nor a comparison. StorageError: it cannot be written.
+      ConfigError: no folder, or one that holds neither a run nor a comparison; a file that is no report at that place.
+        StorageError: it cannot be written.
     """
+    if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(DOCTYPE.encode()):
+        raise ConfigError(f"{path}: expected a new file, or a report to replace, found another one")
     folders.make(path.parent, parents=True)
     folders.write_file(path, page(targets).encode())
     return path
@@ -71,7 +75,7 @@ def page(targets: Sequence[Path]) -> str:
             parts += _comparison(run)
     title = "metalr: " + ", ".join(run.folder.name for run in found)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'{DOCTYPE}<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}{examples.STYLE}</style></head><body><main>"
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}</main></body></html>\n"

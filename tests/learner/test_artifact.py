@@ -249,6 +249,36 @@ def test_names_of_classes_may_be_an_array(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, learned.load_params(tmp_path / "fast.safetensors"), fast)
 
 
+@pytest.mark.parametrize("classes", ["abc", ["a", "b"], ["a", "b", "a"], list("abcd")])
+def test_names_of_classes_are_one_for_each_output(classes, tmp_path):
+    learned = learner()
+    with pytest.raises(ConfigError, match="classes: expected 3 names that differ, one an output"):
+        learned.save_params(tmp_path / "fast.safetensors", learned.adapt(X[:6], Y[:6]), classes)
+
+
+def test_params_of_a_learner_that_means_something_else_are_refused(tmp_path):
+    """Same shapes, other units: outputs would be read as what they are not."""
+    learned = learner()
+    path = tmp_path / "fast.safetensors"
+    learned.save_params(path, learned.adapt(X[:6], Y[:6]))
+    of_columns = dataclasses.replace(learned, facts={"features": ["a", "b"]})
+    of_objective = dataclasses.replace(learned, objective=inner.OBJECTIVES["squared_error"])
+    for other in (of_columns, of_objective):
+        with pytest.raises(ArtifactError, match="expected params that this learner fine-tuned"):
+            other.load_params(path)
+
+
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
+    learned = learner()
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    fast = learned.adapt(X[:6], Y[:6])
+    with pytest.raises(ConfigError, match=r"mine.csv: expected a new file, or one of fine-tuned params to replace"):
+        learned.save_params(tmp_path / "mine.csv", fast)
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    for _ in range(2):
+        learned.save_params(tmp_path / "fast.safetensors", fast)
+
+
 def test_a_support_set_of_rows_has_examples():
     table = learner(model=models.mlp(3, (4,), widths=(5,)))
     with pytest.raises(DataError, match="support_x: expected one example or more, got none"):

@@ -254,3 +254,13 @@ def test_of_errors_the_darker_cell_is_the_worse_and_numbers_below_zero_have_a_co
     drawn = figures.heat_map("t", "d", [("a", [-3.0, -1.0])], columns="step", linear=True)
     assert re.findall(r'opacity="([-\d.]+)"', drawn) == ["0.12", "1.00"]
     assert "var(--c1)" not in drawn
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(tmp_path):
+    made(tmp_path / "run")
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"mine.csv: expected a new file, or a report to replace, found another one"):
+        page.write(tmp_path / "mine.csv", [tmp_path / "run"])
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    for _ in range(2):
+        page.write(tmp_path / "report.html", [tmp_path / "run"])
