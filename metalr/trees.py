@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,6 +53,25 @@ def as_numbers(value: Any, what: str) -> np.ndarray:
     if value.dtype.kind in "bu":
         return value
     raise DataError(f"{what}: expected numbers, got {value.dtype}; turn categories into numbers (one-hot columns, say)")
+
+
+def columns_of(tree: Any) -> dict[str, list[str]]:
+    """The names of the columns of each DataFrame in a pytree, by path name; "" if the tree is one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): [str(name) for name in v.columns] for path, v in leaves if hasattr(v, "columns")}
+
+
+def check_columns(tree: Any, known: Mapping[str, list[str]] | list[str] | None, what: str) -> None:
+    """Raises DataError for DataFrames whose columns are others than the known ones, or in another order.
+
+    known: as columns_of gives them, or the names alone if the tree is one DataFrame; None, and paths that it does not
+    name: nothing is known.
+    """
+    by_path = {"": known} if isinstance(known, list) else known or {}
+    for path, came in columns_of(tree).items():
+        if came != by_path.get(path, came):
+            name = f"{what} {path}".strip()
+            raise DataError(f"{name}: expected the columns {by_path[path]}, in this order, got {came}")
 
 
 def by_column(value: Any, what: str) -> list[tuple[str, np.ndarray]]:

@@ -22,7 +22,7 @@ from metalr.runs import meta_train
 from metalr.runs.progress import ConsoleReporter
 from metalr.storage import folders
 from metalr.tasks import Standardisation, Tasks
-from metalr.trees import check_digits
+from metalr.trees import check_digits, columns_of
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
@@ -93,7 +93,7 @@ class _MetaEstimator(BaseEstimator):
             random_state = check_random_state(random_state).randint(2**31 - 1)
         if not isinstance(out, (str, Path)):
             raise ConfigError(f"out: expected the path of a run folder, got {out!r:.80}")
-        names = getattr(X, "columns", None)
+        names = {name: columns_of(given).get("") for name, given in (("features", X), ("targets", y))}
         X, y = check_array(X, dtype=np.float64), np.asarray(y)  # Tasks say what float32 cannot tell apart
         classes = cls._objective == "cross_entropy"
         if classes:
@@ -102,8 +102,9 @@ class _MetaEstimator(BaseEstimator):
             X, y.astype(np.int32) if classes else _columns(y), task, shot=shot, query=query,
             standardise="inputs" if classes else "both", name=Path(out).name,
         )  # fmt: skip
-        if names is not None:  # of a DataFrame: the columns of other tasks have to be in this order
-            tasks = dataclasses.replace(tasks, facts={**tasks.facts, "features": [str(name) for name in names]})
+        # Of DataFrames: the columns of other tasks have to be in this order.
+        known = {name: found for name, found in names.items() if found is not None}
+        tasks = dataclasses.replace(tasks, facts={**tasks.facts, **known})
         outputs = int(y.max()) + 1 if classes else _columns(y).shape[1]
         model = models.mlp(outputs, (X.shape[1],), widths=tuple(hidden))
         every = max(1, min(250, outer_steps // 10))
@@ -352,9 +353,13 @@ class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] or [rows, outputs] numbers."""
+        names = columns_of(y)
         X, y = self._float32(X, y, multi_output=True, y_numeric=True)
         self._one_column = y.ndim == 1
         self.learner_ = self._begin(X, _columns(y), _columns(y).shape[1])
+        known = self.learner_.facts.get("targets")
+        if names and known is not None and names[""] != known:
+            raise DataError(f"y: expected the columns {known}, in this order, got {names['']}")
         self._adapt(X, _columns(y))
         return self
 

@@ -190,6 +190,10 @@ class Learner:
         if not isinstance(tasks, Tasks):
             raise ConfigError(f"tasks: expected a metalr.Tasks, got {type(tasks).__name__}")
         length = hyperparameters.curve_steps(self.spec.steps, self.spec.extend) if steps is None else steps
+        for name in ("features", "targets"):
+            known, came = self.facts.get(name), tasks.facts.get(name)
+            if None not in (known, came) and known != came:
+                raise ConfigError(f"tasks: expected the {name} {known}, in this order, got {came}")
         pool, sample = tasks.sampler("test")
         keys = protocol.episode_keys(seed, episodes)
         model = self.model if self.model.of_way is None else self._of_way(_ways_in(tasks, keys)).model
@@ -632,9 +636,7 @@ class Learner:
 
     def _inputs(self, x: Any, what: str) -> Any:
         """Inputs of any kind, standardised as in training. Raises DataError for another structure or shape."""
-        names, known = getattr(x, "columns", None), self.facts.get("features")
-        if names is not None and known is not None and [str(name) for name in names] != known:
-            raise DataError(f"{what}: expected the columns {known}, in this order, got {[str(name) for name in names]}")
+        trees.check_columns(x, self.facts.get("features"), what)
         x = _examples(x, what)
         shape = self.model.input_shape
         if shape is not None and [leaf.shape[1:] for leaf in jax.tree.leaves(x)] != [shape]:
@@ -645,8 +647,17 @@ class Learner:
         return self.standardisation.inputs(x, what)
 
     def _targets(self, y: Any) -> Any:
-        """Targets of any kind, standardised as in training. Raises DataError for labels that the network lacks."""
+        """Targets of any kind, standardised as in training.
+
+        Raises DataError for labels that the network lacks, other columns, and another shape than in training where the
+        loss is one of the user's own: it might broadcast.
+        """
+        trees.check_columns(y, self.facts.get("targets"), "support_y")
         y = _examples(y, "support_y")
+        expected = self.facts.get("target_shapes")
+        came = [list(leaf.shape[1:]) for leaf in jax.tree.leaves(y)]
+        if expected is not None and came != expected:
+            raise DataError(f"support_y: expected shapes {expected} after the axis of examples, got {came}")
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(y)):
             check_labels("support_y", y, self.objective, self.model.way)
         return y if self.standardisation is None else self.standardisation.targets(y, "support_y")
@@ -732,6 +743,8 @@ def _examples(tree: Any, what: str) -> Any:
     """Inputs or targets of one task, as arrays. Raises DataError unless all have one leading axis and are finite."""
     arrays = jax.tree.map(lambda v: v if isinstance(v, jax.Array) else trees.as_numbers(v, what), tree)
     leaves = jax.tree.leaves(arrays)
+    if leaves and isinstance(tree, (list, tuple)) and all(leaf.ndim < 1 for leaf in leaves):
+        raise DataError(f"{what}: expected arrays, got a list of numbers; pass np.array({what})")
     if not leaves or any(leaf.ndim < 1 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
         shapes = [list(leaf.shape) for leaf in leaves]
         raise DataError(f"{what}: expected arrays with one leading axis of examples, got shapes {shapes}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metalr.errors import ConfigError, MetalrError, check_whole, one_line
-from metalr.models.model import CUSTOM, Apply, Model, check_dtypes
+from metalr.models.model import CUSTOM, Apply, Model, check_dtypes, check_head
 from metalr.types import Params
 
 DTYPES = ("float32", "bfloat16")
@@ -186,6 +186,7 @@ def _checked(model: Model, example_x: Any) -> Model:
             warnings.simplefilter("ignore")
             params = jax.eval_shape(model.init, jax.random.key(0))
         check_dtypes(params, "model")
+        check_head(model.head, params)
         outputs = jax.eval_shape(model.apply, params, x)
     except MetalrError:
         raise

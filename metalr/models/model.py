@@ -148,6 +148,7 @@ def from_function(
             f"{one_line(error)}"
         ) from error
     check_dtypes(shapes, "model")
+    check_head(head, shapes)
     shape = None if input_shape is None else tuple(map(int, input_shape))
     return Model(name, init, applied, shape, None, head, relu_stack=relu_stack)
 
@@ -192,6 +193,13 @@ def _filled(tree: Params, leaves: dict[str, jax.Array], prefix: str = "") -> Par
     if type(tree) is dict:
         return {key: _filled(value, leaves, f"{prefix}{key}/") for key, value in tree.items()}
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[(prefix + path_name(path)).removesuffix("/")], tree)
+
+
+def check_head(head: str, params: Params) -> None:
+    """Raises ConfigError for the name of an output layer that no param has. "head", the default, may be absent."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if head != "head" and not any(name == head or name.startswith(f"{head}/") for name in names):
+        raise ConfigError(f"head: expected the first keys of a layer of the params, {names}, got {head!r}")
 
 
 def check_dtypes(params: Params, what: str) -> None:

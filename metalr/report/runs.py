@@ -126,7 +126,7 @@ def read(folder: Path) -> Run:
 def _run(seen: _Seen) -> Run:
     folder, names = seen.folder, seen.names
     results = _json(f"{folder}/results.json") if "results.json" in names else None
-    of_run = "curve" in (results or {})  # its results hold its settings too: one file less to read
+    of_run = _of_a_run(results)  # its results hold its settings too: one file less to read
     config = results["config"] if results and of_run else _json(f"{folder}/config.json") or {}
     kind = next((kind for name, kind in KINDS.items() if name in names), None)
     if kind is None and not of_run:  # none of its own files is there, or it needs none
@@ -143,6 +143,14 @@ def _run(seen: _Seen) -> Run:
     own = _used(config.get("config", config), results or {})
     rest = metric, score, ci95, steps, done, seen.began, seen.bytes, own
     return Run(Path(folder), kind, status, *rest)
+
+
+def _of_a_run(results: Any) -> bool:
+    """Whether results.json is that of a run, and not some other program's."""
+    try:
+        return bool(results["curve"]) and isinstance(results["config"]["inner"]["steps"], int)
+    except (KeyError, TypeError):
+        return False
 
 
 def _used(config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def not_its_own(run: Run) -> list[str]:
 
 def _found(results: dict[str, Any]) -> tuple[str | None, float | None, float | None, int | None]:
     metric = results.get("metric", {}).get("name", "accuracy")
-    if "curve" in results:
+    if _of_a_run(results):
         trained = results["config"]["inner"]["steps"]
         point = next((p for p in results["curve"] if p["steps"] == trained), results["curve"][-1])
         return metric, point.get(metric), point.get("ci95"), point["steps"]

@@ -248,6 +248,11 @@ def _loaded(
         return own.given
     if config.data is None:
         return load(trained, run)
+    if data.is_table(config.data):
+        raise ConfigError(
+            f"data: expected images, got the table {config.data}; runs of a table are compared on their own table, "
+            "which --data leaves out"
+        )
     return data.load(config.data) if resumed is None else data.load_recorded(resumed, config.data)
 
 

@@ -71,6 +71,17 @@ def _check_same_kind(config: TrainConfig, came: RatesSpec, wanted: RatesSpec) ->
             )
 
 
+def _check_same_columns(config: TrainConfig, came: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ConfigError where config.init read its numbers from other columns, or in another order."""
+    of_both = [(name, wanted.get(name), came.get(name)) for name in ("features", "targets")]
+    of_both.append(("classes", *(facts.get("table", {}).get("classes") for facts in (wanted, came))))
+    for name, expected, got in of_both:
+        if None not in (expected, got) and expected != got:
+            raise ConfigError(
+                f"init: {config.init}: expected {name} {expected}, in this order, as in these tasks, got {got}"
+            )
+
+
 class WarmStart(NamedTuple):
     """What meta-training starts from in place of a random init, and what a result says of it."""
 
@@ -98,6 +109,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
 
+    _check_same_columns(config, learner.facts, setup.source.columns)
     takes_rates = learner.kind_of_rates == LEARNED
     for part, wanted, found in (("init", shapes.init, learner.init), ("rates", shapes.rates, learner.rates)):
         if part == "rates" and not takes_rates:

@@ -42,6 +42,15 @@ class Source(NamedTuple):
     relabels: bool = False
     pixels: bool = True
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Names of columns, as far as they are known: features, targets, and of a table what was read."""
+        found: dict[str, Any] = {}
+        for facts in self.splits:
+            found |= {name: facts[name] for name in ("features", "targets", "table") if name in facts}
+        table = found.get("table")
+        return found if table is None else {"features": table["features"], "targets": table["target"]} | found
+
 
 def load(config: TrainConfig, folder: Path | None = None, where: str | None = None) -> data.Dataset | tasks.Tasks:
     """What config.data names: images, or the tasks of a table.

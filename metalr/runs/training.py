@@ -27,7 +27,7 @@ from metalr.config.files import differences, read_config
 from metalr.errors import ConfigError, check_choices
 from metalr.evaluation import small_grid
 from metalr.inner import hyperparameters
-from metalr.inner.objective import Objective
+from metalr.inner.objective import OBJECTIVES, Objective
 from metalr.learner import Learner, artifact
 from metalr.models import Model
 from metalr.outer import devices, loop, processes
@@ -364,12 +364,15 @@ def _kept_cells(
 def learner_facts(config: TrainConfig, setup: Setup, training: dict[str, Any]) -> dict[str, Any]:
     """What an artifact says of its own making."""
     of_images = setup.source.source not in (folders.OWN_TASKS, TABLE)
-    table = next((facts["table"] for facts in setup.source.splits if "table" in facts), None)
-    features = next((facts["features"] for facts in (table or {}, *setup.source.splits) if "features" in facts), None)
+    shapes = {}
+    if setup.objective.name not in OBJECTIVES:  # its loss may broadcast where those of metalr refuse
+        pool, sample = setup.parts.train
+        targets = jax.eval_shape(sample, pool, jax.random.key(0)).support_y
+        shapes = {"target_shapes": [list(leaf.shape[1:]) for leaf in jax.tree.leaves(targets)]}
     return {
         "tasks": dataclasses.asdict(config.tasks) if of_images else {"name": setup.source.tasks},
-        **({} if table is None else {"table": table}),
-        **({} if features is None else {"features": features}),
+        **setup.source.columns,
+        **shapes,
         **({} if setup.source.pixels or not setup.model.takes_images else {"pixels": False}),
         "data": {"name": setup.source.name, "sha256": setup.source.sha256},
         "split_sha256": setup.source.split_sha256,

@@ -28,7 +28,7 @@ from metalr.tasks.images import make_samplers, make_splits
 from metalr.tasks.rows import Rows, check_rows, dealt, row_sampler, row_task, task_ids
 from metalr.tasks.samplers import PARTS, OfCountedTasks, Part, Parts, Sample, second_key
 from metalr.tasks.standardisation import Standardisation
-from metalr.trees import as_numbers, by_column, check_digits, path_name
+from metalr.trees import as_numbers, by_column, check_digits, columns_of, path_name
 from metalr.types import Episode
 
 VALIDATION = 0x0A1D  # folded into a key
@@ -152,10 +152,14 @@ class Tasks:
             if not isinstance(share, Real):
                 raise ConfigError(f"{what}: expected a share of the tasks, got {share!r}")
         for what, tree in (("x", x), ("y", y)):
-            if not jax.tree.leaves(tree):
+            leaves = jax.tree.leaves(tree)
+            if not leaves:
                 raise DataError(f"{what}: expected arrays with a row an example, got {tree!r:.80}")
+            if isinstance(tree, (list, tuple)) and all(np.ndim(leaf) == 0 for leaf in leaves[:1000]):
+                raise DataError(f"{what}: expected arrays, got a list of numbers; pass np.array({what})")
         ids = task_ids(task)
-        columns = getattr(x, "columns", None)  # of a DataFrame
+        _check_indexes(x, y, task)
+        columns = {"features": columns_of(x), "targets": columns_of(y)}  # of DataFrames
         for what, tree in (("x", x), ("y", y)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 for of_column, column in by_column(leaf, f"{what} {path_name(path)}".strip()):
@@ -179,8 +183,7 @@ class Tasks:
             "tasks": {part: [str(names[i]) for i in chosen[part]] for part in PARTS},
             "small_tasks": [str(n) for n in names[counts < shot + query]],
         } | ({"standardise": standardise} if standardisation else {})  # fmt: skip
-        if columns is not None:
-            facts["features"] = [str(name) for name in columns]
+        facts |= {name: found.get("", found) for name, found in columns.items() if found}
         xs, ys = jax.tree.map(lambda v: jnp.asarray(v[rows]), (x, y))
         pool = {
             part: Rows(xs, ys, *(jnp.asarray(v[chosen[part]], jnp.int32) for v in (first, counts))) for part in PARTS
@@ -280,3 +283,13 @@ def _as_episode(drawn: Any, part: str) -> Episode:
         f"tasks.{part}: expected a function that gives an Episode(support_x, support_y, query_x, query_y), got "
         f"{type(drawn).__name__}{size}"
     )
+
+
+def _check_indexes(*trees: Any) -> None:
+    """Raises DataError where columns of pandas name their rows, and not all in the same order."""
+    indexes = [leaf.index for leaf in jax.tree.leaves(trees) if hasattr(leaf, "index") and hasattr(leaf, "isna")]
+    if any(not index.equals(indexes[0]) for index in indexes[1:]):
+        raise DataError(
+            "x, y, task: expected the same rows in the same order, got columns of pandas with other indexes; to pair "
+            "them by position: .reset_index(drop=True)"
+        )

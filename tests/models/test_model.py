@@ -300,3 +300,16 @@ def test_another_start_keeps_the_order_of_the_layers():
     started = models.starting_from(model, given)
     assert order_of(started.init) == ["wide_0/kernel", "attention_0/kernel"]
     np.testing.assert_array_equal(started.init(jax.random.key(1))["wide_0"]["kernel"], np.ones((4, 3)))
+
+
+def test_an_output_layer_of_another_name_has_to_be_there():
+    def init(key):
+        return {"dense": {"kernel": jnp.ones((2, 3))}}
+
+    assert models.from_function(init, lambda p, x: x @ p["dense"]["kernel"], head="dense").head == "dense"
+    with pytest.raises(
+        ConfigError, match=r"head: expected .* of a layer of the params, \['dense/kernel'\], got 'dens'"
+    ):
+        models.from_function(init, lambda p, x: x @ p["dense"]["kernel"], head="dens")
+    with pytest.raises(ConfigError, match="head: expected the first keys of a layer .* got 'lost'"):
+        models.from_linen(nn.Dense(3), np.zeros((1, 2), np.float32), head="lost")

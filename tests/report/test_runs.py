@@ -161,3 +161,15 @@ def test_a_model_repository_is_no_run(tmp_path):
     kept = made(tmp_path / "run")
     (kept / "model.safetensors").write_text("")  # a user's own, in the folder of a run
     assert [run.folder for run in runs.find(tmp_path)] == [kept]
+
+
+@pytest.mark.parametrize("results", [{"curve": []}, {"curve": [{"steps": 1}], "config": {}}, {"curve": 3}])
+def test_results_of_another_program_end_no_listing(tmp_path, results):
+    made(tmp_path / "a")
+    other = tmp_path / "odd"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "results.json").write_text(json.dumps(results))
+    found = runs.find(tmp_path)
+    assert {run.folder.name for run in found} >= {"a"}
+    assert all(run.score is None for run in found if run.folder.name == "odd")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalr import Episode, Learner, Objective, Tasks, models, outer, tasks
+from metalr import Episode, Learner, Objective, Tasks, models, outer, tasks, trees
 from metalr.errors import ConfigError, DataError
 from metalr.inner import OBJECTIVES, hyperparameters
 from metalr.inner.hyperparameters import RatesSpec
@@ -473,3 +473,51 @@ def test_a_learner_takes_the_images_of_every_family(blobs):
     for seed in range(5):
         episode = jax.jit(sample)(pool, jax.random.key(seed))
         learned.apply(learned.adapt(episode.support_x, episode.support_y), episode.query_x)
+
+
+def test_columns_of_pandas_are_known_by_name_and_row():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(rng.normal(size=(40, 4)).astype(np.float32), columns=["a", "b", "y", "z"])
+    task = pandas.Series(np.repeat(np.arange(8), 5), index=frame.index)
+    options = {"shot": 2, "query": 2, "standardise": "both"}
+    made = Tasks.from_arrays(frame[["a", "b"]], frame[["y", "z"]], task, **options)
+    assert (made.facts["features"], made.facts["targets"]) == (["a", "b"], ["y", "z"])
+    model = models.mlp(2, (2,), widths=(4,))
+    spec = RatesSpec(steps=1)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    rates = hyperparameters.actual(spec, meta.rates)
+    facts = {"features": made.facts["features"], "targets": made.facts["targets"]}
+    learned = Learner(model, spec, meta.init, rates, facts, OBJECTIVES["squared_error"], made.standardisation)
+    learned.adapt(frame[["a", "b"]], frame[["y", "z"]])
+    with pytest.raises(DataError, match=r"support_y: expected the columns \['y', 'z'\], in this order"):
+        learned.adapt(frame[["a", "b"]], frame[["z", "y"]])
+    swapped = Tasks.from_arrays(frame[["b", "a"]], frame[["y", "z"]], task, **options)
+    with pytest.raises(
+        ConfigError, match=r"tasks: expected the features \['a', 'b'\], in this order, got \['b', 'a'\]"
+    ):
+        learned.evaluate(swapped, episodes=4)
+    nested = Tasks.from_arrays({"left": frame[["a"]], "right": frame[["b"]]}, frame["y"], task, shot=2, query=2)
+    assert nested.facts["features"] == {"left": ["a"], "right": ["b"]}
+    with pytest.raises(DataError, match=r"x left: expected the columns \['a'\], in this order, got \['b'\]"):
+        trees.check_columns({"left": frame[["b"]], "right": frame[["b"]]}, nested.facts["features"], "x")
+    with pytest.raises(DataError, match="x, y, task: expected the same rows in the same order"):
+        Tasks.from_arrays(frame[["a", "b"]], frame["y"].sample(frac=1, random_state=0), task, shot=2, query=2)
+    Tasks.from_arrays(frame[["a", "b"]].to_numpy(), frame["y"], task.to_numpy(), shot=2, query=2)
+    with pytest.raises(DataError, match=r"x: expected arrays, got a list of numbers; pass np.array\(x\)"):
+        Tasks.from_arrays(frame[["a", "b"]].to_numpy().tolist(), frame["y"], task, shot=2, query=2)
+
+
+def test_a_loss_of_ones_own_meets_targets_of_the_trained_shape_only():
+    """It may broadcast where the losses of metalr refuse."""
+    model = models.mlp(1, (2,), widths=(4,))
+    spec = RatesSpec(steps=1)
+    meta = outer.initial(model, spec, jax.random.key(0))
+    own = Objective("own", lambda outputs, targets: jnp.square(outputs - targets).mean())
+    facts = {"target_shapes": [[1]]}
+    learned = Learner(model, spec, meta.init, hyperparameters.actual(spec, meta.rates), facts, own)
+    x = np.ones((3, 2), np.float32)
+    learned.adapt(x, x[:, :1])
+    for y in (x[:, 0], x):
+        with pytest.raises(DataError, match=r"support_y: expected shapes \[\[1\]\] after the axis of examples"):
+            learned.adapt(x, y)
