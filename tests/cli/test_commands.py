@@ -315,6 +315,9 @@ def test_a_table_needs_no_python(tmp_path, capsys):
     )
     call("predict", tmp_path / "run", tmp_path / "f.safetensors", tmp_path / "later.csv", "--json")
     assert json.loads(capsys.readouterr().out)["predictions"] == pytest.approx(predicted)
+    assert "data: expected images, got the table" in refused(
+        capsys, "compare", tmp_path / "run", "--data", tmp_path / "t.csv", "--out", tmp_path / "compared"
+    )
     (tmp_path / "t.csv").rename(tmp_path / "moved.csv")
     call("evaluate", tmp_path / "run", "--data", tmp_path / "moved.csv", "--json")
     curve = json.loads(capsys.readouterr().out)["curve"]

@@ -229,8 +229,8 @@ def test_what_is_no_module_or_shape_is_said_to_be_none(make, message):
 
 
 def test_names_of_heads_must_agree():
-    model = models.from_linen(Small(), EXAMPLE, head="last")
-    with pytest.raises(ConfigError, match="rates.head: expected the model's head 'last', got 'head'"):
+    model = models.from_linen(Small(), EXAMPLE, head="Dense_0")
+    with pytest.raises(ConfigError, match="rates.head: expected the model's head 'Dense_0', got 'head'"):
         outer.initial(model, hyperparameters.RatesSpec(), jax.random.key(0))
 
 

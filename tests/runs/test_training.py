@@ -714,3 +714,18 @@ def test_seeds_together_cannot_share_a_logger_of_one_run_a_process(small, tmp_pa
     with pytest.raises(ConfigError, match=r"loggers: expected none of .* with seeds that run together.*got \['mlflow"):
         training.run_together(configs, name="x", reporter=QUIET)
     assert not (tmp_path / "s3").exists()
+
+
+def test_what_a_run_starts_from_has_the_same_columns(small):
+    """Shapes alone do not tell them apart."""
+    of_run = {"features": ["a", "b"], "targets": ["y"], "table": {"classes": ["no", "yes"], "task_column": "shop"}}
+    same = of_run | {"table": {"classes": ["no", "yes"], "task_column": "store"}}
+    meta_training._check_same_columns(small, of_run, same)
+    meta_training._check_same_columns(small, {}, of_run)
+    for changed, message in (
+        ({"features": ["b", "a"]}, r"expected features \['b', 'a'\], in this order, .* got \['a', 'b'\]"),
+        ({"targets": ["z"]}, "expected targets"),
+        ({"table": {"classes": ["yes", "no"]}}, "expected classes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            meta_training._check_same_columns(small, of_run, of_run | changed)
