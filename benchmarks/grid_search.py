@@ -251,7 +251,7 @@ FEW_SHOT = (  # of those trained at several horizons
     "Fashion-MNIST, rotated 10-way 5-shot",
 )
 PERMUTED: dict[str, Any] = {"searched": 2, "tasks": 6, "lengths": (0.05, 0.2, 1, 2, 5, 10, 15, 20)}
-ROTATED = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261127)
+ROTATED = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261226)
 FASHION = few_shot_several_horizons(TaskConfig("rotated", 10, 5), 20261205, images="fashion")
 CASES = {
     "rotated, full data": full("rotated", steps=2400),

@@ -28,6 +28,7 @@ from metalr.types import Episode, MetaParams, Params, Rates
 SCHEDULES = ("cosine", "constant")
 POLICIES = ("stop", "skip")
 CHUNK = 50  # most outer steps a dispatch
+VARIANT = 0x1AFF  # folded into the key of an outer step: far from the numbers of its tasks, and from second_key's
 DISPATCH_SECONDS = 1.0  # about how long a dispatch takes: progress moves, a signal is heard, and little is lost between
 
 
@@ -205,10 +206,10 @@ def make_chunk(
 ) -> ChunkFunction:
     """A compiled `chunk(state, pool, key, count)`: `count` <= CHUNK outer steps in one dispatch.
 
-    Outer step i draws its episodes from fold_in(key, i), and one program serves every count, so a run ends with the
-    same bits however it is cut into chunks. Tasks are split over the devices of all processes, as many as divide
-    `meta_batch`. A step whose loss, gradient or result is not finite changes no parameter: "stop" stays at that step
-    (and fails it again until the chunk ends), "skip" goes on with the next.
+    Outer step i draws its episodes, and which of the `variants` it is, from fold_in(key, i), and one program serves
+    every count, so a run ends with the same bits however it is cut into chunks. Tasks are split over the devices of
+    all processes, as many as divide `meta_batch`. A step whose loss, gradient or result is not finite changes no
+    parameter: "stop" stays at that step (and fails it again until the chunk ends), "skip" goes on with the next.
 
     Args:
       sample: of tasks; or several samplers (of other sizes, say), of which every outer step draws one.
@@ -227,7 +228,8 @@ def make_chunk(
         raise ConfigError(f"outer.on_divergence: expected one of {POLICIES}, got {on_divergence!r}")
     gradient = make_gradient(model, spec, method, sample, phases, objective)
     mesh = devices.task_mesh(meta_batch, all_processes=True) if mesh is None else mesh
-    split_gradient = devices.split_tasks(gradient, mesh, replicated=3, mean=True)
+    split_gradient = devices.split_tasks(gradient, mesh, replicated=4, mean=True)
+    kinds = len(variants(sample, phases))
 
     def finite_after(meta: MetaParams) -> jax.Array:
         """Whether all meta-parameters and the rates they stand for are finite, by one sum each."""
@@ -236,7 +238,8 @@ def make_chunk(
 
     def step(state: TrainState, pool: Pool, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         now = trained_from(model, phases, state.meta, key, state.step)
-        grads, metrics = split_gradient(now, pool, state.step, task_keys(key, state.step, meta_batch))
+        variant = drawn_variant(key, state.step, kinds)
+        grads, metrics = split_gradient(now, pool, state.step, variant, task_keys(key, state.step, meta_batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
         meta = optax.apply_updates(state.meta, updates)
         meta = meta._replace(rates=hyperparameters.project(spec, meta.rates))
@@ -287,7 +290,20 @@ def trained_from(model: Model, phases: Phases, meta: MetaParams, key: jax.Array,
     return meta._replace(init=model.init(second_key(jax.random.fold_in(key, number))))
 
 
-GradientFunction = Callable[[MetaParams, Pool, Any, jax.Array], tuple[MetaParams, dict[str, jax.Array]]]
+def variants(sample: Sampler | Sequence[Sampler], phases: Phases) -> list[tuple[Sampler, int | None]]:
+    """What an outer step may be of: each sampler with each horizon (None: spec.steps)."""
+    samplers = (sample,) if callable(sample) else tuple(sample)
+    return [(one, horizon) for one in samplers for horizon in phases.horizons or (None,)]
+
+
+def drawn_variant(key: jax.Array, number: int | jax.Array, count: int) -> jax.Array:
+    """Which of `count` variants outer step `number` is of: int32 []; key: of the run, as for `task_keys`."""
+    if count == 1:
+        return jnp.zeros((), jnp.int32)
+    return jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, number), VARIANT), (), 0, count)
+
+
+GradientFunction = Callable[[MetaParams, Pool, Any, Any, jax.Array], tuple[MetaParams, dict[str, jax.Array]]]
 
 
 def make_gradient(
@@ -298,7 +314,8 @@ def make_gradient(
     phases: Phases = Phases(),  # noqa: B008 - a tuple
     objective: Objective = CROSS_ENTROPY,
 ) -> GradientFunction:
-    """`gradient(meta, pool, number, keys)`: the meta-gradient of outer step `number` over the tasks of `keys`.
+    """`gradient(meta, pool, number, variant, keys)`: of outer step `number`, as `variant` of the `variants`, over the
+    tasks of `keys`.
 
     What does not learn (phases.fixed, and the init where every step draws one) gets zeros.
 
@@ -306,9 +323,11 @@ def make_gradient(
       sample: of tasks; or several samplers (of other sizes, say), of which every outer step draws one.
     """
     samplers = (sample,) if callable(sample) else tuple(sample)
-    variants = [(one, horizon) for one in samplers for horizon in phases.horizons or (None,)]
+    kinds = variants(sample, phases)
 
-    def gradient(meta: MetaParams, pool: Pool, number: Any, keys: jax.Array) -> tuple[MetaParams, dict[str, jax.Array]]:
+    def gradient(
+        meta: MetaParams, pool: Pool, number: Any, variant: Any, keys: jax.Array
+    ) -> tuple[MetaParams, dict[str, jax.Array]]:
         inner_keys = jax.vmap(second_key)(keys)
 
         def tasks_of(sample: Sampler) -> Episode:
@@ -324,11 +343,9 @@ def make_gradient(
                     step_weights=weights, objective=objective, horizon=horizon,
                 )  # fmt: skip
 
-            if len(variants) == 1:
-                return of_variant(*variants[0])
-            branches = [functools.partial(of_variant, *variant) for variant in variants]
-            drawn = jax.random.randint(jax.random.fold_in(jax.random.key(0), number), (), 0, len(branches))
-            return jax.lax.switch(drawn, branches)
+            if len(kinds) == 1:
+                return of_variant(*kinds[0])
+            return jax.lax.switch(variant, [functools.partial(of_variant, *kind) for kind in kinds])
 
         def of_order(weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             if not phases.first_order_until or not isinstance(method, (Reverse, Forward)) or method.first_order:
@@ -351,7 +368,9 @@ def make_gradient(
     return gradient
 
 
-def failing_tasks(gradient: GradientFunction, meta: MetaParams, pool: Pool, number: int, keys: jax.Array) -> list[int]:
+def failing_tasks(
+    gradient: GradientFunction, meta: MetaParams, pool: Pool, number: int, variant: int | jax.Array, keys: jax.Array
+) -> list[int]:
     """Which of the tasks of `keys` have a loss or meta-gradient that is not finite. Compiles; for when one failed.
 
     Args:
@@ -360,14 +379,14 @@ def failing_tasks(gradient: GradientFunction, meta: MetaParams, pool: Pool, numb
     """
 
     @jax.jit
-    def finite(meta: MetaParams, pool: Pool, number: jax.Array, keys: jax.Array) -> jax.Array:
+    def finite(meta: MetaParams, pool: Pool, number: jax.Array, variant: jax.Array, keys: jax.Array) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
-            grads, metrics = gradient(meta, pool, number, key[None])
+            grads, metrics = gradient(meta, pool, number, variant, key[None])
             return jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
 
         return jax.lax.map(one, keys)
 
-    return np.flatnonzero(~np.asarray(finite(meta, pool, np.int32(number), keys))).tolist()
+    return np.flatnonzero(~np.asarray(finite(meta, pool, np.int32(number), np.int32(variant), keys))).tolist()
 
 
 def run_chunks(

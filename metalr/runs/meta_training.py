@@ -541,11 +541,11 @@ def _diagnosis(config: TrainConfig, setup: Setup, meta: MetaParams, step: int) -
     key = _step_key(config)
     keys = loop.task_keys(key, step, config.outer.meta_batch)
     local = jax.tree.map(jnp.asarray, devices.local(meta))
-    gradient = loop.make_gradient(
-        setup.model, setup.spec, setup.method, _samplers(setup), setup.phases, setup.objective
-    )
+    samplers = _samplers(setup)
+    gradient = loop.make_gradient(setup.model, setup.spec, setup.method, samplers, setup.phases, setup.objective)
+    variant = loop.drawn_variant(key, step, len(loop.variants(samplers, setup.phases)))
     now = loop.trained_from(setup.model, setup.phases, local, key, step)
-    bad = loop.failing_tasks(gradient, now, pool, step, keys)
+    bad = loop.failing_tasks(gradient, now, pool, step, variant, keys)
     rates = hyperparameters.summary(setup.spec, hyperparameters.actual(setup.spec, local.rates))
     blame = f"tasks {bad} of {config.outer.meta_batch}" if bad else "the update, no single task"
     return f" ({blame}; rates {json.dumps(rates)})"

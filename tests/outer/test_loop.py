@@ -151,7 +151,7 @@ def test_a_step_that_is_not_finite_changes_nothing(parts, blobs):
     assert not results["stop"][1][first:].any()
     keys = loop.task_keys(jax.random.key(0), first, 2)
     state = loop.start(model, spec, optimizer, jax.random.key(0))
-    bad = loop.failing_tasks(loop.make_gradient(model, spec, METHOD, sample), state.meta, pool, first, keys)
+    bad = loop.failing_tasks(loop.make_gradient(model, spec, METHOD, sample), state.meta, pool, first, 0, keys)
     assert bad == np.flatnonzero(jax.vmap(lambda key: jax.random.bernoulli(key, 0.2))(keys)).tolist()
 
 
@@ -178,8 +178,8 @@ def test_failing_tasks_are_those_of_the_step_as_it_was(phase, parts, blobs):
     keys = loop.task_keys(key, 0, 2)
     # Where every step draws its own init, the one in the state is never used.
     now = loop.trained_from(model, phases, start.meta._replace(init=bad_init), key, 0)
-    assert loop.failing_tasks(gradient, now, pool, 0, keys) == ([] if phase == "fresh_init" else [0, 1])
-    one = gradient(loop.trained_from(model, phases, start.meta, key, 0), pool, 0, keys)[1]["loss"]
+    assert loop.failing_tasks(gradient, now, pool, 0, 0, keys) == ([] if phase == "fresh_init" else [0, 1])
+    one = gradient(loop.trained_from(model, phases, start.meta, key, 0), pool, 0, 0, keys)[1]["loss"]
     _, metrics = chunk(start, pool, key, 1)
     np.testing.assert_allclose(metrics["loss"][0], one, rtol=1e-5)
 
@@ -193,13 +193,38 @@ def test_every_outer_step_draws_one_of_the_horizons(parts, blobs):
     ]  # fmt: skip
     meta, seen = loop.start(model, spec, optax.sgd(1.0), jax.random.key(0)).meta, set()
     keys = loop.task_keys(jax.random.key(0), 0, 2)
-    of_each = [float(gradient(meta, pool, 0, keys)[1]["loss"]) for gradient in each]
+    of_each = [float(gradient(meta, pool, 0, 0, keys)[1]["loss"]) for gradient in each]
     assert of_each[0] != pytest.approx(of_each[1])
     for number in range(8):
-        loss = float(drawn(meta, pool, number, keys)[1]["loss"])
-        (of,) = [i for i, value in enumerate(of_each) if loss == pytest.approx(value, rel=1e-5)]
-        seen.add(of)
+        variant = loop.drawn_variant(jax.random.key(0), number, 2)
+        loss = float(drawn(meta, pool, number, variant, keys)[1]["loss"])
+        assert loss == pytest.approx(of_each[int(variant)], rel=1e-5)
+        seen.add(int(variant))
     assert seen == {0, 1}
+
+
+def test_each_seed_draws_horizons_of_its_own(parts, blobs):
+    """Drawn alike for all seeds, they would be a part of chance that no interval over seeds sees."""
+    draws = np.array(
+        [[int(loop.drawn_variant(jax.random.key(seed), number, 4)) for number in range(100)] for seed in (0, 1)]
+    )
+    assert 0.15 < (draws[0] == draws[1]).mean() < 0.35  # a quarter
+    assert all(15 < (draws[0] == kind).sum() < 35 for kind in range(4))
+    # The step takes what was drawn: its loss is that of the variant.
+    model, spec, pool, _, _ = parts
+    _, sample = tasks.make_sampler(tasks.make_splits(blobs, "permuted").train, 10, 2, 3)
+    phases, optimizer = loop.Phases(horizons=(1, 3)), optax.sgd(0.0)
+    chunk = loop.make_chunk(model, spec, METHOD, optimizer, sample, meta_batch=2, phases=phases)
+    gradient = jax.jit(loop.make_gradient(model, spec, METHOD, sample, phases))
+    for seed in (0, 1):
+        key, state = jax.random.key(seed), loop.start(model, spec, optimizer, jax.random.key(0))
+        variants = [int(loop.drawn_variant(key, number, 2)) for number in range(4)]
+        expected = [
+            float(gradient(state.meta, pool, number, variant, loop.task_keys(key, number, 2))[1]["loss"])
+            for number, variant in enumerate(variants)
+        ]
+        _, metrics = chunk(state, pool, key, 4)
+        np.testing.assert_allclose(metrics["loss"][:4], expected, rtol=1e-5)
 
 
 def test_every_outer_step_draws_tasks_of_one_of_the_sizes(parts, blobs):
@@ -213,13 +238,14 @@ def test_every_outer_step_draws_tasks_of_one_of_the_sizes(parts, blobs):
     )
     of_each = {
         (size, steps): float(jax.jit(loop.make_gradient(model, dataclasses.replace(spec, steps=steps), METHOD, sample))(
-            meta, pool, 0, keys)[1]["loss"])
+            meta, pool, 0, 0, keys)[1]["loss"])
         for size, sample in enumerate(samplers) for steps in (1, 3)
     }  # fmt: skip
     assert len(set(of_each.values())) == 4
     seen = set()
     for number in range(24):
-        loss = float(drawn(meta, pool, number, keys)[1]["loss"])
+        variant = loop.drawn_variant(jax.random.key(0), number, 4)
+        loss = float(drawn(meta, pool, number, variant, keys)[1]["loss"])
         (of,) = [variant for variant, value in of_each.items() if loss == pytest.approx(value, rel=1e-5)]
         seen.add(of)
     assert seen == {*of_each}
@@ -244,7 +270,7 @@ def test_the_norm_in_the_log_is_of_what_learns(parts, blobs):
     gradient = loop.make_gradient(model, spec, METHOD, sample)
     state = loop.start(model, spec, optax.sgd(1.0), jax.random.key(0))
     keys = loop.task_keys(jax.random.key(0), 0, 2)
-    whole, _ = gradient(state.meta, pool, 0, keys)
+    whole, _ = gradient(state.meta, pool, 0, 0, keys)
     for phases, learning in (
         (loop.Phases(fixed=("rates",)), whole.init),
         (loop.Phases(fixed=("init",)), whole.rates),
