@@ -202,11 +202,14 @@ def layers(spec: RatesSpec, params: Params) -> list[str]:
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
+def initial_raw(spec: RatesSpec, params: Params, key: jax.Array | None = None) -> RawRates:
     """Raw values to start meta-training from, standing for spec.initial, spec.momentum and so on.
 
     A rate has the shape [] (that of the tensor for "parameter", its last axis for "channel"), with [steps] or [knots]
     in front; float32 or the dtype of the parameters. A row of HYPERPARAMETERS is [] for each layer, or once.
+
+    Args:
+      key: of the weights of the network that predicts rates (spec.predicted); default: that of seed 0.
 
     Raises:
       ConfigError: nothing in `params` adapts (there is no layer of the name spec.head), two tensors have one name, or
@@ -238,7 +241,8 @@ def initial_raw(spec: RatesSpec, params: Params) -> RawRates:
             raw[f"{kind}:{layer}"] = jnp.full(shape, start, dtype)
     if spec.predicted:
         wide = 2 * len(adapting)  # gradient and weight of each layer in, rate and decay out (Baik et al., section 4.1)
-        draw = jax.nn.initializers.he_normal()(jax.random.key(0), (wide, wide), dtype)
+        key = jax.random.key(0) if key is None else key
+        draw = jax.nn.initializers.he_normal()(key, (wide, wide), dtype)
         # A last layer of zeros predicts factors of one: training starts from the rates as they are.
         network = {
             "predict:hidden/kernel": draw,

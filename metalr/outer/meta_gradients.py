@@ -15,6 +15,7 @@ from metalr.inner.objective import CROSS_ENTROPY, Objective
 from metalr.models import Apply, Model
 from metalr.outer import devices
 from metalr.outer.directions import Evolution, Forward, Implicit, Method, Problem, Reverse
+from metalr.tasks import second_key
 from metalr.types import Episode, MetaParams
 
 AT_ONCE_STEPS = 16  # up to here "auto" keeps every step's activations
@@ -60,7 +61,7 @@ def initial(model: Model, spec: RatesSpec, key: jax.Array) -> MetaParams:
             "inner.granularity: expected shared, layer or tensor with this inner.head_start, whose output layer has no "
             f"number of its own for each class, got {spec.granularity!r}"
         )
-    return MetaParams(init, hyperparameters.initial_raw(spec, init))
+    return MetaParams(init, hyperparameters.initial_raw(spec, init, second_key(key)))
 
 
 def _check(model: Model, spec: RatesSpec, method: Method, steps: int, step_weights: jax.Array | None) -> None:

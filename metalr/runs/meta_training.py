@@ -34,7 +34,7 @@ from metalr.runs.loggers import Log
 from metalr.runs.progress import Reporter
 from metalr.runs.setup import Setup, task_cost
 from metalr.storage import checkpoints, folders
-from metalr.tasks import Sampler
+from metalr.tasks import Sampler, second_key
 from metalr.trees import path_name
 from metalr.types import Curve, MetaParams, Params, Rates
 
@@ -127,7 +127,7 @@ def warm_start(config: TrainConfig, setup: Setup) -> WarmStart | None:
         jnp.asarray,
         hyperparameters.raw_of(setup.spec, learner.rates)
         if takes_rates
-        else hyperparameters.initial_raw(setup.spec, learner.init),
+        else hyperparameters.initial_raw(setup.spec, learner.init, second_key(_start_key(config))),
     )
     facts = {
         "folder": str(config.init),
@@ -301,6 +301,11 @@ def _every(config: TrainConfig) -> tuple[int, int]:
     return config.outer.validate_every, config.outer.checkpoint_every
 
 
+def _start_key(config: TrainConfig) -> jax.Array:
+    """Of what a run starts from."""
+    return jax.random.fold_in(jax.random.key(config.seed), 0)
+
+
 def _step_key(config: TrainConfig) -> jax.Array:
     """What the tasks of all outer steps are drawn from."""
     return jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -375,8 +380,7 @@ def _begun(
     config: TrainConfig, setup: Setup, folder: Path, reporter: Reporter, name: str, warm: WarmStart | None, mesh: Mesh
 ) -> tuple[_Run, bool]:
     """A run before its first step, or as its newest whole checkpoint has it; and whether that was found."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    state = loop.start(setup.model, setup.spec, setup.optimizer, key, warm.meta if warm else None, mesh)
+    state = loop.start(setup.model, setup.spec, setup.optimizer, _start_key(config), warm.meta if warm else None, mesh)
     run = _Run(state, loop.learned(setup.spec, state.meta), Progress(name, warm_start=warm.facts if warm else None))
     store = folder / "checkpoints"
     folders.make(store)

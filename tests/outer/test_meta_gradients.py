@@ -76,6 +76,17 @@ def spec_of(row, **settings):
     )  # fmt: skip
 
 
+def test_all_that_is_drawn_at_the_start_is_the_seeds_own():
+    """What all seeds share, no interval over seeds sees."""
+    spec = RatesSpec("layer", steps=2, predicted=True)
+    one, same, other = (outer.initial(SMOOTH, spec, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    for name in ("dense_0", "head"):
+        assert not np.array_equal(one.init[name]["kernel"], other.init[name]["kernel"])
+    assert not np.array_equal(one.rates["predict:hidden/kernel"], other.rates["predict:hidden/kernel"])
+    assert not np.any(other.rates["predict:out/kernel"])  # factors of one: the rates as they are
+
+
 def method_of(row):
     others = {"joint": Joint(), "reptile": Reptile(), "implicit": Implicit()}
     return others.get(row.meta_gradient, Reverse(row.first_order))
