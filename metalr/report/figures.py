@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from metalr.report.tables import digits
+
 WIDTH, HEIGHT = 640, 340  # of the drawing; it scales with the page
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46
 # As many as the style sheet has, --c0 … --c7, of Okabe & Ito, which most colour-blind people tell apart. Those beyond
@@ -161,7 +163,7 @@ def _cell(series: Series, x: float, percent: bool) -> str:
     if not math.isfinite(value):
         return "diverged"
     text = f"{scale * value:.2f}" if percent else number(value)
-    return text + (f" ± {scale * (series.high[i] - value):.2g}" if series.high else "")
+    return text + (f" ± {digits(scale * (series.high[i] - value), 2)}" if series.high else "")
 
 
 def heat_map(

@@ -12,25 +12,32 @@ def plural(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
+def digits(value: float, count: int, sign: str = "") -> str:
+    """A number with so many significant digits; a larger one whole, with no exponent: 0.5, 26, 410, 12,346."""
+    if 10**count <= abs(value) < 1e15:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.{count}g}"
+
+
 def shown(value: float | None, metric: str) -> str:
     """A score for people: accuracy in per cent, any other metric in its own unit."""
     if value is None:
         return "diverged"
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if metric == "accuracy" else digits(value, 4)
 
 
 def shown_interval(value: float | None, metric: str) -> str:
     """The half-width of an interval, in the same unit."""
     if value is None:
         return ""
-    return f"± {100 * value:.2f}" if metric == "accuracy" else f"± {value:.2g}"
+    return f"± {100 * value:.2f}" if metric == "accuracy" else f"± {digits(value, 2)}"
 
 
 def shown_difference(value: float | None, metric: str) -> str:
     """A difference of two scores, in the same unit."""
     if value is None:
         return ""
-    return f"{100 * value:+.2f}" if metric == "accuracy" else f"{value:+.3g}"
+    return f"{100 * value:+.2f}" if metric == "accuracy" else digits(value, 3, "+")
 
 
 def _metric(results: dict[str, Any]) -> str:
