@@ -337,11 +337,19 @@ def adapt(
     if json_:
         print(json.dumps(result))
         return
-    print("predictions", *(result["predictions"] or ["none, for no inputs were asked"]))
+    predictions = [_readable(prediction) for prediction in result["predictions"]]
+    print("predictions", *(predictions or ["none, for no inputs were asked"]))
     for name in [name for name in result if name not in ("steps", "predictions", "params")]:
         print(f"{name:11} {result[name]:.4f} after {report.plural(result['steps'], 'step')}")
     if out is not None:
         print(f"params      {out}")
+
+
+def _readable(prediction: Any) -> str:
+    """A prediction for people; --json has all digits."""
+    if isinstance(prediction, list):
+        return f"[{', '.join(map(_readable, prediction))}]"
+    return f"{prediction:.6g}" if isinstance(prediction, float) else str(prediction)
 
 
 def predict(
@@ -367,7 +375,7 @@ def predict(
     if json_:
         print(json.dumps(result))
     else:
-        print("\n".join(str(prediction) for prediction in result["predictions"]))
+        print("\n".join(map(_readable, result["predictions"])))
 
 
 def show(artifact: tyro.conf.Positional[Path], json_: Json = False) -> None:

@@ -15,7 +15,7 @@ from metalr.errors import ConfigError
 from metalr.report import examples
 from metalr.report import runs as listed
 from metalr.report.figures import Series, chart, heat_map, number, table
-from metalr.report.tables import conclusion, contest_conclusion, held_out, plain, shown, shown_interval
+from metalr.report.tables import advice, conclusion, contest_conclusion, held_out, plain, shown, shown_interval
 from metalr.storage import folders
 
 DOCTYPE = "<!doctype html>"
@@ -155,7 +155,9 @@ def _answer(run: listed.Run, results: dict[str, Any]) -> str:
     steps = results["config"]["inner"]["steps"]
     known = any(point["ci95"] is not None for point in results["curve"] if point["steps"] in (0, steps))
     interval = "The intervals are over tasks, of this one run." if known else "Of one task there is no interval."
-    return f'<p class="answer">{text}</p><p class="soft">{about}: {html.escape(results["tasks"])}. {interval}</p>'
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in advice(results))
+    soft = f'<p class="soft">{about}: {html.escape(results["tasks"])}. {interval}</p>'
+    return f'<p class="answer">{text}</p>{said}{soft}'
 
 
 def _differences(runs: Sequence[listed.Run]) -> str:

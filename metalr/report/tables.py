@@ -80,6 +80,7 @@ def text(results: dict[str, Any]) -> str:
     lines += [
         "",
         conclusion(results),
+        *advice(results),
         "",
         f"meta-training {training['seconds'] + training['compile_seconds']:.0f} s with compilation and validation "
         f"({training['tasks_per_second_in_all']:.0f} tasks/s; {training['tasks_per_second']:.0f} once compiled), "
@@ -107,6 +108,33 @@ def conclusion(results: dict[str, Any]) -> str:
         f"{said} The best of all cells of a grid search from a random init reaches {shown(grid[metric], metric)}, at "
         f"{times:,.0f} times the cost."
     )
+
+
+def advice(results: dict[str, Any]) -> list[str]:
+    """What meta-validation tasks say that a user would want to act on, in sentences: one a fact, or none."""
+    training, config = results.get("training", {}), results["config"]
+    metric, said = results["metric"]["name"], []
+    if training.get("warm_start") and training.get("best_step") == 0 and len(training["validations"]) > 1:
+        said.append(
+            f"No outer step was better on meta-validation tasks than what it started from, {config['init']}, which was "
+            "kept. An init that has seen the training tasks needs hardly a step there."
+        )
+        if config["outer"]["learns"] != "rates_of_init":
+            said[-1] += " Learn rates for it on other tasks: --outer.learns rates_of_init --outer.part validation" + (
+                " --outer.calibrate" * (metric == "accuracy")
+            )
+    scores = {int(steps): score for steps, score in (training.get("validated_steps") or {}).items()}
+    finite = sorted(steps for steps, score in scores.items() if score is not None)
+    if len(scores) > 1 and finite:
+        best = (max if results["metric"]["maximise"] else min)(finite, key=lambda steps: scores[steps])
+        longest = max(scores)
+        if best != longest:
+            said.append(
+                f"On meta-validation tasks {metric} is {shown(scores[best], metric)} after {plural(best, 'step')} and "
+                f"{shown(scores[longest], metric)} after {longest:,}: stop early, with "
+                "learned.adapt(x, y, learned.best_steps())"
+            )
+    return said
 
 
 def no_dearer(one: tuple[int | None, float], other: tuple[int | None, float]) -> bool:

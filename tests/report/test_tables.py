@@ -17,3 +17,29 @@ def test_scores_of_any_metric_are_read_at_once():
     assert tables.shown_difference(1234.5, "mse") == "+1,234"
     assert (tables.shown(0.77771, "accuracy"), tables.shown_interval(0.003, "accuracy")) == ("77.77 %", "± 0.30")
     assert (tables.shown(None, "mse"), tables.shown_interval(None, "mse")) == ("diverged", "")
+
+
+def of(scores, maximise=True, metric="accuracy", best_step=5, learns="both"):
+    """Results with what advice reads."""
+    return {
+        "metric": {"name": metric, "maximise": maximise},
+        "config": {"init": "runs/joint", "outer": {"learns": learns}},
+        "training": {
+            "warm_start": {"folder": "runs/joint"}, "best_step": best_step, "validations": [[0, 0.5, 1], [5, 0.4, 2]],
+            "validated_steps": scores,
+        },
+    }  # fmt: skip
+
+
+def test_advice_is_given_where_validation_calls_for_it():
+    assert tables.advice(of({"5": 0.5})) == []
+    assert tables.advice(of({"1": 0.5, "50": 0.6})) == []
+    (early,) = tables.advice(of({"1": 0.7, "50": 0.6}))
+    assert "accuracy is 70.00 % after 1 step and 60.00 % after 50: stop early" in early
+    assert "mse is 3 after 1 step" in tables.advice(of({"1": 3.0, "50": 4.0}, False, "mse"))[0]
+    assert tables.advice(of({"1": 4.0, "50": 3.0}, False, "mse")) == []
+    assert "after 1 step and diverged after 50" in tables.advice(of({"1": 0.7, "50": None}))[0]
+    (start,) = tables.advice(of({"5": 0.5}, best_step=0))
+    assert start.endswith("--outer.learns rates_of_init --outer.part validation --outer.calibrate")
+    assert tables.advice(of({"5": 0.5}, False, "mse", 0))[0].endswith("--outer.part validation")
+    assert "rates_of_init" not in tables.advice(of({"5": 0.5}, best_step=0, learns="rates_of_init"))[0]
