@@ -262,7 +262,7 @@ CASES = {
     ),
     "rotated 10-way 5-shot, several horizons": ROTATED,
     "scaled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("scaled", 10, 5), 20261130),
-    "relabeled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("relabeled", 10, 5), 20261201),
+    "relabeled 10-way 5-shot, several horizons": few_shot_several_horizons(TaskConfig("relabeled", 10, 5), 20261227),
     "rotated 10-way 5-shot, label noise 0.4, several horizons": few_shot_several_horizons(
         TaskConfig("rotated", 10, 5, label_noise=0.4), 20261202
     ),
