@@ -503,4 +503,13 @@ def load(name: str) -> Dataset:
         return bundled()
     if name.lower().endswith(".npz"):
         return from_npz(Path(name).expanduser())
+    path = Path(name).expanduser()
+    named = bool(TFDS_NAME.fullmatch(name)) or len(path.parts) == 1
+    if path.exists() and not (named and cached_path(name).is_dir()):
+        raise DataError(
+            f"data: {name}: expected a file .npz, .csv or .parquet, or the name of a prepared dataset; folders of "
+            "pictures and IDX files are imported first: `metalr data import FOLDER`"
+        )
+    if not named:
+        raise DataError(f"data: {name}: no such file")
     return read_cache(name)

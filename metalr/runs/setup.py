@@ -355,7 +355,7 @@ def _check_used(config: TrainConfig | SearchConfig, default: TrainConfig | Searc
             why = "a table's tasks are its rows by --data.task-column, with --data.shot and --data.query"
             unused |= {f"tasks.{field.name}": why for field in dataclasses.fields(config.tasks)}
         else:
-            why = "only with --data FILE.csv or FILE.parquet"
+            why = f"only with --data FILE.csv or FILE.parquet, and not with {config.data}"
             unused |= {f"table.{field.name}": why for field in dataclasses.fields(config.table)}
     elif config.task is None:
         unused |= {f"tasks.{field.name}": "only with --task" for field in dataclasses.fields(config.tasks)}

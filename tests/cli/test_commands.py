@@ -183,6 +183,8 @@ def test_same_seed_same_artifact(blobs_npz, tmp_path):
         (["--tasks.shot", "0"], "tasks.shot: expected at least 1, got 0"),
         (["--tasks.shot", "500"], "tasks.shot + tasks.query: expected at most 50"),
         (["--data", "nothing"], "data 'nothing': expected a prepared dataset"),
+        (["--data", "./no/such.csv.gz"], "data: ./no/such.csv.gz: no such file"),
+        (["--data", "."], "data: .: expected a file .npz, .csv or .parquet, or the name of a prepared dataset"),
         (["--data", "nothing.npz"], "nothing.npz: expected an .npz file, found none"),
         (["--inner.rate", "-1"], "inner.rate: expected 0 < rate"),
         (["--inner.steps", "0"], "inner.steps: expected at least 1"),

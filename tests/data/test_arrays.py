@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metalr import cli, data, tasks
+from metalr.data import arrays
 from metalr.errors import ConfigError, DataError
 
 IMAGES = np.zeros((12, 4, 4), np.uint8)
@@ -153,8 +154,12 @@ def test_cache_round_trip_and_damage(blobs):
 def test_unknown_and_hostile_names():
     with pytest.raises(DataError, match="'nothing'.*have mnist12k.*metalr data prepare nothing"):
         data.load("nothing")
-    with pytest.raises(DataError, match="expected letters"):
-        data.load("../etc")
+    for name in "../etc", "..":
+        with pytest.raises(DataError, match=r"data: \.\..*: (no such file|expected a file \.npz, \.csv or \.parquet)"):
+            data.load(name)
+    for name in "../etc", "..", "":
+        with pytest.raises(DataError, match="expected letters"):
+            arrays.read_cache(name)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"<html>", b"shop,size\n1,2\n"])
