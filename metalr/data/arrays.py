@@ -504,7 +504,7 @@ def load(name: str) -> Dataset:
     if name.lower().endswith(".npz"):
         return from_npz(Path(name).expanduser())
     path = Path(name).expanduser()
-    named = bool(TFDS_NAME.fullmatch(name)) or len(path.parts) == 1
+    named = bool(TFDS_NAME.fullmatch(name)) or (path.parts == (name,) and not name.startswith("."))
     if path.exists() and not (named and cached_path(name).is_dir()):
         raise DataError(
             f"data: {name}: expected a file .npz, .csv or .parquet, or the name of a prepared dataset; folders of "
