@@ -43,7 +43,7 @@ class _MetaEstimator(BaseEstimator):
 
     def __init__(
         self,
-        learned: str | Path | None = None,
+        learned: str | Path | Learner | None = None,
         *,
         steps: int | None = None,
         hidden: tuple[int, ...] = (64,),
@@ -119,7 +119,7 @@ class _MetaEstimator(BaseEstimator):
     def _begin(self, X: np.ndarray, y: np.ndarray, outputs: int) -> Learner:
         """What fine-tunes: the learner of `learned`, or for none an ordinary network from a random init."""
         if self.learned is not None:
-            found = learners.load(self.learned)
+            found = self.learned if isinstance(self.learned, Learner) else learners.load(self.learned)
             if found.objective.name != self._objective:
                 raise ConfigError(
                     f"learned: expected one of {self._objective} for a {type(self).__name__}, got {self.learned}, "
@@ -160,9 +160,14 @@ class _MetaEstimator(BaseEstimator):
         check_digits(rows, "X")
         return (rows.astype(np.float32), *found[1:]) if y else rows.astype(np.float32)
 
-    def _adapt(self, X: np.ndarray, y: np.ndarray, init: Any = None) -> None:
-        self.params_ = jax.tree.map(np.asarray, self.learner_.adapt(X, y, self.steps, init=init))
-        self.n_iter_ = self.learner_.spec.steps if self.steps is None else self.steps
+    def _adapt(self, learner: Learner, X: np.ndarray, y: np.ndarray, init: Any = None) -> None:
+        """Sets what was fitted, and nothing where it fails: an earlier fit then stands whole."""
+        self.params_ = jax.tree.map(np.asarray, learner.adapt(X, y, self.steps, init=init))
+        self.n_iter_ = learner.spec.steps if self.steps is None else self.steps
+        self.learner_ = learner
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "params_")
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -183,7 +188,7 @@ class _MetaEstimator(BaseEstimator):
         path = Path(path)
         folders.check_replaceable("path", path, FILES, what="an estimator's", marker=FACTS, overwrite=overwrite)
         settings = {
-            "learned": None if self.learned is None else str(self.learned),
+            "learned": None if self.learned is None else "artifact",  # the copy, of a path or a Learner
             "steps": None if self.steps is None else int(self.steps),
             "hidden": [int(width) for width in self.hidden],
             "random_state": int(self.random_state) if isinstance(self.random_state, numbers.Integral) else None,
@@ -235,8 +240,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
 
     Parameters:
       learned: a run or artifact folder of rows and classes (`from_tasks`, `metalr.meta_train`, or `metalr train` with a
-        table). None: nothing
-        was learned; a random init and Adam with 0.01, an ordinary network.
+        table), or a `metalr.Learner`. None: nothing was learned; a random init and Adam with 0.01, an ordinary network.
       steps: inner steps; default: as many as were trained (None learned: 200).
       hidden: hidden layers where nothing was learned.
       random_state: of the random init where nothing was learned.
@@ -262,28 +266,27 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         """
         X, y = self._float32(X, y)
         check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ConfigError(f"y: expected 2 classes or more, got one class: {self.classes_.tolist()}")
-        self.learner_ = self._begin(X, labels, len(self.classes_))
-        self.outputs_ = self._numbered()
-        self._adapt(X, self.outputs_[labels])
+        classes, labels = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise ConfigError(f"y: expected 2 classes or more, got one class: {classes.tolist()}")
+        learner = self._begin(X, labels, len(classes))
+        outputs = self._numbered(learner, classes)
+        self._adapt(learner, X, outputs[labels])
+        self.classes_, self.outputs_ = classes, outputs
         return self
 
-    def _numbered(self) -> np.ndarray:
+    def _numbered(self, learner: Learner, classes: np.ndarray) -> np.ndarray:
         """The output of each class: [classes] int32. Raises ConfigError for one that a table did not have."""
-        kept = self.learned is not None and self.learner_.model.of_way is None
-        of_table = self.learner_.facts.get("table", {}).get("classes")
+        kept = self.learned is not None and learner.model.of_way is None
+        of_table = learner.facts.get("table", {}).get("classes")
         if kept and of_table:
-            return np.array([data.output_of(value, of_table, "y") for value in self.classes_.tolist()], np.int32)
-        whole = self.classes_.dtype.kind in "iu" or (  # pandas has integers as floats, once some were missing
-            self.classes_.dtype.kind == "f" and bool((self.classes_ == np.round(self.classes_)).all())
+            return np.array([data.output_of(value, of_table, "y") for value in classes.tolist()], np.int32)
+        whole = classes.dtype.kind in "iu" or (  # pandas has integers as floats, once some were missing
+            classes.dtype.kind == "f" and bool((classes == np.round(classes)).all())
         )
-        if kept and whole:
-            ways = self.learner_.model.way or 0
-            if self.classes_[0] >= 0 and self.classes_[-1] < ways:
-                return self.classes_.astype(np.int32)
-        return np.arange(len(self.classes_), dtype=np.int32)
+        if kept and whole and classes[0] >= 0 and classes[-1] < (learner.model.way or 0):
+            return classes.astype(np.int32)
+        return np.arange(len(classes), dtype=np.int32)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Go on fine-tuning from the params so far. classes: all classes, at the first call.
@@ -296,25 +299,24 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         if first:
             if classes is None:
                 raise ConfigError("classes: expected all classes at the first call of partial_fit, got None")
-            self.classes_ = np.unique(classes)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
             raise ConfigError(
                 f"classes: expected {self.classes_.tolist()} as before, got {np.unique(classes).tolist()}"
             )
-        unknown = np.setdiff1d(y, self.classes_)
+        known = np.unique(classes) if first else self.classes_
+        unknown = np.setdiff1d(y, known)
         if len(unknown):
-            raise ConfigError(f"y: expected some of the classes {self.classes_.tolist()}, got {unknown.tolist()}")
-        labels = np.searchsorted(self.classes_, y)
-        learner = self._begin(X, labels, len(self.classes_)) if first else self.learner_
+            raise ConfigError(f"y: expected some of the classes {known.tolist()}, got {unknown.tolist()}")
+        labels = np.searchsorted(known, y)
+        learner = self._begin(X, labels, len(known)) if first else self.learner_
         if learner.model.of_way is not None:
             raise ConfigError(
                 f"learned: expected a learned output layer, which partial_fit goes on from, got {self.learned}, whose "
                 "output layer is made anew for each fine-tune (inner.head_start); call fit with all rows"
             )
-        if first:
-            self.learner_ = learner
-            self.outputs_ = self._numbered()
-        self._adapt(X, self.outputs_[labels], None if first else self.params_)
+        outputs = self._numbered(learner, known) if first else self.outputs_
+        self._adapt(learner, X, outputs[labels], None if first else self.params_)
+        self.classes_, self.outputs_ = known, outputs
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -355,12 +357,12 @@ class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
         """Fine-tune on the rows of one task. X: [rows, features]; y: [rows] or [rows, outputs] numbers."""
         names = columns_of(y)
         X, y = self._float32(X, y, multi_output=True, y_numeric=True)
-        self._one_column = y.ndim == 1
-        self.learner_ = self._begin(X, _columns(y), _columns(y).shape[1])
-        known = self.learner_.facts.get("targets")
+        learner = self._begin(X, _columns(y), _columns(y).shape[1])
+        known = learner.facts.get("targets")
         if names and known is not None and names[""] != known:
             raise DataError(f"y: expected the columns {known}, in this order, got {names['']}")
-        self._adapt(X, _columns(y))
+        self._adapt(learner, X, _columns(y))
+        self._one_column = y.ndim == 1
         return self
 
     def partial_fit(self, X: Any, y: Any) -> Self:
@@ -368,7 +370,7 @@ class MetaRegressor(MultiOutputMixin, RegressorMixin, _MetaEstimator):
         if not hasattr(self, "params_"):
             return self.fit(X, y)
         X, y = self._float32(X, y, multi_output=True, y_numeric=True, reset=False)
-        self._adapt(X, _columns(y), self.params_)
+        self._adapt(self.learner_, X, _columns(y), self.params_)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

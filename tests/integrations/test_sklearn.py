@@ -12,6 +12,7 @@ import pytest
 sklearn = pytest.importorskip("sklearn")
 
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -119,6 +120,35 @@ def test_a_fitted_one_is_kept_without_pickle_and_with_it(learned, tmp_path):
     (tmp_path / "classes" / "estimator.json").write_text(json.dumps({"estimator": "MetaClassifier"}))
     with pytest.raises(ConfigError, match="expected a folder that save"):
         MetaClassifier.load(tmp_path / "classes")
+
+
+def test_a_learner_may_be_given_itself(learned, tmp_path):
+    x, y, task = waves(4, rows=60, seed=2)
+    x, y = x[task == 0][:20], y[task == 0][:20]
+    of_path = clone(learned).fit(x, y)
+    of_learner = clone(MetaRegressor(metalr.load(learned.learned))).fit(x, y)
+    np.testing.assert_array_equal(of_learner.predict(x), of_path.predict(x))
+    of_learner.save(tmp_path / "saved")
+    np.testing.assert_array_equal(MetaRegressor.load(tmp_path / "saved").predict(x), of_path.predict(x))
+
+
+@pytest.mark.parametrize("kind", [MetaClassifier, MetaRegressor])
+def test_a_fit_that_fails_leaves_nothing_half_fitted(kind):
+    """Classes of the failed one beside params of the one before would be wrong predictions, with no error."""
+    x, numbers, _ = waves(1)
+    good = np.where(numbers > 0, "up", "down") if kind is MetaClassifier else numbers
+    model = kind(steps=3, hidden=(4,))
+    with pytest.raises(ConfigError, match="steps"):
+        kind(steps=2.5, hidden=(4,)).fit(x, good)
+    with pytest.raises((ConfigError, ValueError)):
+        model.fit(x, np.full(20, "up"))
+    with pytest.raises(NotFittedError):
+        model.predict(x)
+    before = model.fit(x, good).predict(x)
+    other = np.where(numbers > np.median(numbers), "a", "b") if kind is MetaClassifier else numbers[:, None]
+    with pytest.raises(ConfigError, match="steps"):
+        model.set_params(steps=-1).fit(x, other)
+    np.testing.assert_array_equal(model.predict(x), before)
 
 
 def test_partial_fit_goes_on(learned):
