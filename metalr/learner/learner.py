@@ -73,7 +73,8 @@ class Learner:
         Args:
           support_x: [support, height, width] or [support, height, width, channels]; uint8 0..255 or float 0..1.
             A further leading axis adapts many tasks at once. A network of other inputs takes what its sampler gave in
-            training: any pytree of arrays with a leading axis [support], one task at a time.
+            training: any pytree of arrays with a leading axis [support], one task at a time; jax.vmap(learned.adapt)
+            takes many.
           support_y: [support] integers (or [tasks, support]), the labels 0..n-1 with n at most the trained way, each
             present in every task. With inner.head_start other than "learned" there may be any number of
             classes. A network of other outputs takes targets as in training.
@@ -641,7 +642,11 @@ class Learner:
         shape = self.model.input_shape
         if shape is not None and [leaf.shape[1:] for leaf in jax.tree.leaves(x)] != [shape]:
             got = [list(leaf.shape) for leaf in jax.tree.leaves(x)]
-            raise DataError(f"{what}: expected shape [n, {', '.join(map(str, shape))}], got {got}")
+            several = len(got) == 1 and got[0][2:] == list(shape) and what == "support_x"
+            raise DataError(
+                f"{what}: expected shape [n, {', '.join(map(str, shape))}], got {got[0] if len(got) == 1 else got}"
+                + "; jax.vmap(learned.adapt) takes several tasks at once" * several
+            )
         if self.standardisation is None:
             return x
         return self.standardisation.inputs(x, what)

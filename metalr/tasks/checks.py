@@ -170,6 +170,8 @@ def check_labels(where: str, y: Any, objective: Objective, way: int | None) -> N
             raise DataError(
                 f"{where}: expected integer labels {upto} with {objective.name}, got {leaf.dtype} "
                 f"{leaf.min()}..{leaf.max()}"
+                + "; numbers are predicted with objective='squared_error'"
+                * (leaf.dtype.kind == "f" and not binary)
             )
 
 

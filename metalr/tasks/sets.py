@@ -64,6 +64,13 @@ class Tasks:
     prefetch: Callable[[jax.Array], None] | None = None
     task_of: Callable[..., jax.Array] | Mapping[str, Callable[..., jax.Array]] | None = None
 
+    def __repr__(self) -> str:
+        plain = {k: v for k, v in self.facts.items() if isinstance(v, (str, int, float)) and not k.endswith("sha256")}
+        split = self.facts.get("tasks")
+        if isinstance(split, Mapping) and all(isinstance(split.get(part), list) for part in PARTS):
+            plain["tasks"] = " + ".join(f"{len(split[part])} {part}" for part in PARTS)
+        return f"Tasks({', '.join([repr(self.name), *(f'{name}={value}' for name, value in plain.items())])})"
+
     @property
     def parts(self) -> Parts:
         """What each split is drawn from, and who draws."""

@@ -214,6 +214,14 @@ def test_targets_have_the_shape_of_the_outputs():
     for wrong in (np.stack([y, y], 1), y[:, None, None]):
         with pytest.raises((ConfigError, DataError), match="expected outputs of the targets' shape"):
             learned.adapt(x, wrong)
+    with pytest.raises(
+        DataError, match=r"expected shape \[n, 6\], got \[2, 2, 6\]; jax.vmap\(learned.adapt\) takes several"
+    ):
+        learned.adapt(x.reshape(2, 2, 6), y.reshape(2, 2))
+    several = jax.vmap(learned.adapt)(x.reshape(2, 2, 6), y.reshape(2, 2))
+    for task in 0, 1:
+        alone = learned.adapt(x[2 * task :][:2], y[2 * task :][:2])
+        jax.tree.map(lambda a, b, task=task: np.testing.assert_allclose(a[task], b, rtol=1e-5), several, alone)
     with pytest.raises(ConfigError, match=r"tasks: expected a metalr.Tasks, got NoneType"):
         learned.evaluate(None)
     for seed in (1.5, -1, 2**32):

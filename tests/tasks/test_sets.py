@@ -62,6 +62,13 @@ def test_a_small_task_repeats_its_rows_and_is_named():
     assert not support & query
 
 
+def test_tasks_say_what_they_are():
+    x, y, task = table()
+    made = Tasks.from_arrays(x, y, task, shot=5, query=5, name="shops")
+    assert repr(made) == "Tasks('shops', rows=214, shot=5, query=5, tasks=6 train + 1 validation + 1 test)"
+    assert repr(Tasks(draw, draw, draw, facts={"tasks": {"train": 3}})) == "Tasks('tasks')"
+
+
 def test_the_split_is_known_by_its_hash():
     x, y, ids = table()
     one, same, other = (Tasks.from_arrays(x, y, ids, seed=s).sha256 for s in (0, 0, 1))
