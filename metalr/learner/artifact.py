@@ -144,14 +144,14 @@ def _card(learner: Learner, facts: dict[str, Any]) -> str:
     if start:
         seen = f", of each support image and {views} distorted copies of it" if views else ""
         norm += f"The output layer is made for each task, for any number of classes ({start}){seen}.\n"
-    alone = learner.rates_alone
+    alone, answers = learner.rates_alone, "logits" if learner.objective.targets == "classes" else "outputs"
     init = "a random initialization that was not learned" if alone else "a meta-learned initialization"
     return (
-        f"# A metalr learner\n\nA {facts['model']['name']} ({', '.join(described(learner.model))}): {init} and "
-        "meta-learned inner-loop "
-        f"learning rates ({shared}), trained for {learner.spec.steps} step{'s' * (learner.spec.steps != 1)}.\n{norm}\n"
+        f"# A metalr learner\n\nA network, {facts['model']['name']} ({', '.join(described(learner.model))}): {init} "
+        f"and meta-learned inner-loop learning rates ({shared}), "
+        f"trained for {learner.spec.steps} step{'s' * (learner.spec.steps != 1)}.\n{norm}\n"
         '```python\nimport metalr\nlearned = metalr.load("this/folder")\n'
-        "fast = learned.adapt(support_x, support_y)\nlogits = learned.apply(fast, query_x)\n```\n\n"
+        f"fast = learned.adapt(support_x, support_y)\n{answers} = learned.apply(fast, query_x)\n```\n\n"
         f"| group | learning rate (mean; over the steps) |\n|---|---|\n{rows}\n\n"
         f"Trained on:\n\n```json\n{json.dumps(learner.facts, indent=1)}\n```\n"
     )

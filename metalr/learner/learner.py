@@ -741,7 +741,9 @@ def described(model: Model) -> tuple[str, str]:
     if model.takes_images:
         return f"{'x'.join(map(str, model.image_shape))} images", f"{model.classes} classes"
     shape = "inputs of any kind" if model.input_shape is None else f"inputs of shape {list(model.input_shape)}"
-    return shape, "outputs of its own"
+    if model.way is None:
+        return shape, "outputs of its own"
+    return shape, f"{model.way} output{'s' * (model.way != 1)}"
 
 
 def _examples(tree: Any, what: str) -> Any:

@@ -97,6 +97,8 @@ def test_rates_adapt_another_init(tmp_path):
     alone = dataclasses.replace(learned, facts={"outer": {"learns": "rates"}})
     cards = [(metalr.save(tmp_path / n, one) / "README.md").read_text() for n, one in (("a", learned), ("b", alone))]
     assert "a meta-learned initialization" in cards[0]
+    assert "A network, mlp (" in cards[0]
+    assert "logits = learned.apply" in cards[0]
     assert "a random initialization that was not learned" in cards[1]
 
 
