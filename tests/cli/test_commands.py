@@ -359,7 +359,7 @@ def test_a_table_of_classes_gives_their_names_back(tmp_path, capsys):
         (["--data", tmp_path / "index.csv"], "expected a name for every column, got 'Unnamed: 0', such as the row"),
         (
             ["--data", tmp_path / "t.tsv"],
-            "nothing else is used here (only with --data FILE.csv or FILE.parquet)",
+            "nothing else is used here (only with --data FILE.csv or FILE.parquet, and not with ",
         ),
         (["--objective", "binary_cross_entropy"], "objective: expected two classes"),
         (["--objective", "hinge"], "objective: expected one of"),
