@@ -14,9 +14,8 @@ def plural(count: int, thing: str) -> str:
 
 def digits(value: float, count: int, sign: str = "") -> str:
     """A number with so many significant digits; a larger one whole, with no exponent: 0.5, 26, 410, 12,346."""
-    if 10**count <= abs(value) < 1e15:
-        return f"{value:{sign},.0f}"
-    return f"{value:{sign}.{count}g}"
+    text = f"{value:{sign}.{count}g}"
+    return f"{value:{sign},.0f}" if abs(value) < 1e15 and (abs(value) >= 10**count or "e+" in text) else text
 
 
 def shown(value: float | None, metric: str) -> str:
@@ -126,7 +125,7 @@ def advice(results: dict[str, Any]) -> list[str]:
     scores = {int(steps): score for steps, score in (training.get("validated_steps") or {}).items()}
     finite = sorted(steps for steps, score in scores.items() if score is not None)
     if len(scores) > 1 and finite:
-        best = (max if results["metric"]["maximise"] else min)(finite, key=lambda steps: scores[steps])
+        best = (max if results["metric"].get("maximise", True) else min)(finite, key=lambda steps: scores[steps])
         longest = max(scores)
         if best != longest:
             said.append(

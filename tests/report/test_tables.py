@@ -5,7 +5,8 @@ from metalr.report import tables
 
 @pytest.mark.parametrize(
     ("value", "count", "expected"),
-    [(0.0, 2, "0"), (0.51234, 2, "0.51"), (26.3, 2, "26"), (406.19, 2, "406"), (12345.6, 4, "12,346"),
+    [(0.0, 2, "0"), (0.51234, 2, "0.51"), (26.3, 2, "26"), (406.19, 2, "406"), (99.7, 2, "100"), (9.97, 2, "10"),
+     (12345.6, 4, "12,346"),
      (-919.8, 4, "-919.8"), (1e-7, 2, "1e-07"), (3e20, 4, "3e+20"), (float("inf"), 2, "inf")],
 )  # fmt: skip
 def test_large_numbers_have_no_exponent(value, count, expected):
