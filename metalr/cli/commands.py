@@ -346,10 +346,12 @@ def adapt(
 
 
 def _readable(prediction: Any) -> str:
-    """A prediction for people; --json has all digits."""
+    """A prediction for people, of several outputs in brackets; --json has all digits."""
+    from metalr import report
+
     if isinstance(prediction, list):
         return f"[{', '.join(map(_readable, prediction))}]"
-    return f"{prediction:.6g}" if isinstance(prediction, float) else str(prediction)
+    return report.plain(prediction)
 
 
 def predict(

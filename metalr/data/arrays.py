@@ -354,23 +354,26 @@ def cache_dir() -> Path:
 TFDS_NAME = re.compile(r"(\w[\w-]*)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")  # NAME, NAME/CONFIG, NAME/CONFIG:VERSION
 
 
-def cached_path(name: str, setting: str = "data.name") -> Path:
-    """Where the decoded arrays of a prepared dataset stand. Raises DataError for a name that is a path.
-
-    setting: what messages call it.
+def _folder_name(name: str) -> str | None:
+    """The folder of a prepared dataset within the cache; None for what is no name of one: a path, or an .npz.
 
     Of a TFDS name, NAME/CONFIG:VERSION, "/" and ":" become "-".
     """
     if TFDS_NAME.fullmatch(name):
         name = name.replace("/", "-").replace(":", "-")
-    if (
-        not name
-        or not all(c.isalnum() or c in "-_." for c in name)
-        or name.startswith(".")
-        or name.lower().endswith(".npz")
-    ):
+    plain = name != "" and all(c.isalnum() or c in "-_." for c in name)
+    return name if plain and not name.startswith(".") and not name.lower().endswith(".npz") else None
+
+
+def cached_path(name: str, setting: str = "data.name") -> Path:
+    """Where the decoded arrays of a prepared dataset stand. Raises DataError for a name that is a path.
+
+    setting: what messages call it.
+    """
+    folder = _folder_name(name)
+    if folder is None:
         raise DataError(f"{setting}: expected letters, digits, '-', '_' and '.', and no ending .npz, got {name!r}")
-    return cache_dir() / "datasets" / name
+    return cache_dir() / "datasets" / folder
 
 
 def write_cache(dataset: Dataset, *, overwrite: bool = True) -> Path:
@@ -504,7 +507,7 @@ def load(name: str) -> Dataset:
     if name.lower().endswith(".npz"):
         return from_npz(Path(name).expanduser())
     path = Path(name).expanduser()
-    named = bool(TFDS_NAME.fullmatch(name)) or (path.parts == (name,) and not name.startswith("."))
+    named = _folder_name(name) is not None
     if path.exists() and not (named and cached_path(name).is_dir()):
         raise DataError(
             f"data: {name}: expected a file .npz, .csv or .parquet, or the name of a prepared dataset; folders of "

@@ -322,8 +322,8 @@ def make_gradient(
     Args:
       sample: of tasks; or several samplers (of other sizes, say), of which every outer step draws one.
     """
-    samplers = (sample,) if callable(sample) else tuple(sample)
     kinds = variants(sample, phases)
+    one_sampler = callable(sample) or len(sample) == 1
 
     def gradient(
         meta: MetaParams, pool: Pool, number: Any, variant: Any, keys: jax.Array
@@ -333,7 +333,7 @@ def make_gradient(
         def tasks_of(sample: Sampler) -> Episode:
             return jax.vmap(lambda key: sample(pool, key))(keys)
 
-        alone = tasks_of(samplers[0]) if len(samplers) == 1 else None  # once, and not again in every branch
+        alone = tasks_of(kinds[0][0]) if one_sampler else None  # once, and not again in every branch
 
         def of(method: Method, weights: jax.Array | None) -> tuple[MetaParams, dict[str, jax.Array]]:
             def of_variant(sample: Sampler, horizon: int | None) -> tuple[MetaParams, dict[str, jax.Array]]:
