@@ -116,11 +116,14 @@ def advice(results: dict[str, Any]) -> list[str]:
     if training.get("warm_start") and training.get("best_step") == 0 and len(training["validations"]) > 1:
         said.append(
             f"No outer step was better on meta-validation tasks than what it started from, {config['init']}, which was "
-            "kept. An init that has seen the training tasks needs hardly a step there."
+            "kept."
         )
-        if config["outer"]["learns"] != "rates_of_init":
-            said[-1] += " Learn rates for it on other tasks: --outer.learns rates_of_init --outer.part validation" + (
-                " --outer.calibrate" * (metric == "accuracy")
+        if config["outer"]["learns"] in ("both", "init"):  # an init, and not rates alone
+            said.append(
+                "An init that has seen the training tasks needs hardly a step there. Learn rates for it on other "
+                "tasks, with an algorithm that learns rates: --outer.learns rates_of_init --outer.part validation"
+                + " --outer.calibrate"
+                * (config["objective"] == "cross_entropy")
             )
     scores = {int(steps): score for steps, score in (training.get("validated_steps") or {}).items()}
     finite = sorted(steps for steps, score in scores.items() if score is not None)

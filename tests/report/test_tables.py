@@ -20,11 +20,11 @@ def test_scores_of_any_metric_are_read_at_once():
     assert (tables.shown(None, "mse"), tables.shown_interval(None, "mse")) == ("diverged", "")
 
 
-def of(scores, maximise=True, metric="accuracy", best_step=5, learns="both"):
+def of(scores, maximise=True, metric="accuracy", best_step=5, learns="both", objective="cross_entropy"):
     """Results with what advice reads."""
     return {
         "metric": {"name": metric, "maximise": maximise},
-        "config": {"init": "runs/joint", "outer": {"learns": learns}},
+        "config": {"init": "runs/joint", "outer": {"learns": learns}, "objective": objective},
         "training": {
             "warm_start": {"folder": "runs/joint"}, "best_step": best_step, "validations": [[0, 0.5, 1], [5, 0.4, 2]],
             "validated_steps": scores,
@@ -40,7 +40,11 @@ def test_advice_is_given_where_validation_calls_for_it():
     assert "mse is 3 after 1 step" in tables.advice(of({"1": 3.0, "50": 4.0}, False, "mse"))[0]
     assert tables.advice(of({"1": 4.0, "50": 3.0}, False, "mse")) == []
     assert "after 1 step and diverged after 50" in tables.advice(of({"1": 0.7, "50": None}))[0]
-    (start,) = tables.advice(of({"5": 0.5}, best_step=0))
-    assert start.endswith("--outer.learns rates_of_init --outer.part validation --outer.calibrate")
-    assert tables.advice(of({"5": 0.5}, False, "mse", 0))[0].endswith("--outer.part validation")
-    assert "rates_of_init" not in tables.advice(of({"5": 0.5}, best_step=0, learns="rates_of_init"))[0]
+    start, what_to_do = tables.advice(of({"5": 0.5}, best_step=0))
+    assert start.endswith("than what it started from, runs/joint, which was kept.")
+    assert what_to_do.endswith("--outer.learns rates_of_init --outer.part validation --outer.calibrate")
+    for metric, objective in ("mse", "squared_error"), ("accuracy", "binary_cross_entropy"):  # of classes alone
+        found = tables.advice(of({"5": 0.5}, metric == "accuracy", metric, 0, objective=objective))
+        assert found[1].endswith("--outer.part validation")
+    for learns in "rates", "rates_of_init":  # no init was learned
+        assert tables.advice(of({"5": 0.5}, best_step=0, learns=learns)) == [start]

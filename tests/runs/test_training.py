@@ -349,9 +349,9 @@ def test_what_it_started_from_is_kept_if_nothing_is_better(small, tmp_path):
     second = run(more, init=tmp_path / "first", out=tmp_path / "second", outer=ruined)["training"]
     assert [step for step, *_ in second["validations"]] == [0, 1, 2, 3]
     assert second["best_step"] == 0
-    (said,) = tables.advice(json.loads((tmp_path / "second" / "results.json").read_text()))
-    assert "No outer step was better on meta-validation tasks than what it started from" in said
-    assert "--outer.learns rates_of_init --outer.part validation --outer.calibrate" in said
+    start, what_to_do = tables.advice(json.loads((tmp_path / "second" / "results.json").read_text()))
+    assert "No outer step was better on meta-validation tasks than what it started from" in start
+    assert "--outer.learns rates_of_init --outer.part validation --outer.calibrate" in what_to_do
     assert second["validation_accuracy"] == first["training"]["validation_accuracy"]
     start, kept = (metalr.load(tmp_path / name) for name in ("first", "second"))
     jax.tree.map(np.testing.assert_array_equal, start.init, kept.init)
